@@ -1,0 +1,1 @@
+"""The core: nouns, needs, verbs and back ends. Knows no HTTP."""

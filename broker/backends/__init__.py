@@ -1,0 +1,1 @@
+"""One module per back end; each implements ports of `broker.ports` and nothing else."""

@@ -1,0 +1,122 @@
+"""Nouns to bytes and back, versioned. What one release writes, the next one reads.
+
+Unknown fields are dropped and missing ones take their defaults, so that old and new processes can share servers
+during a rolling update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import orjson
+
+from broker.model import Job, Outcome
+
+T = TypeVar("T")
+
+VERSION = 1
+
+
+class Unreadable(ValueError):
+    """Bytes that no release of ours wrote."""
+
+
+def pack(item: Any) -> bytes:
+    """Any noun of `broker.model` without bytes fields, as JSON."""
+    return orjson.dumps(item)
+
+
+def unpack(kind: type[T], raw: bytes | str) -> T:
+    """The noun that `pack` wrote. Raises Unreadable."""
+    try:
+        item: T = _build(kind, orjson.loads(raw))
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise Unreadable(f"not a {kind.__name__}") from exc
+    return item
+
+
+def pack_job(job: Job) -> tuple[bytes, bytes]:
+    """Envelope and body: the envelope holds everything but the body, which stays as the client sent it."""
+    fields = {name: getattr(job, name) for name in _JOB_FIELDS}
+    fields["v"] = VERSION
+    return orjson.dumps(fields), job.body
+
+
+def unpack_job(envelope: bytes | str, body: bytes) -> Job:
+    """Raises Unreadable."""
+    try:
+        fields = orjson.loads(envelope)
+        if fields.pop("v") != VERSION:
+            raise Unreadable("written by another release")
+        fields["headers"] = tuple((str(name), str(value)) for name, value in fields["headers"])
+        fields["assets"] = tuple(str(asset) for asset in fields["assets"])
+        job = Job(body=body, **{name: fields[name] for name in _JOB_FIELDS if name in fields})
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise Unreadable("not a job") from exc
+    if not all(isinstance(getattr(job, name), kind) for name, kind in _JOB_TYPES.items()):
+        raise Unreadable("not a job")
+    return job
+
+
+def pack_outcome(outcome: Outcome) -> bytes:
+    """One line of JSON, then the body as it is."""
+    head = orjson.dumps([VERSION, outcome.status, outcome.headers, outcome.blob_key])
+    return head + b"\n" + outcome.body
+
+
+def unpack_outcome(raw: bytes) -> Outcome:
+    """Raises Unreadable."""
+    head, _, body = raw.partition(b"\n")
+    try:
+        _, status, headers, blob_key = orjson.loads(head)
+        return Outcome(
+            status=int(status),
+            headers=tuple((str(name), str(value)) for name, value in headers),
+            body=body,
+            blob_key=str(blob_key),
+        )
+    except (ValueError, TypeError) as exc:
+        raise Unreadable("not an outcome") from exc
+
+
+_JOB_FIELDS = tuple(f.name for f in dataclasses.fields(Job) if f.name != "body")
+_JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "id": str,
+    "account": str,
+    "function_id": str,
+    "version_id": str,
+    "subject": str,
+    "created_at": (int, float),
+    "deadline_at": (int, float),
+    "digest": str,
+    "body_key": str,
+    "passthrough": bool,
+    "poll_s": int,
+}
+
+
+def _build(kind: Any, value: Any) -> Any:  # noqa: PLR0911  one return per shape reads best
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        names = {f.name for f in dataclasses.fields(kind)}
+        return kind(**{name: _build(hints[name], part) for name, part in value.items() if name in names})
+    origin = get_origin(kind)
+    if origin is tuple:
+        parts = get_args(kind)
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            return tuple(_build(parts[0], part) for part in value)
+        return tuple(_build(part, item) for part, item in zip(parts, value, strict=True))
+    if origin in (Union, types.UnionType):
+        inner = [part for part in get_args(kind) if part is not type(None)]
+        return None if value is None else _build(inner[0], value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    if kind is float and isinstance(value, int):
+        return float(value)
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not a {kind.__name__}")
+    return value

@@ -1,0 +1,126 @@
+"""Every error that the core raises on purpose.
+
+    FnqueueError
+    ├── BadRequest                  the caller sent something that can never work; names the field
+    │   ├── PayloadTooLarge
+    │   ├── IdempotencyKeyReused    same key, other body
+    │   └── StateConflict           the object is not in a state that allows this
+    ├── Unauthenticated             no credential, or one that is not valid
+    ├── Forbidden                   a valid credential that lacks the scope
+    ├── NotFound                    unknown, or not the caller's: told apart nowhere
+    │   ├── RequestExpired          was the caller's, and its time to live has passed
+    ├── AlreadyFinished             a terminal request cannot be cancelled
+    ├── RevisionConflict            somebody else wrote first; read again and retry
+    ├── TryLater                    carries `retry_after_s`
+    │   ├── QueueFull
+    │   ├── Overloaded              this process is at one of its own limits
+    │   └── Unavailable             a server behind us is away
+    │       ├── QueueMissing        nothing consumes or holds this version's jobs
+    │       ├── PublishUnconfirmed  the job may or may not be in the queue
+    │       ├── PublishRejected     the queue's own backstop refused the job
+    │       ├── StoreUnavailable
+    │       └── BlobsUnavailable
+    └── ConfigurationError          a setting is wrong; the process cannot start
+
+No class knows a status code: `api.problems` holds the only table.
+"""
+
+from __future__ import annotations
+
+
+class FnqueueError(Exception):
+    """Base of all; `str(error)` is one sentence fit to show to the caller."""
+
+
+class BadRequest(FnqueueError):
+    """`field` names the header, path part or body field at fault, when there is one."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class PayloadTooLarge(BadRequest):
+    """`limit_bytes` is the largest size that would have been accepted."""
+
+    def __init__(self, message: str, *, limit_bytes: int) -> None:
+        super().__init__(message)
+        self.limit_bytes = limit_bytes
+
+
+class IdempotencyKeyReused(BadRequest):
+    pass
+
+
+class StateConflict(BadRequest):
+    pass
+
+
+class Unauthenticated(FnqueueError):
+    pass
+
+
+class Forbidden(FnqueueError):
+    pass
+
+
+class NotFound(FnqueueError):
+    pass
+
+
+class RequestExpired(NotFound):
+    pass
+
+
+class AlreadyFinished(FnqueueError):
+    pass
+
+
+class RevisionConflict(FnqueueError):
+    pass
+
+
+class TryLater(FnqueueError):
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(TryLater):
+    pass
+
+
+class Overloaded(TryLater):
+    pass
+
+
+class Unavailable(TryLater):
+    """`outcome_unknown` is true when the refused request could still run (PROTOCOL P5)."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, outcome_unknown: bool = False) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.outcome_unknown = outcome_unknown
+
+
+class QueueMissing(Unavailable):
+    pass
+
+
+class PublishUnconfirmed(Unavailable):
+    pass
+
+
+class PublishRejected(Unavailable):
+    pass
+
+
+class StoreUnavailable(Unavailable):
+    pass
+
+
+class BlobsUnavailable(Unavailable):
+    pass
+
+
+class ConfigurationError(FnqueueError):
+    pass

@@ -1,0 +1,319 @@
+"""What the verbs need, as Protocols: no vendor type, no HTTP type.
+
+A back end is done when `tests/contract` is green for it. Every method bounds its own waits and raises the
+errors named here; vendor errors never pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from broker.model import (
+    Blob,
+    Claim,
+    Deployment,
+    Draft,
+    Gpu,
+    GpuSpecification,
+    Instance,
+    Job,
+    Key,
+    Lease,
+    Load,
+    Outcome,
+    Position,
+    Record,
+    RequestState,
+    Version,
+)
+from broker.settings import Settings
+
+T = TypeVar("T")
+
+
+# -- Queue -------------------------------------------------------------------------------------
+
+
+class Delivery(Protocol):
+    """One message on loan. Exactly one of the three verbs ends the loan; a lost connection ends it too, and
+    then the verbs do nothing: the broker delivers the message again."""
+
+    @property
+    def job(self) -> Job: ...
+
+    @property
+    def death(self) -> str:
+        """Why the message was dead-lettered (`expired`, `rejected`, `delivery_limit`, `maxlen`), else ''."""
+
+    async def ack(self) -> None:
+        """Done with it for good."""
+
+    async def requeue(self) -> None:
+        """Give it back, unspent, to whoever is free."""
+
+    async def reject(self) -> None:
+        """Send it to the dead letters."""
+
+
+class Queue(Protocol):
+    """Jobs in order of arrival, one queue per function version."""
+
+    async def declare(self, version_id: str) -> None:
+        """Make the version's queue exist. Idempotent. Raises Unavailable."""
+
+    async def delete(self, version_id: str) -> None:
+        """Remove the version's queue and what is in it. Idempotent. Raises Unavailable."""
+
+    async def publish(self, job: Job, *, timeout_s: float) -> None:
+        """Return once the broker has the job safely.
+
+        Raises:
+            PublishRejected: refused; it is not in the queue.
+            QueueMissing: the version has no queue; it is not in one.
+            PublishUnconfirmed: it may be in the queue. Publishing the same job again is harmless.
+        """
+
+    def consume(self, version_id: str, *, prefetch: int) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        """Deliveries as they come, at most `prefetch` on loan at once, across reconnects, until closed.
+
+        Closing stops the deliveries; loans already made stay valid until the Queue itself is closed.
+        A message that cannot be read is rejected and never seen here.
+        """
+
+    def dead_letters(self, *, prefetch: int) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        """Deliveries of every dead-lettered message, whatever version it came from; as `consume`."""
+
+    async def take(self, version_id: str) -> Delivery | None:
+        """One delivery now, or None when the queue is empty or missing. Raises Unavailable."""
+
+    async def ping(self) -> None:
+        """Return if a publish could work now. Raises Unavailable."""
+
+
+# -- Results -----------------------------------------------------------------------------------
+
+
+class Watch(Protocol):
+    """Notices changes of one request. A hint only means "read again"."""
+
+    async def read(self) -> Record | None:
+        """The record as it is now, and ask to be told of its next change."""
+
+    async def changed(self, timeout_s: float) -> None:
+        """Return when a hint came since the last `read`, or after `timeout_s`."""
+
+
+class Results(Protocol):
+    """Records and results of requests. Every change is one compare-and-set that is safe to run twice, and
+    time is the store's own. All methods raise StoreUnavailable when the store does not answer in time."""
+
+    async def remember_key(self, account: str, key: str, *, request_id: str, digest: str) -> str:
+        """Bind an idempotency key; returns the id it is bound to, `request_id` when it was free.
+
+        A key bound to an abandoned or vanished attempt of the same digest is bound anew.
+        Raises IdempotencyKeyReused when it is bound to another digest.
+        """
+
+    async def forget_key(self, account: str, key: str, *, request_id: str) -> None:
+        """Free the key if it is still bound to `request_id`."""
+
+    async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
+        """Store a new `queued` record at the end of its version's order, or return the one that exists (and
+        count one more submitter). `watch` asks for hints to this process, as `Watch.read` does.
+
+        Raises QueueFull, leaving nothing behind, when `queue_limit` requests already wait for the version.
+        """
+
+    async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
+        """Put a tombstone on a record that its only submitter could not publish: it will never start.
+        False when it is too late: it is running or terminal, or another submitter relies on it."""
+
+    def watch(self, request_id: str) -> AbstractAsyncContextManager[Watch]: ...
+
+    async def read(self, request_id: str) -> Record | None:
+        """The record, None if there is none. A queued record past its deadline is turned `expired` first.
+        A terminal state is returned only once it is as durable as the store is configured to make it;
+        until then the record reads `running`."""
+
+    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
+        """Ask to run one attempt. A missing record is rebuilt from the job; an attempt past `max_attempts`
+        turns the record `dead`. The claim of a granted lease is watched: a cancel sends a hint."""
+
+    async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
+        """Extend the lease. Anything but RUNNING means: stop, the attempt's result will be refused."""
+
+    async def release(self, lease: Lease, *, refund: bool) -> RequestState:
+        """Give the attempt back: the record is `queued` again at its old place. `refund` takes the attempt
+        off the count, for work that never started. Returns the state left behind."""
+
+    async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
+        """Store the attempt's result if it is the first terminal one, durably. Returns the state that now
+        stands; idempotent. Raises StoreUnavailable while durability is not reached: settle again."""
+
+    async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
+        """End a request that nobody runs (`dead`, `expired` or `cancelled`), rebuilding a missing record.
+        HELD when a worker has a live lease on it."""
+
+    async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
+        """Turn a queued or running record `cancelled`; returns the state that stood before."""
+
+    async def position(self, record: Record) -> Position: ...
+
+    async def load(self, version_ids: Sequence[str]) -> list[Load]:
+        """One Load per version, in the order asked."""
+
+    async def sweep(self, version_id: str, *, limit: int) -> int:
+        """Expire overdue records and drop strays from the version's order; at most `limit` looked at.
+        Returns how many changed."""
+
+    async def born_at(self) -> float:
+        """When this store's data began: younger than expected means that it was wiped."""
+
+    async def ping(self) -> None: ...
+
+
+# -- Catalog -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Row(Generic[T]):
+    """An item and the revision under which it stands."""
+
+    item: T
+    revision: int
+
+
+class Table(Protocol[T]):
+    """Items of one noun by key, with optimistic revisions. All raise StoreUnavailable."""
+
+    async def get(self, key: str) -> Row[T] | None: ...
+
+    async def list(self, index: str = "", value: str = "") -> list[Row[T]]:
+        """All rows, or those whose `index` equals `value`; oldest key first. Unknown indexes are a bug."""
+
+    async def put(self, item: T, *, revision: int = 0) -> int:
+        """Write if the stored revision is `revision` (0: if there is none); returns the new revision.
+        Raises RevisionConflict."""
+
+    async def delete(self, key: str) -> bool:
+        """Whether there was one."""
+
+
+class Catalog(Protocol):
+    """What was defined and desired, and what the instances report."""
+
+    @property
+    def versions(self) -> Table[Version]:
+        """Key: version id. Indexes: `function_id`, `account`."""
+
+    @property
+    def deployments(self) -> Table[Deployment]:
+        """Key: version id. Index: `account`."""
+
+    @property
+    def keys(self) -> Table[Key]:
+        """Key: hash. Index: `account`."""
+
+    async def beat(self, instance: Instance, *, ttl_s: float) -> None:
+        """Report an instance; it vanishes `ttl_s` after its last beat."""
+
+    async def instances(self, version_id: str) -> list[Instance]: ...
+
+    async def retire(self, instance: Instance) -> None:
+        """Take an instance's report away at once."""
+
+    async def offer(self, gpus: Sequence[Gpu], *, ttl_s: float) -> None:
+        """Publish the inventory of the controller's launcher."""
+
+    async def gpus(self) -> list[Gpu]: ...
+
+    async def lead(self, holder: str, *, ttl_s: float) -> bool:
+        """Become or stay the one active controller; false while another holder's time has not run out."""
+
+    async def resign(self, holder: str) -> None: ...
+
+
+# -- Blobs -------------------------------------------------------------------------------------
+
+
+class Blobs(Protocol):
+    """Large bytes by key (`assets/<account>/<uuid>`, `inputs/…`, `results/…`). Raise BlobsUnavailable."""
+
+    def upload_url(self, key: str, *, content_type: str, description: str, expires_s: float) -> str:
+        """A URL that takes one PUT with exactly this Content-Type and x-amz-meta-nvcf-asset-description."""
+
+    def download_url(self, key: str, *, filename: str, expires_s: float) -> str:
+        """A URL that gives the object to whoever holds it, as an attachment, until it expires."""
+
+    async def head(self, key: str) -> Blob | None: ...
+
+    async def list(self, prefix: str) -> list[Blob]:
+        """Everything under `prefix`, which ends in '/'; content type and description may be empty."""
+
+    async def put(self, key: str, body: bytes, *, content_type: str) -> None: ...
+
+    async def get(self, key: str, *, limit_bytes: int) -> bytes:
+        """Raises NotFound, or PayloadTooLarge past the limit."""
+
+    async def upload(self, key: str, path: Path, *, content_type: str) -> None:
+        """Store a file, in parts when it is large; memory stays flat."""
+
+    async def download(self, key: str, path: Path) -> None:
+        """Write an object to a new file; memory stays flat. Raises NotFound."""
+
+    async def delete(self, key: str) -> bool: ...
+
+    async def ping(self) -> None: ...
+
+
+# -- Launcher ----------------------------------------------------------------------------------
+
+
+class Launched(Protocol):
+    """An instance as its launcher sees it. `error` is why it is not alive, with the tail of its log."""
+
+    @property
+    def instance_id(self) -> str: ...
+
+    @property
+    def version_id(self) -> str: ...
+
+    @property
+    def specification_id(self) -> str: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def error(self) -> str: ...
+
+
+class Launcher(Protocol):
+    """Starts and stops instances: a container and its sidecar each."""
+
+    async def gpus(self) -> list[Gpu]: ...
+
+    async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
+        """Begin to start an instance; its sidecar reports when it is ready. Raises ConfigurationError when
+        it can never start (an unknown image, say)."""
+
+    async def stop(self, instance_id: str, *, grace_s: float) -> None:
+        """Drain for at most `grace_s`, then end it and forget it. Idempotent."""
+
+    async def launched(self) -> list[Launched]:
+        """Every instance started here and not yet stopped, the dead ones included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broker:
+    """The data ports of one process, opened together by `broker.connect` and handed to every verb."""
+
+    queue: Queue
+    results: Results
+    catalog: Catalog
+    blobs: Blobs
+    settings: Settings

@@ -1,0 +1,260 @@
+"""Every setting, with its unit, default and meaning. The only reader of the environment.
+
+`docs/settings.md` is generated from these classes and compared in a test.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from broker.errors import ConfigurationError
+
+S = TypeVar("S", bound=BaseSettings)
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Shared by every process. Environment name: `FNQUEUE_` and the setting's name in upper case."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="FNQUEUE_", frozen=True, extra="ignore", hide_input_in_errors=True, populate_by_name=True
+    )
+
+    queue_url: SecretStr = Field(
+        SecretStr("memory://"),
+        description="Where jobs wait: `memory://`, `amqp://user:password@host:port/vhost`, `amqps://…`.",
+    )
+    store_url: SecretStr = Field(
+        SecretStr("memory://"),
+        description="Where records and results live: `memory://`, `redis://host:port/db`, `rediss://…`.",
+    )
+    blobs_url: SecretStr = Field(
+        SecretStr("file://"),
+        description="Where large bytes live: `file://` (under the data folder) or `file:///a/folder`, or "
+        "`s3://access:secret@host:port/bucket?tls=false&region=us-east-1&public_endpoint=http://…`.",
+    )
+    launcher_url: str = Field("process://", description="What starts instances: `process://`.")
+    data_dir: Path = Field(Path(".fnqueue"), description="Folder for files, logs and state of local processes.")
+    secret_key: SecretStr = Field(
+        SecretStr(""),
+        description="At least 32 random characters, the same on every front end. Tags request IDs, so that a guessed "
+        "ID never reaches the store.",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
+    log_format: Literal["json", "text"] = Field("json", description="`json`: one object a line; `text`: for people.")
+
+    request_deadline_s: float = Field(
+        86_400,
+        ge=1,
+        le=30 * 86_400,
+        description="Seconds from acceptance after which a request that has not finished expires.",
+    )
+    result_ttl_s: float = Field(86_400, ge=60, le=30 * 86_400, description="Seconds a finished request stays readable.")
+    idempotency_ttl_s: float = Field(
+        86_400, ge=60, le=30 * 86_400, description="Seconds an Idempotency-Key is remembered."
+    )
+    queue_limit: int = Field(
+        100_000, ge=1, description="Requests that may wait for one version; one more is answered 429."
+    )
+    max_attempts: int = Field(
+        3, ge=1, le=100, description="Attempts after which a request whose worker or container died is dead."
+    )
+    lease_s: float = Field(
+        15, ge=1, le=300, description="Seconds after which a silent worker's attempt may be run again."
+    )
+    accept_timeout_s: float = Field(
+        10, gt=0, le=60, description="Seconds spent trying to get a job confirmed before the answer is 503."
+    )
+    publish_timeout_s: float = Field(
+        5, gt=0, le=60, description="Seconds one publish may take before it is tried on another connection."
+    )
+    store_timeout_s: float = Field(3, gt=0, le=60, description="Seconds one exchange with the store may take.")
+    durable_replicas: int = Field(
+        0, ge=0, le=5, description="Redis replicas that must hold a result before it is acknowledged or shown (WAIT)."
+    )
+    inline_body_bytes: int = Field(
+        256 * 1024,
+        ge=0,
+        le=16 * MIB,
+        description="Request bodies above this travel through the blob store instead of the queue.",
+    )
+    blobs_timeout_s: float = Field(30, gt=0, le=600, description="Seconds one answer of the blob store may take.")
+
+
+class ApiSettings(Settings):
+    """`fnqueue api` and `fnqueue dev`."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
+    admin_key: SecretStr = Field(
+        SecretStr(""),
+        description="A bearer key with every scope on `admin_account`, kept nowhere else; empty for none.",
+    )
+    admin_account: str = Field("default", min_length=1, max_length=64, description="The account of `admin_key`.")
+    public_url: str = Field(
+        "", description="How clients reach this server, for URLs it hands out; empty: from the request."
+    )
+    max_body_bytes: int = Field(
+        5 * MIB, ge=1024, le=128 * MIB, description="Largest request body; larger ones are answered 413."
+    )
+    body_timeout_s: float = Field(30, gt=0, le=3600, description="Seconds a client may take to send its body.")
+    inflight_body_bytes: int = Field(
+        256 * MIB, ge=5 * MIB, description="Request bodies held in memory at once; beyond it the answer is 503."
+    )
+    gateway_timeout: bool = Field(
+        False,
+        description="Answer 504 and remove a request still queued when the caller's wait ends, as upstream does.",
+    )
+    one_shot_results: bool = Field(False, description="Forget a result once it was delivered, as upstream does.")
+    on_disconnect: Literal["continue", "cancel"] = Field(
+        "continue", description="What happens to a request whose client leaves before it was answered."
+    )
+    asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
+    result_url_ttl_s: float = Field(
+        86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."
+    )
+    shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
+
+
+class ControllerSettings(Settings):
+    """`fnqueue controller`, and the controller inside `fnqueue dev`."""
+
+    images_file: Path | None = Field(
+        None,
+        description="TOML file that maps image references to commands for `process://`; added to the samples.",
+    )
+    reconcile_s: float = Field(1, gt=0, le=60, description="Seconds between two looks at desired and actual instances.")
+    sweep_s: float = Field(10, gt=0, le=600, description="Seconds between two sweeps for overdue requests.")
+    deploy_timeout_s: float = Field(
+        1800, ge=1, description="Seconds a deployment may take to become ACTIVE before it is ERROR."
+    )
+    drain_s: float = Field(
+        120, ge=0, le=7200, description="Seconds an instance may take to finish its work when it is stopped."
+    )
+
+
+def _either(name: str, upstream: str) -> AliasChoices:
+    return AliasChoices(name, f"FNQUEUE_{name.upper()}", upstream)
+
+
+class SidecarSettings(Settings):
+    """`fnqueue sidecar`. The names that NVCF's own sidecar reads are understood too."""
+
+    function_id: str = Field(validation_alias=_either("function_id", "FUNCTION_ID"), description="The function's ID.")
+    function_version_id: str = Field(
+        validation_alias=_either("function_version_id", "FUNCTION_VERSION_ID"),
+        description="The version's ID: whose queue to serve.",
+    )
+    function_name: str = Field(
+        "", validation_alias=_either("function_name", "FUNCTION_NAME"), description="The function's name."
+    )
+    account: str = Field(
+        "default", validation_alias=_either("account", "NCA_ID"), description="The account that owns the function."
+    )
+    instance_id: str = Field("", description="Name of this instance in reports; empty: a random one.")
+    specification_id: str = Field("", description="The deployment's GPU specification that this instance belongs to.")
+    gpu: str = Field("CPU", description="GPU type reported.")
+    instance_type: str = Field(
+        "CPU", validation_alias=_either("instance_type", "NVCF_INSTANCETYPE"), description="Instance type reported."
+    )
+    backend: str = Field("", validation_alias=_either("backend", "NVCF_BACKEND"), description="Cluster group reported.")
+    region: str = Field("", validation_alias=_either("region", "NVCF_REGION"), description="Region reported.")
+    environment: str = Field(
+        "", validation_alias=_either("environment", "NVCF_ENV"), description="Environment name given to the container."
+    )
+
+    inference_host: str = Field("127.0.0.1", description="Host of the inference container.")
+    inference_port: int = Field(
+        8000,
+        ge=1,
+        le=65_535,
+        validation_alias=_either("inference_port", "INFERENCE_PORT"),
+        description="Port of the inference container.",
+    )
+    inference_url: str = Field(
+        "/", validation_alias=_either("inference_url", "INFERENCE_URL"), description="Path that jobs are POSTed to."
+    )
+    health_protocol: Literal["HTTP", "gRPC"] = Field(
+        "HTTP", validation_alias=_either("health_protocol", "INFERENCE_HEALTH_PROTOCOL"), description="`HTTP`."
+    )
+    health_uri: str = Field(
+        "/v2/health/ready",
+        validation_alias=_either("health_uri", "INFERENCE_HEALTH_ENDPOINT"),
+        description="Path of the container's health check.",
+    )
+    health_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        validation_alias=_either("health_port", "INFERENCE_HEALTH_PORT"),
+        description="Port of the health check; 0: the inference port.",
+    )
+    health_timeout_s: float = Field(10, gt=0, le=600, description="Seconds one health check may take.")
+    health_expected_status: int = Field(
+        200,
+        validation_alias=_either("health_expected_status", "INFERENCE_HEALTH_EXPECTED_RESPONSE_CODE"),
+        description="The only HTTP status that means healthy.",
+    )
+    health_start_interval_s: float = Field(
+        0.5, gt=0, le=60, description="Seconds between checks until the first healthy answer."
+    )
+    health_interval_s: float = Field(10, gt=0, le=600, description="Seconds between checks of a healthy container.")
+    ready_timeout_s: float = Field(
+        1800, gt=0, description="Seconds a container may take to become healthy before the sidecar gives up."
+    )
+    max_request_concurrency: int = Field(
+        1,
+        ge=1,
+        le=16_384,
+        validation_alias=_either("max_request_concurrency", "MAX_REQUEST_CONCURRENCY"),
+        description="Jobs sent to the container at once.",
+    )
+    run_timeout_s: float = Field(3600, ge=1, le=7 * 86_400, description="Seconds one attempt may run in the container.")
+    renew_s: float = Field(
+        4, gt=0, le=100, description="Seconds between two renewals of a lease; at most a third of `lease_s`."
+    )
+    drain_s: float = Field(
+        120, ge=0, le=7200, description="Seconds to finish running jobs after SIGTERM before they are handed back."
+    )
+    crash_backoff_s: float = Field(
+        1,
+        ge=0,
+        le=60,
+        description="Seconds before a job whose container was lost is handed back, doubling per attempt.",
+    )
+    asset_dir: Path = Field(Path("/var/inf/inputAssets"), description="Folder under which a request's assets are laid.")
+    response_dir: Path = Field(
+        Path("/var/inf/response"), description="Folder under which a container may write a request's files."
+    )
+    max_response_bytes: int = Field(
+        5 * MIB,
+        ge=1024,
+        le=64 * MIB,
+        description="Largest answer kept inline; a larger one becomes a zip behind a 302.",
+    )
+    max_artifact_bytes: int = Field(5 * 1024 * MIB, ge=MIB, description="Largest answer with its files, in bytes.")
+    beat_s: float = Field(2, gt=0, le=60, description="Seconds between two reports of this instance.")
+    status_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port of `/v1/health/live` and `/v1/health/ready`; 0 serves none. Upstream uses 8080.",
+    )
+
+
+def load(kind: type[S], **given: Any) -> S:
+    """Settings from the environment, with `given` (options typed by a person; None means not given) on top.
+
+    Raises:
+        ConfigurationError: one line that names each bad setting; never echoes a value, which may be a secret.
+    """
+    try:
+        return kind(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as exc:
+        faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in exc.errors())
+        raise ConfigurationError(f"bad settings: {faults}") from exc
