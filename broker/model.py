@@ -88,7 +88,8 @@ class HealthInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """The desired state of one version. `draining` means undeployed, and kept until its queue is empty."""
+    """The desired state of one version. `draining` means undeployed, and kept until its queue is empty;
+    `removing`, that the controller deletes the queue now, and nobody may deploy in its place."""
 
     id: str
     function_id: str
@@ -100,6 +101,7 @@ class Deployment:
     health: tuple[HealthInfo, ...] = ()
     undeployed: bool = False
     draining: bool = False
+    removing: bool = False
 
 
 class InstanceStatus(StrEnum):
@@ -225,6 +227,16 @@ class Draft:
     version_id: str
     digest: str
     deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch:
+    """One life of a store's data. `number` (0 to 255) goes into every request ID minted meanwhile, so that an
+    ID which the store does not know can be told to be from before it was wiped. `now` is when this was read."""
+
+    number: int
+    born_at: float
+    now: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

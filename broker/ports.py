@@ -17,6 +17,7 @@ from broker.model import (
     Claim,
     Deployment,
     Draft,
+    Epoch,
     Gpu,
     GpuSpecification,
     Instance,
@@ -114,7 +115,6 @@ class Results(Protocol):
     async def remember_key(self, account: str, key: str, *, request_id: str, digest: str) -> str:
         """Bind an idempotency key; returns the id it is bound to, `request_id` when it was free.
 
-        A key bound to an abandoned or vanished attempt of the same digest is bound anew.
         Raises IdempotencyKeyReused when it is bound to another digest.
         """
 
@@ -161,7 +161,11 @@ class Results(Protocol):
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
         """Turn a queued or running record `cancelled`; returns the state that stood before."""
 
-    async def position(self, record: Record) -> Position: ...
+    async def forget(self, request_id: str) -> None:
+        """Hide a terminal record from every later `read`."""
+
+    async def position(self, record: Record) -> Position:
+        """Exact rank among those that wait for the record's version."""
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         """One Load per version, in the order asked."""
@@ -170,8 +174,8 @@ class Results(Protocol):
         """Expire overdue records and drop strays from the version's order; at most `limit` looked at.
         Returns how many changed."""
 
-    async def born_at(self) -> float:
-        """When this store's data began: younger than expected means that it was wiped."""
+    async def epoch(self, *, fresh: bool = False) -> Epoch:
+        """The present life of the store's data, a few seconds old at most unless `fresh`."""
 
     async def ping(self) -> None: ...
 

@@ -1,7 +1,8 @@
-"""Request IDs: UUIDs of version 4 whose last 48 bits are a keyed tag of the account.
+"""Request IDs: UUIDs of version 4 that carry a keyed tag of the account and the epoch of the store.
 
-A guessed or foreign ID is told from one of ours without asking the store, and an ID of ours that the store no
-longer knows is told from one that never existed (PROTOCOL R4).
+74 random bits, 8 bits of epoch, 40 bits of tag. A guessed or foreign ID is told from one of ours without asking
+the store, and an ID of ours that the store lost when it was wiped is told from one whose time had come
+(PROTOCOL R4).
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import hmac
 import os
 import uuid
 
-_TAG_BYTES = 6
+_TAG_BYTES = 5
+_EPOCH_AT = 10
 
 
-def mint(secret: bytes, account: str) -> str:
-    """A new ID for `account`: 74 random bits and the tag."""
-    head = bytearray(os.urandom(16 - _TAG_BYTES))
+def mint(secret: bytes, account: str, epoch: int) -> str:
+    """A new ID. `secret` is at most 64 bytes, `epoch` 0 to 255."""
+    head = bytearray(os.urandom(_EPOCH_AT))
     head[6] = (head[6] & 0x0F) | 0x40
     head[8] = (head[8] & 0x3F) | 0x80
-    return str(uuid.UUID(bytes=bytes(head) + _tag(secret, account, bytes(head))))
+    head.append(epoch)
+    digits = (bytes(head) + _tag(secret, account, bytes(head))).hex()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def belongs(secret: bytes, account: str, request_id: str) -> bool:
@@ -29,5 +33,10 @@ def belongs(secret: bytes, account: str, request_id: str) -> bool:
     return hmac.compare_digest(tag, _tag(secret, account, head))
 
 
+def epoch_of(request_id: str) -> int:
+    """The epoch in which a canonical ID of ours was minted."""
+    return uuid.UUID(request_id).bytes[_EPOCH_AT]
+
+
 def _tag(secret: bytes, account: str, head: bytes) -> bytes:
-    return hashlib.blake2b(head + account.encode(), key=secret[:64], digest_size=_TAG_BYTES).digest()
+    return hashlib.blake2b(head + account.encode(), key=secret, digest_size=_TAG_BYTES).digest()

@@ -1,0 +1,1 @@
+"""All data ports in one process: `fnqueue dev`, and the reference reading of each port."""

@@ -1,0 +1,1 @@
+"""Results and Catalog on Redis."""

@@ -1,0 +1,101 @@
+"""Catalog on Redis: a hash per table with a revision before each item, and sorted sets as indexes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from broker.backends.codec import pack, unpack
+from broker.backends.redis import scripts
+from broker.backends.redis.connection import Connection
+from broker.errors import RevisionConflict
+from broker.model import Deployment, Gpu, Instance, Key, Version
+from broker.ports import Row
+
+T = TypeVar("T")
+
+
+class RedisTable(Generic[T]):
+    def __init__(
+        self, connection: Connection, name: str, kind: type[T], key: Callable[[T], str], indexes: Sequence[str]
+    ) -> None:
+        self._connection = connection
+        self._kind = kind
+        self._key = key
+        self._indexes = tuple(indexes)
+        self._name = f"fnq:c:{{{name}}}"
+
+    async def get(self, key: str) -> Row[T] | None:
+        [stored] = await self._connection.run(("HGET", self._name, key))
+        return None if stored is None else self._row(stored)
+
+    async def list(self, index: str = "", value: str = "") -> list[Row[T]]:
+        if index and index not in self._indexes:
+            raise LookupError(f"no index {index!r}; there are {sorted(self._indexes)}")
+        [items] = await self._connection.run(scripts.LIST.call((self._name, self._index(index, value))))
+        return [self._row(item) for item in items]
+
+    async def put(self, item: T, *, revision: int = 0) -> int:
+        keys = (self._name, self._index("", ""), *self._index_names(item))
+        [written] = await self._connection.run(
+            scripts.PUT.call(keys, self._key(item), revision, pack(item)), durable=True
+        )
+        if not written:
+            raise RevisionConflict(f"{self._key(item)} was changed by somebody else")
+        return revision + 1
+
+    async def delete(self, key: str) -> bool:
+        row = await self.get(key)
+        if row is None:
+            return False
+        keys = (self._name, self._index("", ""), *self._index_names(row.item))
+        [deleted] = await self._connection.run(scripts.DELETE.call(keys, key), durable=True)
+        return bool(deleted)
+
+    def _row(self, stored: bytes) -> Row[T]:
+        revision, _, item = stored.partition(b" ")
+        return Row(unpack(self._kind, item), int(revision))
+
+    def _index_names(self, item: T) -> tuple[str, ...]:
+        return tuple(self._index(name, getattr(item, name)) for name in self._indexes)
+
+    def _index(self, name: str, value: str) -> str:
+        return f"{self._name}:{name}:{value}"
+
+
+class RedisCatalog:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.versions = RedisTable(connection, "versions", Version, lambda item: item.id, ("function_id", "account"))
+        self.deployments = RedisTable(connection, "deployments", Deployment, lambda item: item.version_id, ("account",))
+        self.keys = RedisTable(connection, "keys", Key, lambda item: item.hash, ("account",))
+
+    async def beat(self, instance: Instance, *, ttl_s: float) -> None:
+        await self._connection.run(
+            scripts.BEAT.call((_instances(instance.version_id),), instance.id, int(ttl_s * 1000), pack(instance))
+        )
+
+    async def instances(self, version_id: str) -> list[Instance]:
+        [items] = await self._connection.run(scripts.INSTANCES.call((_instances(version_id),)))
+        return [unpack(Instance, item) for item in items]
+
+    async def retire(self, instance: Instance) -> None:
+        await self._connection.run(("HDEL", _instances(instance.version_id), instance.id))
+
+    async def offer(self, gpus: Sequence[Gpu], *, ttl_s: float) -> None:
+        await self._connection.run(("SET", "fnq:gpus", pack(list(gpus)), "PX", int(ttl_s * 1000)))
+
+    async def gpus(self) -> list[Gpu]:
+        [offered] = await self._connection.run(("GET", "fnq:gpus"))
+        return list(unpack(tuple[Gpu, ...], offered)) if offered else []
+
+    async def lead(self, holder: str, *, ttl_s: float) -> bool:
+        [leads] = await self._connection.run(scripts.LEAD.call(("fnq:leader",), holder, int(ttl_s * 1000)))
+        return bool(leads)
+
+    async def resign(self, holder: str) -> None:
+        await self._connection.run(scripts.RESIGN.call(("fnq:leader",), holder))
+
+
+def _instances(version_id: str) -> str:
+    return f"fnq:i:{{{version_id}}}"

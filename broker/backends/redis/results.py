@@ -1,0 +1,400 @@
+"""Results on Redis: each method is one exchange, most of them one script."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
+from broker.backends.hints import Hints, Watch
+from broker.backends.redis import scripts
+from broker.backends.redis.connection import Command, Connection
+from broker.errors import IdempotencyKeyReused, QueueFull, StoreUnavailable
+from broker.model import (
+    Claim,
+    Draft,
+    Epoch,
+    Job,
+    Lease,
+    Load,
+    Outcome,
+    Position,
+    Record,
+    RequestState,
+    Verdict,
+)
+from broker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_EPOCH_REFRESH_S = 2.0
+_STRAY_AFTER_S = 60.0
+
+
+class RedisResults:
+    """Opened by `broker.backends.redis.store`; `run` must be going for hints and epoch to stay fresh."""
+
+    def __init__(self, connection: Connection, settings: Settings) -> None:
+        self._connection = connection
+        self._settings = settings
+        self._retention_ms = int(settings.result_ttl_s * 1000)
+        self._channel = f"fnq:h:{secrets.token_hex(6)}"
+        self._hints = Hints()
+        self._epoch: Epoch | None = None
+        self.subscribed = asyncio.Event()
+
+    # -- submitters -------------------------------------------------------------------------------
+
+    async def remember_key(self, account: str, key: str, *, request_id: str, digest: str) -> str:
+        ttl_ms = int(self._settings.idempotency_ttl_s * 1000)
+        [bound] = await self._connection.run(
+            scripts.REMEMBER_KEY.call((_idempotency(account, key),), request_id, digest, ttl_ms)
+        )
+        if not bound:
+            raise IdempotencyKeyReused("this Idempotency-Key was used with another request")
+        return _text(bound)
+
+    async def forget_key(self, account: str, key: str, *, request_id: str) -> None:
+        await self._connection.run(scripts.FORGET_KEY.call((_idempotency(account, key),), request_id))
+
+    async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
+        nonce = secrets.token_hex(4)
+        waiting = _waiting(draft.version_id)
+        room, made = await self._connection.run(
+            scripts.ENQUEUE.call((waiting,), draft.id, queue_limit),
+            scripts.CREATE.call(
+                (_record(draft.id),),
+                draft.account,
+                draft.function_id,
+                draft.version_id,
+                int(draft.deadline_s * 1000),
+                self._retention_ms,
+                nonce,
+                self._channel if watch else "",
+            ),
+        )
+        is_new, state, created, deadline, function_id, version_id = made
+        if is_new and not room:
+            await self._connection.run(scripts.DISCARD.call((_record(draft.id),), nonce))
+            raise QueueFull(f"{queue_limit} requests already wait for this function version")
+        record = Record(
+            id=draft.id,
+            account=draft.account,
+            function_id=_text(function_id),
+            version_id=_text(version_id),
+            state=RequestState(_text(state)),
+            created_at=int(created) / 1000,
+            deadline_at=int(deadline) / 1000,
+        )
+        if not is_new and (record.state is not RequestState.QUEUED or record.version_id != draft.version_id):
+            await self._connection.run(("ZREM", waiting, draft.id))
+        return record
+
+    async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
+        retention_ms = int(self._settings.request_deadline_s * 1000) + self._retention_ms
+        [abandoned] = await self._connection.run(
+            scripts.ABANDON.call((_record(request_id), _body(request_id)), reason, retention_ms), durable=True
+        )
+        if abandoned:
+            await self._connection.run(("ZREM", _waiting(version_id), request_id))
+        return bool(abandoned)
+
+    async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
+        before, version_id = await self._connection.run(
+            scripts.CANCEL.call((_record(request_id), _body(request_id)), reason, self._retention_ms),
+            ("HGET", _record(request_id), "v"),
+            durable=True,
+        )
+        if before is None:
+            return None
+        await self._leave(_text(version_id), request_id)
+        return RequestState(_text(before))
+
+    # -- readers ----------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def watch(self, request_id: str) -> AsyncIterator[Watch]:
+        with self._hints.watching(request_id, Watch(lambda: self._read(request_id, self._channel))) as watch:
+            yield watch
+
+    async def read(self, request_id: str) -> Record | None:
+        return await self._read(request_id, "")
+
+    async def forget(self, request_id: str) -> None:
+        await self._connection.run(scripts.FORGET.call((_record(request_id), _body(request_id))))
+
+    async def position(self, record: Record) -> Position:
+        state, rank, length = await self._connection.run(
+            ("HGET", _record(record.id), "s"),
+            ("ZRANK", _waiting(record.version_id), record.id),
+            ("ZCARD", _waiting(record.version_id)),
+        )
+        if state is None or _text(state) != RequestState.QUEUED:
+            return Position(rank=0, length=int(length))
+        # A request that a wiped store has not seen again yet is somewhere behind those it has.
+        return Position(rank=int(rank) + 1 if rank is not None else int(length) + 1, length=int(length))
+
+    async def load(self, version_ids: Sequence[str]) -> list[Load]:
+        if not version_ids:
+            return []
+        replies = await self._connection.run(
+            *(scripts.LOAD.call((_waiting(version_id), _running(version_id))) for version_id in version_ids)
+        )
+        return [
+            Load(queued=int(queued), running=int(running), oldest_age_s=int(age) / 1000)
+            for queued, running, age in replies
+        ]
+
+    async def epoch(self, *, fresh: bool = False) -> Epoch:
+        if fresh or self._epoch is None:
+            [reply] = await self._connection.run(scripts.EPOCH.call(("fnq:epoch",), secrets.randbelow(256)))
+            number, born, now = (int(part) for part in reply)
+            self._epoch = Epoch(number=number, born_at=born / 1000, now=now / 1000)
+        return self._epoch
+
+    async def ping(self) -> None:
+        await self._connection.run(("PING",))
+
+    # -- workers ----------------------------------------------------------------------------------
+
+    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
+        token = secrets.token_hex(16)
+        claimed, _ = await self._connection.run(
+            scripts.CLAIM.call(
+                (_record(job.id), _body(job.id)),
+                worker,
+                token,
+                self._channel,
+                int(lease_s * 1000),
+                max_attempts,
+                self._retention_ms,
+                *_job(job),
+            ),
+            scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
+        )
+        verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
+        if verdict is Verdict.SETTLED:
+            await self._leave(job.version_id, job.id)
+        lease = Lease(request_id=job.id, version_id=job.version_id, attempt=int(claimed[2]), token=token)
+        return Claim(
+            verdict=verdict,
+            state=state,
+            lease=lease if verdict is Verdict.GRANTED else None,
+            wait_s=int(claimed[3]) / 1000,
+        )
+
+    async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
+        [state] = await self._connection.run(
+            scripts.RENEW.call((_record(lease.request_id),), lease.token, int(lease_s * 1000))
+        )
+        return RequestState(_text(state))
+
+    async def release(self, lease: Lease, *, refund: bool) -> RequestState:
+        [reply] = await self._connection.run(
+            scripts.RELEASE.call((_record(lease.request_id),), lease.token, int(refund))
+        )
+        state = RequestState(_text(reply))
+        if state is RequestState.QUEUED:
+            await self._connection.run(
+                scripts.MOVE.call((_running(lease.version_id), _waiting(lease.version_id)), lease.request_id)
+            )
+        return state
+
+    async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
+        reply, *_ = await self._connection.run(
+            scripts.SETTLE.call(
+                (_record(job.id), _body(job.id)),
+                lease.token,
+                lease.attempt,
+                state,
+                pack_outcome(outcome),
+                self._retention_ms,
+                *_job(job),
+            ),
+            *_leaving(job.version_id, job.id),
+            durable=True,
+        )
+        stands = RequestState(_text(reply))
+        if not stands.terminal:
+            places = (_waiting(job.version_id), _running(job.version_id))
+            await self._connection.run(
+                scripts.MOVE.call(places if stands is RequestState.RUNNING else places[::-1], job.id)
+            )
+        return stands
+
+    async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
+        [ended] = await self._connection.run(
+            scripts.END.call((_record(job.id), _body(job.id)), state, reason, self._retention_ms, *_job(job)),
+            durable=True,
+        )
+        claim = Claim(
+            verdict=Verdict(_text(ended[0])), state=RequestState(_text(ended[1])), wait_s=int(ended[2]) / 1000
+        )
+        if claim.verdict is Verdict.SETTLED:
+            await self._leave(job.version_id, job.id)
+        return claim
+
+    async def sweep(self, version_id: str, *, limit: int) -> int:
+        epoch = await self.epoch(fresh=True)
+        before = int((epoch.now - _STRAY_AFTER_S) * 1_000_000)
+        changed = 0
+        for place, belongs in (
+            (_waiting(version_id), RequestState.QUEUED),
+            (_running(version_id), RequestState.RUNNING),
+        ):
+            [ids] = await self._connection.run(("ZRANGE", place, 0, limit - 1, "WITHSCORES"))
+            for request_id, score in _scored(ids):
+                record = await self.read(request_id)
+                if record is None or record.state is not belongs:
+                    stray = record is not None or score < before
+                    changed += stray
+                    if stray:
+                        await self._connection.run(("ZREM", place, request_id))
+        return changed
+
+    # -- the process's own subscription -----------------------------------------------------------
+
+    async def run(self) -> None:
+        """Listen for hints and keep the epoch fresh, across reconnects, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._keep_epoch())
+
+    async def _listen(self) -> None:
+        failing = False
+        while True:
+            try:
+                async with self._connection.client.pubsub() as pubsub:
+                    await pubsub.subscribe(self._channel)
+                    while True:
+                        message = await pubsub.get_message(timeout=5.0)
+                        failing = False
+                        self._heard(message)
+            except (RedisError, OSError, TimeoutError) as exc:
+                if not failing:
+                    logger.warning("hints_lost", extra={"cause": type(exc).__name__})
+                failing = True
+                await asyncio.sleep(0.5)
+
+    def _heard(self, message: dict[str, Any] | None) -> None:
+        if message is None:
+            return
+        if message["type"] == "message":
+            self._hints.tell(_text(message["data"]))
+        elif message["type"] == "subscribe":
+            # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
+            self._hints.tell_all()
+            self.subscribed.set()
+
+    async def _keep_epoch(self) -> None:
+        while True:
+            try:
+                await self.epoch(fresh=True)
+            except StoreUnavailable:
+                logger.debug("epoch_unknown")
+            await asyncio.sleep(_EPOCH_REFRESH_S)
+
+    # -- pieces -----------------------------------------------------------------------------------
+
+    async def _read(self, request_id: str, channel: str) -> Record | None:
+        touch = self._settings.durable_replicas > 0
+        command = scripts.READ.call((_record(request_id), _body(request_id)), self._retention_ms, channel, int(touch))
+        try:
+            [reply] = await self._connection.run(command, durable=touch)
+        except StoreUnavailable:
+            if not touch:
+                raise
+            # Replicas are away: a live record can still be shown, a terminal one reads as still running.
+            [reply] = await self._connection.run(command)
+            record = _parse(request_id, reply)
+            if record is None or not record.state.terminal:
+                return record
+            return replace(record, state=RequestState.RUNNING, outcome=None, finished_at=0.0)
+        record = _parse(request_id, reply)
+        if record is not None and int(reply[12]):
+            await self._leave(record.version_id, request_id)
+        return record
+
+    async def _leave(self, version_id: str, request_id: str) -> None:
+        await self._connection.run(*_leaving(version_id, request_id))
+
+
+def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
+    if reply is None:
+        return None
+    state, account, function_id, version_id = (_text(part) for part in reply[:4])
+    created, deadline, attempt, started, ended = (int(part) for part in reply[4:9])
+    body = reply[11]
+    try:
+        outcome = unpack_outcome(body) if body else None
+    except Unreadable:
+        logger.error("outcome_unreadable", extra={"request_id": request_id})
+        outcome = None
+    return Record(
+        id=request_id,
+        account=account,
+        function_id=function_id,
+        version_id=version_id,
+        state=RequestState(state),
+        created_at=created / 1000,
+        deadline_at=deadline / 1000,
+        attempt=attempt,
+        started_at=started / 1000,
+        finished_at=ended / 1000,
+        worker=_text(reply[9]),
+        reason=_text(reply[10]),
+        outcome=outcome,
+    )
+
+
+def _job(job: Job) -> tuple[str | int, ...]:
+    return (
+        job.account,
+        job.function_id,
+        job.version_id,
+        int(job.created_at * 1000),
+        int(job.deadline_at * 1000),
+    )
+
+
+def _record(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:r"
+
+
+def _body(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:b"
+
+
+def _waiting(version_id: str) -> str:
+    return f"fnq:{{{version_id}}}:q"
+
+
+def _running(version_id: str) -> str:
+    return f"fnq:{{{version_id}}}:x"
+
+
+def _leaving(version_id: str, request_id: str) -> tuple[Command, Command]:
+    return ("ZREM", _waiting(version_id), request_id), ("ZREM", _running(version_id), request_id)
+
+
+def _idempotency(account: str, key: str) -> str:
+    return f"fnq:k:{hashlib.sha256(f'{account} {key}'.encode()).hexdigest()}"
+
+
+def _scored(reply: Sequence[Any]) -> list[tuple[str, float]]:
+    """RESP3 answers pairs, RESP2 a flat list."""
+    if reply and isinstance(reply[0], list | tuple):
+        return [(_text(member), float(score)) for member, score in reply]
+    return [(_text(reply[at]), float(reply[at + 1])) for at in range(0, len(reply), 2)]
+
+
+def _text(raw: bytes | str) -> str:
+    return raw.decode() if isinstance(raw, bytes) else raw

@@ -1,0 +1,404 @@
+"""Every change of a request as one Lua script, safe to run twice; time is Redis's own, in milliseconds.
+
+Keys of one request share a hash tag, so that they live in one slot of a Redis Cluster:
+    fnq:{<id>}:r   hash, the record      fnq:{<id>}:b   string, the packed outcome
+A version's order is another slot, best effort and rebuildable:
+    fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
+
+Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
+o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
+e ended · m reason · h channels to hint, space separated · x hidden
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+
+class Script:
+    """`call` makes the command; the SHA is known without asking the server."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+        SCRIPTS.append(self)
+
+    def call(self, keys: tuple[str, ...], *args: str | int | bytes) -> tuple[str | int | bytes, ...]:
+        return ("EVALSHA", self._sha, len(keys), *keys, *args)
+
+
+SCRIPTS: list[Script] = []
+
+_NOW = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
+# finish(): the only place where a record becomes terminal. The record outlives every copy of its message.
+_FINISH = (
+    _NOW
+    + """
+local terminal = {fulfilled=1, errored=1, expired=1, cancelled=1, dead=1, abandoned=1}
+local function finish(r, b, state, reason, retention, body)
+  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's')
+  local id = string.match(r, '{(.-)}')
+  local ttl = math.max(retention, (tonumber(old[1]) or now) - now + 180000)
+  redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
+  redis.call('HDEL', r, 'h', 'k', 'l')
+  redis.call('PEXPIRE', r, ttl)
+  if body then redis.call('SET', b, body, 'PX', ttl) end
+  for channel in string.gmatch(old[2] or '', '%S+') do redis.call('PUBLISH', channel, id) end
+  if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
+  return state
+end
+local function overdue(r, b, retention)
+  local f = redis.call('HMGET', r, 's', 'd', 'l')
+  local idle = f[1] == 'queued' or (f[1] == 'running' and tonumber(f[3] or 0) <= now)
+  if idle and now >= tonumber(f[2]) then
+    finish(r, b, 'expired', 'not finished before its deadline', retention)
+    return true
+  end
+  return false
+end
+"""
+)
+
+# rebuild(): a record that is gone is made again from what its message carries.
+_REBUILD = (
+    _FINISH
+    + """
+local function rebuild(r, account, fn, version, created, deadline, retention)
+  if redis.call('EXISTS', r) == 1 then return end
+  redis.call('HSET', r, 's', 'queued', 'a', account, 'f', fn, 'v', version, 'c', created, 'd', deadline, 'n', 0, 'p', 1)
+  redis.call('PEXPIRE', r, math.max(1, deadline - now) + retention)
+end
+"""
+)
+
+# KEYS record · ARGV account function version deadline_ms retention_ms nonce channel
+# returns {1 if made now, state, created, deadline, function, version}
+CREATE = Script(
+    _NOW
+    + """
+local s = redis.call('HGET', KEYS[1], 's')
+local made = 0
+if not s then
+  local deadline = now + ARGV[4]
+  redis.call('HSET', KEYS[1], 's', 'queued', 'a', ARGV[1], 'f', ARGV[2], 'v', ARGV[3], 'c', now, 'd', deadline,
+    'n', 0, 'p', 1, 'o', ARGV[6])
+  redis.call('PEXPIRE', KEYS[1], ARGV[4] + ARGV[5])
+  made = 1
+elseif redis.call('HGET', KEYS[1], 'o') == ARGV[6] then
+  made = 1
+else
+  redis.call('HINCRBY', KEYS[1], 'p', 1)
+end
+if made == 1 and ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'h', ARGV[7]) end
+local f = redis.call('HMGET', KEYS[1], 's', 'c', 'd', 'f', 'v')
+return {made, f[1], f[2], f[3], f[4], f[5]}
+"""
+)
+
+# Takes back what CREATE made when the queue turned out to be full.
+# KEYS record · ARGV nonce
+DISCARD = Script(
+    """
+if redis.call('HGET', KEYS[1], 'o') == ARGV[1] and redis.call('HGET', KEYS[1], 's') == 'queued' then
+  return redis.call('DEL', KEYS[1])
+end
+return 0
+"""
+)
+
+# KEYS record body · ARGV reason retention_ms · returns 1 when it will never start
+ABANDON = Script(
+    _FINISH
+    + """
+local f = redis.call('HMGET', KEYS[1], 's', 'n', 'p')
+if f[1] == 'abandoned' then return 1 end
+if f[1] and (f[1] ~= 'queued' or tonumber(f[2]) > 0) then return 0 end
+if f[1] and tonumber(f[3]) > 1 then
+  redis.call('HINCRBY', KEYS[1], 'p', -1)
+  return 0
+end
+finish(KEYS[1], KEYS[2], 'abandoned', ARGV[1], ARGV[2] + 0)
+return 1
+"""
+)
+
+# KEYS record body · ARGV retention_ms channel touch
+# returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
+#   body, 1 if it expired just now}
+# A touched terminal record is written to, so that WAIT on this connection covers what was read.
+READ = Script(
+    _FINISH
+    + """
+if redis.call('HEXISTS', KEYS[1], 's') == 0 or redis.call('HEXISTS', KEYS[1], 'x') == 1 then return nil end
+local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
+local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h')
+local body = ''
+if terminal[f[1]] then
+  body = redis.call('GET', KEYS[2]) or ''
+  if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'y', now) end
+elseif ARGV[2] ~= '' and not string.find(f[12] or '', ARGV[2], 1, true) and #(f[12] or '') < 512 then
+  redis.call('HSET', KEYS[1], 'h', (f[12] and f[12] .. ' ' or '') .. ARGV[2])
+end
+return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
+  f[10] or '', f[11] or '', body, expired and 1 or 0}
+"""
+)
+
+# KEYS record body
+# ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
+# returns {verdict, state, attempt, wait_ms}
+CLAIM = Script(
+    _REBUILD
+    + """
+local r = KEYS[1]
+rebuild(r, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[6] + 0)
+overdue(r, KEYS[2], ARGV[6] + 0)
+local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd')
+local n = tonumber(f[2])
+if terminal[f[1]] then return {'settled', f[1], n, 0} end
+if f[1] == 'running' and tonumber(f[4] or 0) > now then
+  if f[3] == ARGV[2] then return {'granted', 'running', n, 0} end
+  return {'held', 'running', n, tonumber(f[4]) - now}
+end
+if n >= tonumber(ARGV[5]) then
+  finish(r, KEYS[2], 'dead', 'the worker or its container died in ' .. n .. ' attempts', ARGV[6] + 0)
+  return {'settled', 'dead', n, 0}
+end
+redis.call('HSET', r, 's', 'running', 'n', n + 1, 't', ARGV[2], 'l', now + ARGV[4], 'w', ARGV[1], 'k', ARGV[3],
+  'b', now)
+return {'granted', 'running', n + 1, 0}
+"""
+)
+
+# KEYS record · ARGV token lease_ms · returns the state for the holder of that token
+RENEW = Script(
+    _NOW
+    + """
+local f = redis.call('HMGET', KEYS[1], 's', 't')
+if not f[1] then return 'running' end
+if f[1] ~= 'running' then return f[1] end
+if f[2] ~= ARGV[1] then return 'queued' end
+redis.call('HSET', KEYS[1], 'l', now + ARGV[2])
+return 'running'
+"""
+)
+
+# KEYS record · ARGV token refund(0|1) · returns the state left behind
+RELEASE = Script(
+    """
+local f = redis.call('HMGET', KEYS[1], 's', 't')
+if not f[1] then return 'queued' end
+if f[1] == 'running' and f[2] == ARGV[1] then
+  redis.call('HINCRBY', KEYS[1], 'n', 0 - ARGV[2])
+  redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
+  redis.call('HSET', KEYS[1], 's', 'queued')
+  return 'queued'
+end
+return f[1]
+"""
+)
+
+# KEYS record body · ARGV token attempt state outcome retention_ms account function version created deadline
+# returns the state that stands
+SETTLE = Script(
+    _REBUILD
+    + """
+local r = KEYS[1]
+if redis.call('EXISTS', r) == 0 then
+  rebuild(r, ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10] + 0, ARGV[5] + 0)
+  redis.call('HSET', r, 's', 'running', 'n', ARGV[2], 't', ARGV[1])
+end
+local f = redis.call('HMGET', r, 's', 't')
+if f[1] == 'running' and f[2] == ARGV[1] then
+  return finish(r, KEYS[2], ARGV[3], '', ARGV[5] + 0, ARGV[4])
+end
+return f[1]
+"""
+)
+
+# KEYS record body · ARGV state reason retention_ms account function version created deadline
+# returns {verdict, state, wait_ms}
+END = Script(
+    _REBUILD
+    + """
+local r = KEYS[1]
+rebuild(r, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[3] + 0)
+local f = redis.call('HMGET', r, 's', 'l')
+if terminal[f[1]] then return {'settled', f[1], 0} end
+if f[1] == 'running' and tonumber(f[2] or 0) > now then return {'held', f[1], tonumber(f[2]) - now} end
+return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0}
+"""
+)
+
+# KEYS record body · ARGV reason retention_ms · returns nil, or the state that stood before
+CANCEL = Script(
+    _FINISH
+    + """
+overdue(KEYS[1], KEYS[2], ARGV[2] + 0)
+local s = redis.call('HGET', KEYS[1], 's')
+if s and not terminal[s] then finish(KEYS[1], KEYS[2], 'cancelled', ARGV[1], ARGV[2] + 0) end
+return s
+"""
+)
+
+# KEYS record body · hides a terminal record
+FORGET = Script(
+    _FINISH
+    + """
+if terminal[redis.call('HGET', KEYS[1], 's') or ''] then
+  redis.call('HSET', KEYS[1], 'x', 1)
+  redis.call('DEL', KEYS[2])
+end
+return 1
+"""
+)
+
+# KEYS key · ARGV id digest ttl_ms · returns the bound id, or '' when bound to another digest
+REMEMBER_KEY = Script(
+    """
+local bound = redis.call('GET', KEYS[1])
+if not bound then
+  redis.call('SET', KEYS[1], ARGV[1] .. ' ' .. ARGV[2], 'PX', ARGV[3])
+  return ARGV[1]
+end
+local id, digest = string.match(bound, '^(%S+) (%S+)$')
+return digest == ARGV[2] and id or ''
+"""
+)
+
+# KEYS key · ARGV id
+FORGET_KEY = Script(
+    """
+local bound = redis.call('GET', KEYS[1])
+if bound and string.match(bound, '^(%S+)') == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+)
+
+# KEYS waiting · ARGV id limit · returns 0 when the queue is full
+ENQUEUE = Script(
+    """
+if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 1 end
+if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
+local time = redis.call('TIME')
+redis.call('ZADD', KEYS[1], time[1] * 1000000 + time[2], ARGV[1])
+return 1
+"""
+)
+
+# KEYS from to · ARGV id · moves an id between the orders of a version, and keeps its place
+MOVE = Script(
+    """
+local score = redis.call('ZSCORE', KEYS[1], ARGV[1]) or redis.call('ZSCORE', KEYS[2], ARGV[1])
+if not score then
+  local time = redis.call('TIME')
+  score = time[1] * 1000000 + time[2]
+end
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[2], score, ARGV[1])
+return 1
+"""
+)
+
+# KEYS waiting running · returns {queued, running, age of the oldest in ms}
+LOAD = Script(
+    _NOW
+    + """
+local oldest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+local age = oldest[2] and math.max(0, now - math.floor(oldest[2] / 1000)) or 0
+return {redis.call('ZCARD', KEYS[1]), redis.call('ZCARD', KEYS[2]), age}
+"""
+)
+
+# KEYS epoch · ARGV number for a new one · returns {number, born, now}
+EPOCH = Script(
+    _NOW
+    + """
+redis.call('SET', KEYS[1], ARGV[1] .. ':' .. now, 'NX')
+local number, born = string.match(redis.call('GET', KEYS[1]), '^(%d+):(%d+)$')
+return {tonumber(number), tonumber(born), now}
+"""
+)
+
+# -- catalog: `fnq:c:{<table>}` holds "<revision> <item>" by key, and sorted sets beside it are the indexes ------
+
+# KEYS table index... · ARGV key revision item · returns 1, or 0 on a conflict
+PUT = Script(
+    _NOW
+    + """
+local stored = redis.call('HGET', KEYS[1], ARGV[1])
+local revision = stored and tonumber(string.match(stored, '^(%d+) ')) or 0
+local item = (ARGV[2] + 1) .. ' ' .. ARGV[3]
+if stored == item then return 1 end
+if revision ~= tonumber(ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], item)
+for i = 2, #KEYS do redis.call('ZADD', KEYS[i], 'NX', now, ARGV[1]) end
+return 1
+"""
+)
+
+# KEYS table index... · ARGV key
+DELETE = Script(
+    """
+for i = 2, #KEYS do redis.call('ZREM', KEYS[i], ARGV[1]) end
+return redis.call('HDEL', KEYS[1], ARGV[1])
+"""
+)
+
+# KEYS table index · returns the items of the index, oldest first
+LIST = Script(
+    """
+local items = {}
+for _, key in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+  local item = redis.call('HGET', KEYS[1], key)
+  if item then items[#items + 1] = item end
+end
+return items
+"""
+)
+
+# KEYS instances · ARGV id ttl_ms item
+BEAT = Script(
+    _NOW
+    + """
+redis.call('HSET', KEYS[1], ARGV[1], (now + ARGV[2]) .. ' ' .. ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+)
+
+# KEYS instances · returns the items that are alive
+INSTANCES = Script(
+    _NOW
+    + """
+local items = {}
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  local ends, item = string.match(all[i + 1], '^(%d+) (.*)$')
+  if tonumber(ends) > now then items[#items + 1] = item else redis.call('HDEL', KEYS[1], all[i]) end
+end
+return items
+"""
+)
+
+# KEYS leader · ARGV holder ttl_ms · returns 1 while the holder leads
+LEAD = Script(
+    """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+)
+
+# KEYS leader · ARGV holder
+RESIGN = Script(
+    """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+)

@@ -1,0 +1,28 @@
+"""Opens Results and Catalog over one Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from broker.backends.redis.catalog import RedisCatalog
+from broker.backends.redis.connection import Connection
+from broker.backends.redis.results import RedisResults
+from broker.settings import Settings
+
+
+@asynccontextmanager
+async def open_store(url: str, settings: Settings) -> AsyncIterator[tuple[RedisResults, RedisCatalog]]:
+    """Raises ConfigurationError for a URL that cannot be read; a Redis that is away does not fail the opening."""
+    connection = Connection(url, settings)
+    results = RedisResults(connection, settings)
+    listening = asyncio.create_task(results.run())
+    try:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(results.subscribed.wait(), settings.store_timeout_s)
+        yield results, RedisCatalog(connection)
+    finally:
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+        await connection.close()

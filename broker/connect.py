@@ -1,0 +1,85 @@
+"""URL scheme to back end, one typed table per port; opens and closes the Broker."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import TypeVar
+
+from pydantic import SecretStr
+
+from broker.backends import files, rabbitmq, s3
+from broker.backends.memory.catalog import MemoryCatalog
+from broker.backends.memory.queue import MemoryQueue
+from broker.backends.memory.results import MemoryResults
+from broker.backends.redis import store as redis
+from broker.errors import ConfigurationError
+from broker.ports import Blobs, Broker, Catalog, Queue, Results
+from broker.settings import ApiSettings, Settings
+
+T = TypeVar("T")
+Opener = Callable[[str, Settings], AbstractAsyncContextManager[T]]
+
+_SECRET_CHARACTERS = 32
+
+
+@asynccontextmanager
+async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
+    """The data ports that the settings name, closed on exit in reverse order.
+
+    Servers that are away do not fail the opening: the first use does, and `ping` tells.
+
+    Raises:
+        ConfigurationError: an unknown scheme or a bad URL.
+    """
+    settings = _with_secret(settings)
+    async with AsyncExitStack() as stack:
+        queue = await stack.enter_async_context(_opener("queue_url", settings, QUEUES))
+        results, catalog = await stack.enter_async_context(_opener("store_url", settings, STORES))
+        blobs = await stack.enter_async_context(_opener("blobs_url", settings, BLOBS))
+        yield Broker(queue=queue, results=results, catalog=catalog, blobs=blobs, settings=settings)
+
+
+@asynccontextmanager
+async def _memory_queue(url: str, settings: Settings) -> AsyncIterator[Queue]:
+    yield MemoryQueue()
+
+
+@asynccontextmanager
+async def _memory_store(url: str, settings: Settings) -> AsyncIterator[tuple[Results, Catalog]]:
+    yield MemoryResults(settings), MemoryCatalog()
+
+
+QUEUES: Mapping[str, Opener[Queue]] = {
+    "memory": _memory_queue,
+    "amqp": rabbitmq.open_queue,
+    "amqps": rabbitmq.open_queue,
+}
+STORES: Mapping[str, Opener[tuple[Results, Catalog]]] = {
+    "memory": _memory_store,
+    "redis": redis.open_store,
+    "rediss": redis.open_store,
+}
+BLOBS: Mapping[str, Opener[Blobs]] = {"file": files.open_blobs, "s3": s3.open_blobs}
+
+
+def _opener(name: str, settings: Settings, table: Mapping[str, Opener[T]]) -> AbstractAsyncContextManager[T]:
+    url: str = getattr(settings, name).get_secret_value()
+    scheme = url.partition("://")[0]
+    if "://" not in url or scheme not in table:
+        known = ", ".join(f"{known}://" for known in table)
+        raise ConfigurationError(f"FNQUEUE_{name.upper()}: unknown scheme {scheme[:20]!r}; known are {known}")
+    return table[scheme](url, settings)
+
+
+def _with_secret(settings: Settings) -> Settings:
+    """Only front ends mint IDs that others must recognise; everybody else makes do with a secret of its own."""
+    secret = settings.secret_key.get_secret_value()
+    shared = isinstance(settings, ApiSettings) and not settings.store_url.get_secret_value().startswith("memory:")
+    if shared and len(secret) < _SECRET_CHARACTERS:
+        raise ConfigurationError(
+            f"FNQUEUE_SECRET_KEY: at least {_SECRET_CHARACTERS} characters are needed, the same for every front end; "
+            "make one with: openssl rand -hex 32"
+        )
+    return settings if secret else settings.model_copy(update={"secret_key": SecretStr(secrets.token_hex(32))})

@@ -1,0 +1,301 @@
+"""The verbs of an invocation: invoke (submit, then wait), status, cancel, withdraw, position.
+
+The steps and their order are those of PROTOCOL §2.4; each shortcut there has a known way to lose a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from broker import assets, request_ids
+from broker.errors import (
+    AlreadyFinished,
+    FnqueueError,
+    NotFound,
+    PublishRejected,
+    PublishUnconfirmed,
+    QueueFull,
+    QueueMissing,
+    RequestExpired,
+    StoreUnavailable,
+    Unavailable,
+)
+from broker.model import Draft, Job, Position, Principal, Record, RequestState, Version
+from broker.ports import Broker, Watch
+
+logger = logging.getLogger(__name__)
+
+Spawn = Callable[[Coroutine[Any, Any, Record]], "asyncio.Task[Record]"]
+
+UNKNOWN = "no such request"
+CANCELLED_BY_CALLER = "cancelled by its caller"
+_SAFETY_READ_S = (10.0, 15.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
+    filtered; `on_disconnect` says what happens when the caller leaves before it was answered."""
+
+    principal: Principal
+    function_id: str
+    version_id: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    assets: tuple[str, ...] = ()
+    passthrough: bool = False
+    poll_s: int = 60
+    idempotency_key: str = ""
+    on_disconnect: Literal["continue", "cancel"] = "continue"
+
+
+async def invoke(broker: Broker, submission: Submission, version: Version, *, wait_s: float, spawn: Spawn) -> Record:
+    """Accept the submission, then wait up to `wait_s` seconds for its terminal record.
+
+    `spawn` makes a task that outlives this call, so that a caller who leaves interrupts the wait and never the
+    steps from create to confirm. An Idempotency-Key that was used before leads to the first request's record.
+
+    Raises:
+        NotFound: an asset is unknown.
+        IdempotencyKeyReused, QueueFull, Unavailable: refused, and it will never run (unless the error says
+            that the outcome is unknown).
+    """
+    account = submission.principal.account
+    request_id = request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
+    async with broker.results.watch(request_id) as watch:
+        submitting = spawn(submit(broker, submission, version, request_id, watch=wait_s > 0))
+        try:
+            record = await asyncio.shield(submitting)
+            if record.id == request_id:
+                return await _until_terminal(watch, record, wait_s)
+            return await wait(broker, record.id, wait_s=wait_s) or record
+        except asyncio.CancelledError:
+            if submission.on_disconnect == "cancel":
+                spawn(_cancel_submitted(broker, submitting))
+            raise
+
+
+async def submit(broker: Broker, submission: Submission, version: Version, request_id: str, *, watch: bool) -> Record:
+    """Create the record, then publish and await the confirm. Errors as `invoke`."""
+    account, key = submission.principal.account, submission.idempotency_key
+    if submission.assets:
+        await assets.resolve(broker, account, submission.assets)
+    digest = _digest(submission)
+    if key:
+        bound = await broker.results.remember_key(account, key, request_id=request_id, digest=digest)
+    else:
+        bound = request_id
+    draft = Draft(
+        id=bound,
+        account=account,
+        function_id=version.function_id,
+        version_id=version.id,
+        digest=digest,
+        deadline_s=broker.settings.request_deadline_s,
+    )
+    try:
+        record = await _create(broker, draft, submission, watch=watch)
+    except FnqueueError:
+        if key and bound == request_id:
+            await broker.results.forget_key(account, key, request_id=request_id)
+        raise
+    if record.state is RequestState.ABANDONED and bound != request_id:
+        await broker.results.forget_key(account, key, request_id=bound)
+        return await submit(broker, submission, version, request_id, watch=watch)
+    return record
+
+
+async def wait(broker: Broker, request_id: str, *, wait_s: float) -> Record | None:
+    """The record once it is terminal, or as it stands after `wait_s` seconds; None if there is none."""
+    async with broker.results.watch(request_id) as watch:
+        record = await watch.read()
+        return await _until_terminal(watch, record, wait_s) if record else None
+
+
+async def status(broker: Broker, principal: Principal, request_id: str, *, wait_s: float) -> Record:
+    """The caller's request, after waiting up to `wait_s` seconds for its end.
+
+    A request that was lost with a wiped store reads `queued` for as long as it may still be run and healed.
+
+    Raises:
+        NotFound: unknown or not the caller's.
+        RequestExpired: it was the caller's, and its result has passed its time to live.
+    """
+    _own_id(broker, principal, request_id)
+    record = await wait(broker, request_id, wait_s=wait_s)
+    if record is None:
+        return await _missing(broker, principal, request_id)
+    return _own(principal, record)
+
+
+async def cancel(broker: Broker, principal: Principal, request_id: str) -> Record:
+    """Make sure that no attempt starts from now on, and tell the worker that runs one. Idempotent.
+
+    Raises NotFound, or AlreadyFinished when there is a result.
+    """
+    _own_id(broker, principal, request_id)
+    record = await broker.results.read(request_id)
+    if record is None:
+        raise NotFound(UNKNOWN)
+    _own(principal, record)
+    before = await broker.results.cancel(request_id, reason=CANCELLED_BY_CALLER)
+    if before is None:
+        raise NotFound(UNKNOWN)
+    if before.terminal and before is not RequestState.CANCELLED:
+        raise AlreadyFinished(f"the request is already {before}")
+    return replace(record, state=RequestState.CANCELLED, reason=CANCELLED_BY_CALLER)
+
+
+async def withdraw(broker: Broker, record: Record) -> Record:
+    """Take a request that is still queued out of the queue, and return it as it then stands."""
+    await broker.results.cancel(record.id, reason="not picked up within the caller's wait")
+    return await broker.results.read(record.id) or record
+
+
+async def position(broker: Broker, principal: Principal, request_id: str) -> tuple[Record, Position]:
+    """Where the caller's request stands in its version's queue. Raises NotFound."""
+    record = await status(broker, principal, request_id, wait_s=0)
+    return record, await broker.results.position(record)
+
+
+async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch: bool) -> Record:
+    body, body_key = await _park_body(broker, draft, submission.body)
+    try:
+        record = await broker.results.create(draft, queue_limit=broker.settings.queue_limit, watch=watch)
+    except FnqueueError:
+        if body_key:
+            await broker.blobs.delete(body_key)
+        raise
+    if record.state is not RequestState.QUEUED:
+        return record
+    job = Job(
+        id=record.id,
+        account=record.account,
+        function_id=record.function_id,
+        version_id=record.version_id,
+        subject=submission.principal.subject,
+        created_at=record.created_at,
+        deadline_at=record.deadline_at,
+        digest=draft.digest,
+        headers=submission.headers,
+        body=body,
+        body_key=body_key,
+        assets=submission.assets,
+        passthrough=submission.passthrough,
+        poll_s=submission.poll_s,
+    )
+    try:
+        await _publish(broker, job)
+    except Unavailable as exc:
+        return await _refuse(broker, record, exc)
+    return record
+
+
+async def _park_body(broker: Broker, draft: Draft, body: bytes) -> tuple[bytes, str]:
+    """Bodies that are too large for a message wait in the blob store; nothing waits in this process."""
+    if len(body) <= broker.settings.inline_body_bytes:
+        return body, ""
+    key = f"inputs/{draft.account}/{draft.id}"
+    await broker.blobs.put(key, body, content_type="application/octet-stream")
+    return b"", key
+
+
+async def _publish(broker: Broker, job: Job) -> None:
+    """Publish until confirmed, over new connections, for as long as a caller may be kept waiting. Copies are
+    harmless: a claim runs a request once."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + broker.settings.accept_timeout_s
+    pause_s = 0.05
+    while True:
+        left_s = until - loop.time()
+        try:
+            return await broker.queue.publish(job, timeout_s=min(left_s, broker.settings.publish_timeout_s))
+        except (PublishRejected, QueueMissing):
+            raise
+        except Unavailable as exc:
+            logger.warning("publish_retried", extra={"request_id": job.id, "cause": type(exc).__name__})
+            pause_s = min(pause_s * 2, 1.0)
+            if until - loop.time() <= pause_s:
+                raise
+            await asyncio.sleep(random.uniform(pause_s / 2, pause_s))  # noqa: S311  spreads load, guards nothing
+
+
+async def _refuse(broker: Broker, record: Record, cause: Unavailable) -> Record:
+    """PROTOCOL P5: a refusal after create is only honest behind a tombstone."""
+    try:
+        abandoned = await broker.results.abandon(record.id, record.version_id, reason=str(cause))
+    except StoreUnavailable as exc:
+        raise Unavailable(str(cause), retry_after_s=cause.retry_after_s, outcome_unknown=True) from exc
+    if not abandoned:
+        return record
+    if isinstance(cause, PublishRejected):
+        raise QueueFull(str(cause), retry_after_s=cause.retry_after_s) from cause
+    if isinstance(cause, PublishUnconfirmed):
+        raise Unavailable(str(cause), retry_after_s=cause.retry_after_s) from cause
+    raise cause
+
+
+async def _cancel_submitted(broker: Broker, submitting: asyncio.Task[Record]) -> Record:
+    record = await submitting
+    await broker.results.cancel(record.id, reason="its caller left before it was answered")
+    return record
+
+
+async def _until_terminal(watch: Watch, record: Record, wait_s: float) -> Record:
+    """PROTOCOL R2: a hint only means "read again", and a lost hint costs one safety interval."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + wait_s
+    while not record.state.terminal and (left_s := until - loop.time()) > 0:
+        await watch.changed(min(left_s, random.uniform(*_SAFETY_READ_S)))  # noqa: S311  spreads load
+        try:
+            record = await watch.read() or record
+        except StoreUnavailable:
+            await watch.changed(min(max(0.0, until - loop.time()), 1.0))
+    return record
+
+
+async def _missing(broker: Broker, principal: Principal, request_id: str) -> Record:
+    epoch = await broker.results.epoch(fresh=True)
+    deadline_at = epoch.born_at + broker.settings.request_deadline_s
+    now = epoch.now
+    if request_ids.epoch_of(request_id) == epoch.number or now > deadline_at:
+        raise RequestExpired("the request's time to live has passed")
+    return Record(
+        id=request_id,
+        account=principal.account,
+        function_id="",
+        version_id="",
+        state=RequestState.QUEUED,
+        created_at=epoch.born_at,
+        deadline_at=deadline_at,
+    )
+
+
+def _own_id(broker: Broker, principal: Principal, request_id: str) -> None:
+    if not request_ids.belongs(_secret(broker), principal.account, request_id):
+        raise NotFound(UNKNOWN)
+
+
+def _own(principal: Principal, record: Record) -> Record:
+    if record.account != principal.account or record.state is RequestState.ABANDONED:
+        raise NotFound(UNKNOWN)
+    return record
+
+
+def _secret(broker: Broker) -> bytes:
+    return broker.settings.secret_key.get_secret_value().encode()[:64]
+
+
+def _digest(submission: Submission) -> str:
+    """What makes two submissions the same one."""
+    digest = hashlib.sha256()
+    for part in (submission.function_id, submission.version_id, ",".join(submission.assets)):
+        digest.update(part.encode() + b"\n")
+    digest.update(submission.body)
+    return digest.hexdigest()

@@ -1,0 +1,468 @@
+"""One suite for every Results back end."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from broker.backends.memory.results import MemoryResults
+from broker.backends.redis.store import open_store
+from broker.errors import IdempotencyKeyReused, QueueFull
+from broker.model import Claim, Draft, Job, Lease, Outcome, RequestState, Verdict
+from broker.ports import Results
+from broker.settings import Settings
+from infra.local.servers import Redis
+from tests.eventually import eventually
+
+FULFILLED = RequestState.FULFILLED
+OUTCOME = Outcome(status=200, headers=(("Content-Type", "application/json"), ("X-Ünicode", "é")), body=b"\x00\nbytes")
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def results(request: pytest.FixtureRequest) -> AsyncIterator[Results]:
+    settings = Settings()
+    if request.param == "memory":
+        yield MemoryResults(settings)
+        return
+    server: Redis = request.getfixturevalue("redis_server")
+    async with open_store(server.url, settings) as (opened, _):
+        yield opened
+
+
+@pytest.fixture
+def version_id() -> str:
+    return str(uuid.uuid4())
+
+
+def make_draft(version_id: str, *, deadline_s: float = 60.0) -> Draft:
+    return Draft(
+        id=str(uuid.uuid4()),
+        account="acme",
+        function_id=str(uuid.uuid4()),
+        version_id=version_id,
+        digest="d" * 64,
+        deadline_s=deadline_s,
+    )
+
+
+async def accept(results: Results, version_id: str, *, deadline_s: float = 60.0) -> Job:
+    draft = make_draft(version_id, deadline_s=deadline_s)
+    record = await results.create(draft, queue_limit=1000, watch=False)
+    return Job(
+        id=record.id,
+        account=record.account,
+        function_id=record.function_id,
+        version_id=record.version_id,
+        subject="key",
+        created_at=record.created_at,
+        deadline_at=record.deadline_at,
+        digest=draft.digest,
+    )
+
+
+async def claim(
+    results: Results, job: Job, *, worker: str = "w1", lease_s: float = 30.0, max_attempts: int = 3
+) -> Claim:
+    return await results.claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts)
+
+
+async def granted(results: Results, job: Job, *, lease_s: float = 30.0) -> Lease:
+    claimed = await claim(results, job, lease_s=lease_s)
+    assert claimed.verdict is Verdict.GRANTED
+    assert claimed.lease is not None
+    return claimed.lease
+
+
+async def state_of(results: Results, job: Job) -> RequestState | None:
+    record = await results.read(job.id)
+    return record.state if record else None
+
+
+async def test_a_created_record_reads_queued_with_its_deadline(results: Results, version_id: str) -> None:
+    draft = make_draft(version_id, deadline_s=60)
+    created = await results.create(draft, queue_limit=10, watch=False)
+    record = await results.read(draft.id)
+    assert record == created
+    assert record.state is RequestState.QUEUED
+    assert record.deadline_at - record.created_at == pytest.approx(60, abs=0.01)
+    assert (record.account, record.function_id, record.version_id) == ("acme", draft.function_id, version_id)
+
+
+async def test_an_unknown_id_has_no_record(results: Results) -> None:
+    assert await results.read(str(uuid.uuid4())) is None
+
+
+async def test_creating_twice_returns_the_first_record(results: Results, version_id: str) -> None:
+    draft = make_draft(version_id)
+    first = await results.create(draft, queue_limit=10, watch=False)
+    second = await results.create(replace(draft, deadline_s=5), queue_limit=10, watch=False)
+    assert second == first
+    assert (await results.load([version_id]))[0].queued == 1
+
+
+async def test_a_full_queue_refuses_and_leaves_nothing_behind(results: Results, version_id: str) -> None:
+    drafts = [make_draft(version_id) for _ in range(50)]
+    answers = await asyncio.gather(
+        *(results.create(draft, queue_limit=10, watch=False) for draft in drafts), return_exceptions=True
+    )
+    refused = [draft for draft, answer in zip(drafts, answers, strict=True) if isinstance(answer, QueueFull)]
+    assert len(refused) == 40
+    assert [await results.read(draft.id) for draft in refused] == [None] * 40
+    assert (await results.load([version_id]))[0].queued == 10
+
+
+async def test_an_existing_request_is_returned_although_the_queue_is_full(results: Results, version_id: str) -> None:
+    draft = make_draft(version_id)
+    first = await results.create(draft, queue_limit=1, watch=False)
+    assert await results.create(draft, queue_limit=1, watch=False) == first
+
+
+async def test_a_result_is_readable_again_and_again(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    assert await results.settle(lease, job, FULFILLED, OUTCOME) is FULFILLED
+    for _ in range(3):
+        record = await results.read(job.id)
+        assert record is not None
+        assert (record.state, record.outcome, record.attempt, record.worker) == (FULFILLED, OUTCOME, 1, "w1")
+        assert record.created_at <= record.started_at <= record.finished_at
+
+
+async def test_first_terminal_record_wins(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    await results.settle(lease, job, FULFILLED, OUTCOME)
+    late = Outcome(status=500, body=b"late")
+    assert await results.settle(lease, job, RequestState.ERRORED, late) is FULFILLED
+    assert await results.cancel(job.id, reason="too late") is FULFILLED
+    assert (await results.end(job, RequestState.DEAD, reason="too late")).state is FULFILLED
+    record = await results.read(job.id)
+    assert record is not None
+    assert record.outcome == OUTCOME
+
+
+async def test_a_claim_is_granted_once_while_its_lease_lives(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    claims = await asyncio.gather(*(claim(results, job, worker=f"w{n}") for n in range(10)))
+    assert sorted(claimed.verdict for claimed in claims) == [Verdict.GRANTED] + [Verdict.HELD] * 9
+    assert all(0 < claimed.wait_s <= 30 for claimed in claims if claimed.verdict is Verdict.HELD)
+
+
+async def test_a_lapsed_lease_is_granted_again_and_its_old_holder_loses(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    old = await granted(results, job, lease_s=0.1)
+    again = await eventually(lambda: claim(results, job), lambda claimed: claimed.verdict is Verdict.GRANTED)
+    assert again.lease is not None
+    assert again.lease.attempt == 2
+    assert await results.renew(old, lease_s=30) is not RequestState.RUNNING
+    assert await results.settle(old, job, FULFILLED, OUTCOME) is RequestState.RUNNING
+    assert await results.settle(again.lease, job, FULFILLED, OUTCOME) is FULFILLED
+
+
+async def test_a_renewed_lease_does_not_lapse(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job, lease_s=0.2)
+    assert await results.renew(lease, lease_s=30) is RequestState.RUNNING
+    held = await claim(results, job)
+    assert held.verdict is Verdict.HELD
+    assert held.wait_s > 20
+
+
+async def test_attempts_past_the_last_leave_the_request_dead(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    for attempt in (1, 2):
+        lease = await granted(results, job)
+        assert lease.attempt == attempt
+        assert await results.release(lease, refund=False) is RequestState.QUEUED
+    claimed = await claim(results, job, max_attempts=2)
+    assert (claimed.verdict, claimed.state) == (Verdict.SETTLED, RequestState.DEAD)
+    record = await results.read(job.id)
+    assert record is not None
+    assert "2 attempts" in record.reason
+    assert (await results.load([version_id]))[0].queued == 0
+
+
+async def test_a_refunded_attempt_costs_nothing(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    for _ in range(5):
+        await results.release(await granted(results, job), refund=True)
+    assert (await granted(results, job)).attempt == 1
+
+
+async def test_releasing_twice_gives_back_once(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    await results.release(lease, refund=True)
+    await results.release(lease, refund=True)
+    assert (await granted(results, job)).attempt == 1
+
+
+async def test_a_cancelled_request_never_starts(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    assert await results.cancel(job.id, reason="no longer needed") is RequestState.QUEUED
+    claimed = await claim(results, job)
+    assert (claimed.verdict, claimed.state) == (Verdict.SETTLED, RequestState.CANCELLED)
+    assert (await results.load([version_id]))[0].queued == 0
+
+
+async def test_cancelling_a_running_request_refuses_its_result(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    assert await results.cancel(job.id, reason="no longer needed") is RequestState.RUNNING
+    assert await results.renew(lease, lease_s=30) is RequestState.CANCELLED
+    assert await results.settle(lease, job, FULFILLED, OUTCOME) is RequestState.CANCELLED
+    assert await results.cancel(job.id, reason="again") is RequestState.CANCELLED
+
+
+async def test_cancelling_an_unknown_request_finds_nothing(results: Results) -> None:
+    assert await results.cancel(str(uuid.uuid4()), reason="") is None
+
+
+async def test_an_overdue_request_expires_for_its_reader(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id, deadline_s=0.1)
+    await eventually(lambda: state_of(results, job), lambda state: state is RequestState.EXPIRED)
+    assert (await claim(results, job)).state is RequestState.EXPIRED
+    assert (await results.load([version_id]))[0].queued == 0
+
+
+async def test_no_attempt_starts_after_the_deadline(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id, deadline_s=0.05)
+    await asyncio.sleep(0.1)
+    claimed = await claim(results, job)
+    assert (claimed.verdict, claimed.state) == (Verdict.SETTLED, RequestState.EXPIRED)
+
+
+async def test_a_running_request_outlives_its_deadline_while_it_is_leased(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id, deadline_s=0.05)
+    lease = await granted(results, job)
+    await asyncio.sleep(0.1)
+    assert await state_of(results, job) is RequestState.RUNNING
+    assert await results.settle(lease, job, FULFILLED, OUTCOME) is FULFILLED
+
+
+async def test_sweep_expires_what_nobody_reads(results: Results, version_id: str) -> None:
+    jobs = [await accept(results, version_id, deadline_s=0.05) for _ in range(5)]
+    live = await accept(results, version_id)
+    await asyncio.sleep(0.1)
+    await results.sweep(version_id, limit=100)
+    assert (await results.load([version_id]))[0].queued == 1
+    assert [await state_of(results, job) for job in jobs] == [RequestState.EXPIRED] * 5
+    assert await state_of(results, live) is RequestState.QUEUED
+
+
+async def test_an_abandoned_request_never_starts(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    assert await results.abandon(job.id, version_id, reason="unconfirmed")
+    assert await results.abandon(job.id, version_id, reason="unconfirmed")
+    assert (await claim(results, job)).verdict is Verdict.SETTLED
+    assert (await results.load([version_id]))[0].queued == 0
+
+
+async def test_abandoning_comes_too_late_once_it_runs(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await granted(results, job)
+    assert not await results.abandon(job.id, version_id, reason="unconfirmed")
+    assert await state_of(results, job) is RequestState.RUNNING
+
+
+async def test_a_second_submitter_keeps_a_request_from_being_abandoned(results: Results, version_id: str) -> None:
+    draft = make_draft(version_id)
+    await results.create(draft, queue_limit=10, watch=False)
+    await results.create(draft, queue_limit=10, watch=False)
+    assert not await results.abandon(draft.id, version_id, reason="unconfirmed")
+    assert await results.abandon(draft.id, version_id, reason="unconfirmed")
+
+
+async def test_a_lost_record_is_rebuilt_from_its_message(results: Results, version_id: str) -> None:
+    known = await accept(results, version_id)
+    lost = replace(known, id=str(uuid.uuid4()))
+    lease = await granted(results, lost)
+    assert await results.settle(lease, lost, FULFILLED, OUTCOME) is FULFILLED
+    record = await results.read(lost.id)
+    assert record is not None
+    assert (record.account, record.version_id, record.outcome) == ("acme", version_id, OUTCOME)
+
+
+async def test_a_result_whose_record_was_lost_meanwhile_is_kept(results: Results, version_id: str) -> None:
+    known = await accept(results, version_id)
+    lost = replace(known, id=str(uuid.uuid4()))
+    lease = Lease(request_id=lost.id, version_id=version_id, attempt=1, token="t")
+    assert await results.renew(lease, lease_s=30) is RequestState.RUNNING
+    assert await results.settle(lease, lost, FULFILLED, OUTCOME) is FULFILLED
+    assert await state_of(results, lost) is FULFILLED
+
+
+async def test_ending_a_request_says_why(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    ended = await results.end(job, RequestState.DEAD, reason="delivery limit reached")
+    assert (ended.verdict, ended.state) == (Verdict.SETTLED, RequestState.DEAD)
+    record = await results.read(job.id)
+    assert record is not None
+    assert (record.state, record.reason) == (RequestState.DEAD, "delivery limit reached")
+
+
+async def test_ending_a_leased_request_has_to_wait(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await granted(results, job)
+    ended = await results.end(job, RequestState.DEAD, reason="delivery limit reached")
+    assert ended.verdict is Verdict.HELD
+    assert ended.wait_s > 0
+    assert await state_of(results, job) is RequestState.RUNNING
+
+
+async def test_position_is_the_exact_rank(results: Results, version_id: str) -> None:
+    jobs = [await accept(results, version_id) for _ in range(6)]
+
+    async def ranks() -> list[int]:
+        records = [await results.read(job.id) for job in jobs]
+        return [(await results.position(record)).rank for record in records if record]
+
+    assert await ranks() == [1, 2, 3, 4, 5, 6]
+    first = await granted(results, jobs[0])
+    second = await granted(results, jobs[1])
+    assert await ranks() == [0, 0, 1, 2, 3, 4]
+    await results.settle(second, jobs[1], FULFILLED, OUTCOME)
+    await results.cancel(jobs[3].id, reason="")
+    assert await ranks() == [0, 0, 1, 0, 2, 3]
+    await results.release(first, refund=True)
+    assert await ranks() == [1, 0, 2, 0, 3, 4]
+    record = await results.read(jobs[5].id)
+    assert record is not None
+    assert (await results.position(record)).length == 4
+
+
+async def test_load_counts_waiting_and_running(results: Results, version_id: str) -> None:
+    jobs = [await accept(results, version_id) for _ in range(3)]
+    lease = await granted(results, jobs[0])
+    load, empty = await results.load([version_id, str(uuid.uuid4())])
+    assert (load.queued, load.running) == (2, 1)
+    assert 0 <= load.oldest_age_s < 30
+    assert (empty.queued, empty.running, empty.oldest_age_s) == (0, 0, 0)
+    await results.settle(lease, jobs[0], FULFILLED, OUTCOME)
+    assert (await results.load([version_id]))[0].running == 0
+
+
+async def test_a_duplicate_message_of_a_running_request_counts_once(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await granted(results, job)
+    await claim(results, job)
+    load = (await results.load([version_id]))[0]
+    assert (load.queued, load.running) == (0, 1)
+
+
+async def test_a_watch_hears_of_the_result(results: Results, version_id: str) -> None:
+    draft = make_draft(version_id)
+    async with results.watch(draft.id) as watch:
+        record = await results.create(draft, queue_limit=10, watch=True)
+        job = Job(
+            id=draft.id,
+            account="acme",
+            function_id=draft.function_id,
+            version_id=version_id,
+            subject="",
+            created_at=record.created_at,
+            deadline_at=record.deadline_at,
+            digest="",
+        )
+        heard = asyncio.create_task(watch.changed(30))
+        lease = await granted(results, job)
+        await results.settle(lease, job, FULFILLED, OUTCOME)
+        await asyncio.wait_for(heard, 5)
+        seen = await watch.read()
+        assert seen is not None
+        assert seen.outcome == OUTCOME
+
+
+async def test_a_watch_opened_later_hears_after_its_read(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    async with results.watch(job.id) as watch, results.watch(job.id) as other:
+        for each in (watch, other):
+            record = await each.read()
+            assert record is not None
+            assert record.state is RequestState.QUEUED
+        heard = asyncio.gather(watch.changed(30), other.changed(30))
+        await results.cancel(job.id, reason="")
+        await asyncio.wait_for(heard, 5)
+
+
+async def test_the_worker_hears_of_a_cancel(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    async with results.watch(job.id) as watch:
+        lease = await granted(results, job)
+        heard = asyncio.create_task(watch.changed(30))
+        await results.cancel(job.id, reason="")
+        await asyncio.wait_for(heard, 5)
+        assert await results.renew(lease, lease_s=30) is RequestState.CANCELLED
+
+
+async def test_waiting_without_a_change_ends_in_time(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    async with results.watch(job.id) as watch:
+        await watch.read()
+        await asyncio.wait_for(watch.changed(0.05), 5)
+        record = await watch.read()
+        assert record is not None
+        assert record.state is RequestState.QUEUED
+
+
+async def test_an_idempotency_key_leads_to_its_first_request(results: Results) -> None:
+    account, key, first = "acme", str(uuid.uuid4()), str(uuid.uuid4())
+    assert await results.remember_key(account, key, request_id=first, digest="a") == first
+    assert await results.remember_key(account, key, request_id=str(uuid.uuid4()), digest="a") == first
+    with pytest.raises(IdempotencyKeyReused):
+        await results.remember_key(account, key, request_id=str(uuid.uuid4()), digest="b")
+    other = str(uuid.uuid4())
+    assert await results.remember_key("other", key, request_id=other, digest="b") == other
+
+
+async def test_a_forgotten_key_is_free_again(results: Results) -> None:
+    key, first, second = str(uuid.uuid4()), str(uuid.uuid4()), str(uuid.uuid4())
+    await results.remember_key("acme", key, request_id=first, digest="a")
+    await results.forget_key("acme", key, request_id=second)
+    assert await results.remember_key("acme", key, request_id=second, digest="a") == first
+    await results.forget_key("acme", key, request_id=first)
+    assert await results.remember_key("acme", key, request_id=second, digest="b") == second
+
+
+async def test_a_forgotten_result_is_hidden(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    await results.forget(job.id)
+    assert await state_of(results, job) is RequestState.RUNNING
+    await results.settle(lease, job, FULFILLED, OUTCOME)
+    await results.forget(job.id)
+    assert await results.read(job.id) is None
+    assert (await claim(results, job)).verdict is Verdict.SETTLED
+
+
+async def test_the_epoch_stays_the_same(results: Results) -> None:
+    first = await results.epoch(fresh=True)
+    second = await results.epoch(fresh=True)
+    assert (first.number, first.born_at) == (second.number, second.born_at)
+    assert 0 <= first.number <= 255
+    assert second.now >= first.now >= first.born_at
+
+
+async def test_a_hundred_concurrent_requests_end_once_each(results: Results, version_id: str) -> None:
+    jobs = await asyncio.gather(*(accept(results, version_id) for _ in range(100)))
+
+    async def run(job: Job) -> int:
+        claims = await asyncio.gather(*(claim(results, job, worker=f"w{n}") for n in range(3)))
+        leases = [claimed.lease for claimed in claims if claimed.lease]
+        for lease in leases:
+            await results.settle(lease, job, FULFILLED, replace(OUTCOME, body=job.id.encode()))
+        return len(leases)
+
+    assert await asyncio.gather(*map(run, jobs)) == [1] * 100
+    records = await asyncio.gather(*(results.read(job.id) for job in jobs))
+    assert all(record and record.outcome and record.outcome.body == record.id.encode() for record in records)
+    load = (await results.load([version_id]))[0]
+    assert (load.queued, load.running) == (0, 0)
+
+
+async def test_ping(results: Results) -> None:
+    await results.ping()
