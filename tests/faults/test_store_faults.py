@@ -1,0 +1,197 @@
+"""Redis dies, stalls, forgets, or loses its subscribers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import uuid
+from collections.abc import Callable
+
+import pytest
+from redis.asyncio import Redis as Client
+
+from broker.backends.redis.results import RedisResults
+from broker.backends.redis.store import open_store
+from broker.errors import StoreUnavailable
+from broker.model import Draft, Job, Outcome, Record, RequestState, Verdict
+from broker.settings import Settings
+from infra.local.servers import Redis
+from tests.eventually import eventually
+
+OUTCOME = Outcome(status=200, body=b"result")
+
+
+def make_draft(version_id: str) -> Draft:
+    return Draft(
+        id=str(uuid.uuid4()), account="acme", function_id="f", version_id=version_id, digest="", deadline_s=600
+    )
+
+
+def make_job(record: Record) -> Job:
+    return Job(
+        id=record.id,
+        account=record.account,
+        function_id=record.function_id,
+        version_id=record.version_id,
+        subject="",
+        created_at=record.created_at,
+        deadline_at=record.deadline_at,
+        digest="",
+    )
+
+
+async def finish(results: RedisResults, job: Job) -> RequestState:
+    claimed = await results.claim(job, worker="w", lease_s=30, max_attempts=3)
+    assert claimed.lease is not None
+    return await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME)
+
+
+async def answers(results: RedisResults) -> bool:
+    try:
+        await results.ping()
+    except StoreUnavailable:
+        return False
+    return True
+
+
+async def test_results_survive_a_killed_redis_and_waiters_hear_of_new_ones(new_redis: Callable[[], Redis]) -> None:
+    server = await asyncio.to_thread(new_redis)
+    version_id = str(uuid.uuid4())
+    async with open_store(server.url, Settings(store_timeout_s=1)) as (results, _):
+        jobs = [
+            make_job(await results.create(make_draft(version_id), queue_limit=1000, watch=False)) for _ in range(20)
+        ]
+        for job in jobs[:10]:
+            await finish(results, job)
+        async with results.watch(jobs[10].id) as watch:
+            await watch.read()
+            await asyncio.to_thread(server.kill)
+            with pytest.raises(StoreUnavailable):
+                await results.read(jobs[0].id)
+            await asyncio.to_thread(server.start)
+            await eventually(lambda: answers(results), bool)
+            records = [await results.read(job.id) for job in jobs]
+            assert [record.state for record in records if record] == [RequestState.FULFILLED] * 10 + [
+                RequestState.QUEUED
+            ] * 10
+            await finish(results, jobs[10])
+
+            async def seen() -> Record | None:
+                await watch.changed(10)
+                return await watch.read()
+
+            await eventually(seen, lambda record: record is not None and record.outcome == OUTCOME)
+
+
+async def test_five_hundred_waiters_are_told_after_their_subscription_was_cut(new_redis: Callable[[], Redis]) -> None:
+    server = await asyncio.to_thread(new_redis)
+    version_id = str(uuid.uuid4())
+    async with (
+        open_store(server.url, Settings()) as (results, _),
+        open_store(server.url, Settings()) as (worker, _),
+        Client.from_url(server.url) as client,
+    ):
+        records = [await results.create(make_draft(version_id), queue_limit=1000, watch=False) for _ in range(500)]
+        reading = 0
+        all_read = asyncio.Event()
+
+        async def wait(request_id: str) -> RequestState:
+            nonlocal reading
+            async with results.watch(request_id) as watch:
+                record = await watch.read()
+                reading += 1
+                if reading == len(records):
+                    all_read.set()
+                while record is None or not record.state.terminal:
+                    await watch.changed(60)
+                    record = await watch.read()
+                return record.state
+
+        waiting = [asyncio.create_task(wait(record.id)) for record in records]
+        await all_read.wait()
+        await client.client_kill_filter(_type="pubsub")
+        await asyncio.gather(*(finish(worker, make_job(record)) for record in records))
+        assert await asyncio.wait_for(asyncio.gather(*waiting), 15) == [RequestState.FULFILLED] * 500
+
+
+async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_it(
+    new_redis: Callable[[], Redis],
+) -> None:
+    primary, replica = await asyncio.to_thread(new_redis), await asyncio.to_thread(new_redis)
+    async with Client.from_url(replica.url) as client:
+        await client.replicaof("127.0.0.1", primary.port)
+
+        async def linked() -> object:
+            return (await client.info("replication"))["master_link_status"]
+
+        await eventually(linked, lambda status: status == "up", within_s=30)
+    settings = Settings(store_timeout_s=0.4, durable_replicas=1)
+    async with open_store(primary.url, settings) as (results, _):
+        job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
+        claimed = await results.claim(job, worker="w", lease_s=30, max_attempts=3)
+        assert claimed.lease is not None
+        os.kill(replica.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(StoreUnavailable):
+                await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME)
+            shown = await results.read(job.id)
+            assert shown is not None
+            assert (shown.state, shown.outcome) == (RequestState.RUNNING, None)
+        finally:
+            os.kill(replica.pid, signal.SIGCONT)
+
+        async def settled() -> RequestState | None:
+            try:
+                assert claimed.lease is not None
+                return await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME)
+            except StoreUnavailable:
+                return None
+
+        assert await eventually(settled, lambda state: state is not None) is RequestState.FULFILLED
+        record = await eventually(
+            lambda: results.read(job.id), lambda seen: seen is not None and seen.state is RequestState.FULFILLED
+        )
+        assert record is not None
+        assert record.outcome == OUTCOME
+
+
+async def test_cancelled_callers_never_get_each_others_replies(new_redis: Callable[[], Redis]) -> None:
+    server = await asyncio.to_thread(new_redis)
+    async with open_store(server.url, Settings()) as (results, _):
+        version_id = str(uuid.uuid4())
+        records = [await results.create(make_draft(version_id), queue_limit=1000, watch=False) for _ in range(200)]
+
+        async def read(number: int) -> None:
+            record = records[number % len(records)]
+            try:
+                async with asyncio.timeout(0.0005 * (number % 7)):
+                    seen = await results.read(record.id)
+            except TimeoutError:
+                return
+            assert seen is not None
+            assert seen.id == record.id
+            assert seen.created_at == record.created_at
+
+        for _ in range(10):
+            await asyncio.gather(*(read(number) for number in range(500)))
+        assert await asyncio.gather(*(results.read(record.id) for record in records)) == records
+
+
+async def test_a_wiped_store_starts_a_new_epoch_and_heals_by_claim(new_redis: Callable[[], Redis]) -> None:
+    server = await asyncio.to_thread(new_redis)
+    async with open_store(server.url, Settings()) as (results, _), Client.from_url(server.url) as client:
+        job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
+        before = await results.epoch(fresh=True)
+        await client.flushall()
+        await client.script_flush()
+        after = await results.epoch(fresh=True)
+        assert after.born_at > before.born_at
+        claimed = await results.claim(job, worker="w", lease_s=30, max_attempts=3)
+        assert claimed.verdict is Verdict.GRANTED
+        assert claimed.lease is not None
+        await client.flushall()
+        assert await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME) is RequestState.FULFILLED
+        record = await results.read(job.id)
+        assert record is not None
+        assert record.outcome == OUTCOME
