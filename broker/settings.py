@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from broker.errors import ConfigurationError
@@ -84,6 +84,12 @@ class Settings(BaseSettings):
         description="Request bodies above this travel through the blob store instead of the queue.",
     )
     blobs_timeout_s: float = Field(30, gt=0, le=600, description="Seconds one answer of the blob store may take.")
+
+    @model_validator(mode="after")
+    def _a_key_never_outlives_its_result(self) -> Self:
+        if self.idempotency_ttl_s > self.result_ttl_s:
+            raise ValueError("idempotency_ttl_s must not exceed result_ttl_s, or a late retry would run twice")
+        return self
 
 
 class ApiSettings(Settings):
@@ -246,6 +252,12 @@ class SidecarSettings(Settings):
         description="Port of `/v1/health/live` and `/v1/health/ready`; 0 serves none. Upstream uses 8080.",
     )
 
+    @model_validator(mode="after")
+    def _a_lease_survives_two_missed_renewals(self) -> Self:
+        if self.renew_s * 3 > self.lease_s:
+            raise ValueError("renew_s must be at most a third of lease_s")
+        return self
+
 
 def load(kind: type[S], **given: Any) -> S:
     """Settings from the environment, with `given` (options typed by a person; None means not given) on top.
@@ -256,5 +268,7 @@ def load(kind: type[S], **given: Any) -> S:
     try:
         return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as exc:
-        faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in exc.errors())
+        faults = "; ".join(
+            ": ".join([*(f"FNQUEUE_{part}".upper() for part in fault["loc"]), fault["msg"]]) for fault in exc.errors()
+        )
         raise ConfigurationError(f"bad settings: {faults}") from exc
