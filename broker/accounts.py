@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import time
 import uuid
@@ -24,6 +25,7 @@ SCOPES = (
     "queue_details",
 )
 
+_ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _PREFIX = "nvapi-"
 _REFUSED = "the bearer token is not valid"
 _CACHE_S = 2.0
@@ -86,8 +88,8 @@ async def create_key(
         raise BadRequest(f"scopes: unknown {', '.join(unknown)}; known are {', '.join(SCOPES)}", field="scopes")
     if not scopes:
         raise BadRequest("scopes: at least one is needed", field="scopes")
-    if not 1 <= len(account) <= 64 or not account.replace("-", "").replace("_", "").isalnum() or not account.isascii():
-        raise BadRequest("account: 1 to 64 letters, digits, '-' and '_'", field="account")
+    if not _ACCOUNT.fullmatch(account):
+        raise BadRequest("account: 1 to 64 letters, digits, '-' and '_', a letter or digit first", field="account")
     token = new_token()
     key = Key(
         hash=hash_token(token),

@@ -101,7 +101,9 @@ class ApiSettings(Settings):
         SecretStr(""),
         description="A bearer key with every scope on `admin_account`, kept nowhere else; empty for none.",
     )
-    admin_account: str = Field("default", min_length=1, max_length=64, description="The account of `admin_key`.")
+    admin_account: str = Field(
+        "default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="The account of `admin_key`."
+    )
     public_url: str = Field(
         "", description="How clients reach this server, for URLs it hands out; empty: from the request."
     )
