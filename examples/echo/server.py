@@ -19,7 +19,7 @@ from aiohttp import web
 try:
     from uvloop import new_event_loop
 except ImportError:  # no wheel for this platform: slower, otherwise the same
-    from asyncio import new_event_loop
+    from asyncio import new_event_loop  # type: ignore[assignment]  # uvloop's says Loop, a subclass
 
 MAX_REPEATS = 1000
 MAX_DELAY_S = 3600.0
@@ -77,7 +77,7 @@ class Echo:
 
 
 async def read_body(http: web.Request) -> bytes:
-    """The whole body. Raises: Refused (413) past MAX_BODY_BYTES, before reading it where its length is declared."""
+    """The whole body. Raises: Refused (413) past MAX_BODY_BYTES, unread where its length is declared."""
     if (http.content_length or 0) <= MAX_BODY_BYTES:
         try:
             return await http.read()
