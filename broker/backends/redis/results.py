@@ -244,21 +244,23 @@ class RedisResults:
 
     async def sweep(self, version_id: str, *, limit: int) -> int:
         epoch = await self.epoch(fresh=True)
-        before = int((epoch.now - _STRAY_AFTER_S) * 1_000_000)
-        changed = 0
-        for place, belongs in (
-            (_waiting(version_id), RequestState.QUEUED),
-            (_running(version_id), RequestState.RUNNING),
-        ):
-            [ids] = await self._connection.run(("ZRANGE", place, 0, limit - 1, "WITHSCORES"))
-            for request_id, score in _scored(ids):
-                record = await self.read(request_id)
-                if record is None or record.state is not belongs:
-                    stray = record is not None or score < before
-                    changed += stray
-                    if stray:
-                        await self._connection.run(("ZREM", place, request_id))
-        return changed
+        before = (epoch.now - _STRAY_AFTER_S) * 1_000_000
+        places = (_waiting(version_id), RequestState.QUEUED), (_running(version_id), RequestState.RUNNING)
+        return sum([await self._sweep(place, belongs, before, limit) for place, belongs in places])
+
+    async def _sweep(self, place: str, belongs: RequestState, before: float, limit: int) -> int:
+        """Reading expires what is overdue; an entry without a record may be one that is being created."""
+        [ids] = await self._connection.run(("ZRANGE", place, 0, limit - 1, "WITHSCORES"))
+        entries = _scored(ids)
+        records = await asyncio.gather(*(self.read(request_id) for request_id, _ in entries))
+        strays = [
+            request_id
+            for (request_id, score), record in zip(entries, records, strict=True)
+            if (record is None and score < before) or (record is not None and record.state is not belongs)
+        ]
+        if strays:
+            await self._connection.run(("ZREM", place, *strays))
+        return len(strays)
 
     # -- the process's own subscription -----------------------------------------------------------
 
