@@ -1,0 +1,276 @@
+"""The production shape on one machine: `python -m infra.local.stack up | down | status`.
+
+RabbitMQ, Redis and S3, then `fnqueue api` and `fnqueue controller`, under a supervisor that restarts what
+dies. Everything is kept in `.fnqueue/stack` (`FNQUEUE_STACK_DIR`). A server that `FNQUEUE_QUEUE_URL`,
+`FNQUEUE_STORE_URL` or `FNQUEUE_BLOBS_URL` names is used and not started.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from infra.local import binaries
+from infra.local.compose import Compose
+from infra.local.daemon import Daemon, wait_until
+from infra.local.process import Server, ServerFailed, kept_secret
+from infra.local.servers import S3, RabbitMQ, Redis
+
+UP_S = 60.0
+WELCOME_S = 180.0
+HEALTH_S = 2.0
+SERVERS: Mapping[str, type[RabbitMQ | Redis | S3]] = {
+    "FNQUEUE_QUEUE_URL": RabbitMQ,
+    "FNQUEUE_STORE_URL": Redis,
+    "FNQUEUE_BLOBS_URL": S3,
+}
+
+
+class Program(Server):
+    """One of our own commands, told everything through its environment."""
+
+    stop_s = 30.0
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        url: str = "",
+    ) -> None:
+        self.name = name
+        super().__init__(folder)
+        self._command = command
+        self._environment = {**os.environ, **environment}
+        self._url = url
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def command(self) -> Sequence[str]:
+        return self._command
+
+    def environment(self) -> Mapping[str, str]:
+        return self._environment
+
+    def working_folder(self) -> Path:
+        """Ours: relative paths in the user's settings mean the same here as in the user's shell."""
+        return Path.cwd()
+
+    def answers(self) -> bool:
+        """200 from `/health`; a program that serves nothing answers by being alive."""
+        return healthy(self._url) if self._url else self.alive()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where the api listens."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def from_environment(cls) -> Address:
+        port = os.environ.get("FNQUEUE_PORT", "8080")
+        if not port.isdecimal() or not 0 < int(port) < 65_536:
+            raise ServerFailed(f"FNQUEUE_PORT is {port!r}; give a port from 1 to 65535")
+        return cls(host=os.environ.get("FNQUEUE_HOST", "127.0.0.1"), port=int(port))
+
+    @property
+    def url(self) -> str:
+        """How this machine reaches it."""
+        host = "127.0.0.1" if self.host in ("", "0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def refuse_if_taken(self) -> None:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                raise ServerFailed(
+                    f"cannot listen on {self.host}:{self.port} ({error.strerror}); "
+                    "stop what uses it, or choose another: FNQUEUE_PORT=8081 make stack"
+                ) from error
+
+
+class Stack(Daemon):
+    """The daemon of the stack's folder, which also keeps its secrets and the address of the api."""
+
+    @property
+    def admin_key(self) -> str:
+        return kept_secret(self.folder / "admin.key")
+
+    @property
+    def url(self) -> str:
+        """Where the running stack's api is."""
+        return (self.folder / "url").read_text()
+
+    def children(self, address: Address) -> list[Server]:
+        """In the order they are started."""
+        (self.folder / "url").write_text(address.url)
+        servers = {name: SERVERS[name](self.folder / SERVERS[name].name) for name in unnamed_servers()}
+        shared = {
+            "FNQUEUE_LAUNCHER_URL": os.environ.get("FNQUEUE_LAUNCHER_URL", "process://"),
+            "FNQUEUE_DATA_DIR": os.environ.get("FNQUEUE_DATA_DIR", str(self.folder / "data")),
+            "FNQUEUE_SECRET_KEY": kept_secret(self.folder / "secret.key"),
+            **{name: server.url for name, server in servers.items()},
+        }
+        front = {
+            "FNQUEUE_ADMIN_KEY": self.admin_key,
+            "FNQUEUE_HOST": address.host,
+            "FNQUEUE_PORT": str(address.port),
+        }
+        return [
+            *servers.values(),
+            Program(
+                "api",
+                self.folder / "api",
+                command=fnqueue("api"),
+                environment={**shared, **front},
+                url=address.url,
+            ),
+            Program("controller", self.folder / "controller", command=fnqueue("controller"), environment=shared),
+        ]
+
+
+def up(stack: Stack) -> None:
+    """Start it unless it runs, wait until it answers, and show how to use it."""
+    running = stack.pid() is not None
+    if not running:
+        address = Address.from_environment()
+        stack.stop()  # what a supervisor that was killed has left on our ports
+        address.refuse_if_taken()
+        os.environ.update(provide_servers(stack.folder))
+        stack.launch([sys.executable, "-m", "infra.local.stack", "supervise"])
+    wait_until_ready(stack)
+    print(f"The stack {'is already running' if running else 'is up'}; stop it with: make stack-down", flush=True)
+    welcome(stack)
+
+
+def down(stack: Stack) -> None:
+    """Stop everything; the data stays. Idempotent."""
+    stopped = stack.stop()
+    Compose(stack.folder).down()
+    print("The stack is down." if stopped else "The stack was not running.")
+
+
+def status(stack: Stack) -> None:
+    report = stack.report()
+    if report is None:
+        print("The stack is not running.")
+        return
+    healthy_now = report["ready"] and healthy(stack.url)
+    print(f"{stack.url} {'answers' if healthy_now else 'does not answer'}; supervisor {stack.pid()}")
+    for child in report["children"]:
+        state = f"pid {child['pid']}" if child["pid"] else "dead, to be restarted"
+        print(f"  {child['name']:<11} {state}, {child['restarts']} restarts, {child['log']}")
+
+
+def supervise(stack: Stack) -> None:
+    """What `up` leaves running."""
+    stack.serve(stack.children(Address.from_environment()))
+
+
+def unnamed_servers() -> list[str]:
+    """Settings of the servers that are ours to start."""
+    return [name for name in SERVERS if not os.environ.get(name)]
+
+
+def provide_servers(folder: Path) -> Mapping[str, str]:
+    """Make sure the server programs are there; where they cannot be, start containers and say where they are."""
+    unnamed = unnamed_servers()
+    lacking = binaries.missing(SERVERS[name].program for name in unnamed)
+    if lacking and not binaries.can_install(lacking) and Compose.available():
+        return Compose(folder).up([SERVERS[name].name for name in unnamed])
+    binaries.ensure(lacking)
+    return {}
+
+
+def wait_until_ready(stack: Stack) -> None:
+    """Return when every child has answered. Raises ServerFailed, having stopped it all, when that takes too long."""
+
+    def settled() -> bool:
+        report = stack.report()
+        return stack.pid() is None or bool(report and report["ready"])
+
+    wait_until(settled, UP_S)
+    report = stack.report()
+    if report is None or not report["ready"]:
+        blame = diagnosis(stack)
+        stack.stop()
+        raise ServerFailed(f"the stack was not ready within {UP_S:.0f} s and was stopped\n{blame}")
+
+
+def diagnosis(stack: Stack) -> str:
+    """The end of the log of the child that was being started last, or of the supervisor's own."""
+    report = stack.report()
+    logs = [Path(child["log"]) for child in report["children"]] if report else []
+    log = logs[-1] if logs and logs[-1].exists() else stack.log
+    lines = log.read_text(errors="replace").splitlines()[-20:]
+    return "\n".join([f"the end of {log}:", *lines])
+
+
+def welcome(stack: Stack) -> None:
+    """Deploy the sample function if need be, invoke it once, and print how."""
+    trouble = ServerFailed(f"the stack runs at {stack.url}, but its sample function could not be shown (see above)")
+    try:
+        subprocess.run(
+            [*fnqueue("welcome"), "--url", stack.url],
+            env={**os.environ, "FNQUEUE_API_KEY": stack.admin_key},
+            stdin=subprocess.DEVNULL,
+            timeout=WELCOME_S,
+            check=True,
+        )
+    except subprocess.SubprocessError as error:
+        raise trouble from error
+
+
+def healthy(url: str) -> bool:
+    place = urlsplit(url)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=HEALTH_S)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def fnqueue(command: str) -> list[str]:
+    """`-P`: a folder named `api` beside the user is not ours."""
+    return [sys.executable, "-P", "-m", "fnqueue", command]
+
+
+COMMANDS = {"up": up, "down": down, "status": status, "supervise": supervise}
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in COMMANDS:
+        print("usage: python -m infra.local.stack up | down | status", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[arguments[0]](Stack(Path(os.environ.get("FNQUEUE_STACK_DIR", ".fnqueue/stack"))))
+    except ServerFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was started goes on until: make stack-down", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""What `make stack` starts, and where it refuses to."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from infra.local.process import ServerFailed, free_port
+from infra.local.stack import Address, Stack
+
+NAMES = ("FNQUEUE_QUEUE_URL", "FNQUEUE_STORE_URL", "FNQUEUE_BLOBS_URL")
+SECRET_FILES = {"admin.key", "secret.key", "password", "secret"}  # those of RabbitMQ and S3 last
+
+
+@pytest.fixture
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    for name in (*NAMES, "FNQUEUE_HOST", "FNQUEUE_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return Stack(tmp_path / "stack")
+
+
+def test_servers_come_before_the_programs_that_use_them(stack: Stack) -> None:
+    children = stack.children(Address.from_environment())
+    assert [child.name for child in children] == ["rabbitmq", "redis", "s3", "api", "controller"]
+
+
+def test_programs_are_told_where_the_servers_are(stack: Stack) -> None:
+    rabbitmq, redis, s3, api, controller = stack.children(Address.from_environment())
+    for program in (api, controller):
+        told = program.environment()
+        assert [told[name] for name in NAMES] == [rabbitmq.url, redis.url, s3.url]
+        assert told["FNQUEUE_LAUNCHER_URL"] == "process://"
+
+
+@pytest.mark.parametrize(("name", "server"), [*zip(NAMES, ("rabbitmq", "redis", "s3"), strict=True)])
+def test_a_server_that_is_named_is_used_and_not_started(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, name: str, server: str
+) -> None:
+    monkeypatch.setenv(name, "scheme://elsewhere")
+    children = stack.children(Address.from_environment())
+    assert server not in [child.name for child in children]
+    assert children[-1].environment()[name] == "scheme://elsewhere"
+
+
+def test_secrets_are_kept_for_the_next_start_and_for_the_owner_only(stack: Stack) -> None:
+    first, second = (stack.children(Address.from_environment())[-2].environment() for _ in range(2))
+    for name in ("FNQUEUE_ADMIN_KEY", "FNQUEUE_SECRET_KEY"):
+        assert first[name] == second[name]
+        assert len(first[name]) == 64
+    for file in ("admin.key", "secret.key"):
+        assert stat.S_IMODE((stack.folder / file).stat().st_mode) == 0o600
+
+
+def test_no_command_line_carries_a_secret(stack: Stack) -> None:
+    children = stack.children(Address.from_environment())
+    secrets = {path.read_text() for path in stack.folder.rglob("*") if path.name in SECRET_FILES}
+    assert len(secrets) == len(SECRET_FILES)
+    for child in children:
+        assert not [secret for secret in secrets if secret in " ".join(child.command())]
+
+
+def test_a_taken_port_is_refused_with_a_way_out() -> None:
+    with socket.socket() as other:
+        port = free_port()
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(ServerFailed, match="FNQUEUE_PORT=8081 make stack"):
+            Address(host="127.0.0.1", port=port).refuse_if_taken()
+
+
+@pytest.mark.parametrize("port", ["", "0", "65536", "http"])
+def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    monkeypatch.setenv("FNQUEUE_PORT", port)
+    with pytest.raises(ServerFailed, match="FNQUEUE_PORT"):
+        Address.from_environment()
