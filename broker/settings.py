@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     """Shared by every process. Environment name: `FNQUEUE_` and the setting's name in upper case."""
 
     model_config = SettingsConfigDict(
-        env_prefix="FNQUEUE_", frozen=True, extra="ignore", hide_input_in_errors=True, populate_by_name=True
+        env_prefix="FNQUEUE_", env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True, populate_by_name=True
     )
 
     queue_url: SecretStr = Field(
@@ -121,6 +121,10 @@ class ApiSettings(Settings):
     one_shot_results: bool = Field(False, description="Forget a result once it was delivered, as upstream does.")
     on_disconnect: Literal["continue", "cancel"] = Field(
         "continue", description="What happens to a request whose client leaves before it was answered."
+    )
+    cors_origins: str = Field(
+        "*",
+        description="Origins whose pages may call this server, separated by commas; `*` for any. Never with cookies.",
     )
     asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
     result_url_ttl_s: float = Field(

@@ -1,0 +1,76 @@
+"""A container for tests: it writes down every attempt before it answers, and misbehaves when asked to.
+
+POST / with JSON, every field optional:
+    id       what to write down; the request's own id otherwise
+    delay_s  answer only then; a caller that leaves meanwhile is written down as `aborted`
+    die      true: exit in the middle of the answer
+    gate     path of a file: answer only when it exists
+Written to the file RECORD, one line each: `start <id>`, `done <id>`, `aborted <id>`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+RECORD = Path(os.environ["RECORD"])
+
+
+def write(line: str) -> None:
+    """One write to a file opened for appending is whole, whoever else writes."""
+    descriptor = os.open(RECORD, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, f"{line}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
+async def run(request: web.Request) -> web.StreamResponse:
+    order: dict[str, Any] = await request.json()
+    name = order.get("id") or request.headers["NVCF-REQID"]
+    write(f"start {name}")
+    try:
+        if order.get("die"):
+            await die(request)
+        await asyncio.sleep(order.get("delay_s", 0))
+        if order.get("gate"):
+            await opened(order["gate"])
+    except asyncio.CancelledError:
+        write(f"aborted {name}")
+        raise
+    write(f"done {name}")
+    return web.json_response({"id": name, "pid": os.getpid(), "headers": dict(request.headers)})
+
+
+async def opened(gate: str) -> None:
+    while not os.path.exists(gate):  # noqa: ASYNC110, ASYNC240  nobody announces a file, and a look is quick
+        await asyncio.sleep(0.01)
+
+
+async def die(request: web.Request) -> None:
+    response = web.StreamResponse(headers={"Content-Length": "1000"})
+    await response.prepare(request)
+    await response.write(b"half an answer")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def health(_: web.Request) -> web.Response:
+    return web.Response()
+
+
+def main() -> None:
+    app = web.Application(client_max_size=64 * 1024 * 1024)
+    app.router.add_post("/", run)
+    app.router.add_get("/health", health)
+    web.run_app(
+        app, host=os.environ["HOST"], port=int(os.environ["PORT"]), handler_cancellation=True, print=lambda _: None
+    )
+
+
+if __name__ == "__main__":
+    main()

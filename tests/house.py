@@ -1,0 +1,274 @@
+"""The whole product as real processes: one front end or more, a controller, and what that starts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from infra.local.process import free_port
+from infra.local.stack import Program
+from tests.eventually import eventually
+
+CONTAINERS = Path(__file__).parent / "containers"
+RECORDER = "tests/recorder:latest"
+WAIT_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def request_id(self) -> str:
+        return self.headers["NVCF-REQID"]
+
+
+class Caller:
+    """A client of one front end, with the admin's key unless told otherwise."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str) -> None:
+        self._session = session
+        self.url = url
+        self.key = key
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        data: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = WAIT_S + 10,
+    ) -> Reply:
+        """`data` is sent as JSON. Redirects are not followed."""
+        sent = {"Authorization": f"Bearer {self.key}", **(headers or {})}
+        if data is not None:
+            body, sent = json.dumps(data).encode(), {"Content-Type": "application/json", **sent}
+        async with self._session.request(
+            method,
+            self.url + path,
+            data=body,
+            headers=sent,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=timeout_s),
+        ) as response:
+            return Reply(response.status, response.headers.copy(), await response.read())
+
+    async def invoke(
+        self, function_id: str, data: Any = None, *, wait_s: int = WAIT_S, headers: Mapping[str, str] | None = None
+    ) -> Reply:
+        sent = {"NVCF-POLL-SECONDS": str(wait_s), **(headers or {})}
+        return await self.call("POST", f"/v2/nvcf/pexec/functions/{function_id}", data=data or {}, headers=sent)
+
+    async def submit(self, function_id: str, data: Any = None, *, headers: Mapping[str, str] | None = None) -> str:
+        """The id of a request that was accepted and is not waited for."""
+        reply = await self.invoke(function_id, data, headers={"Prefer": "respond-async", **(headers or {})})
+        assert reply.status == 202, reply
+        return reply.request_id
+
+    async def status(self, request_id: str, *, wait_s: int = 1) -> Reply:
+        return await self.call("GET", f"/v2/nvcf/pexec/status/{request_id}", headers={"NVCF-POLL-SECONDS": str(wait_s)})
+
+    async def result(self, request_id: str, *, within_s: float = 60.0) -> Reply:
+        """The terminal answer; errors of a server that is away are lived through."""
+
+        async def look() -> Reply | None:
+            try:
+                return await self.status(request_id)
+            except (aiohttp.ClientError, TimeoutError):
+                return None
+
+        reply = await eventually(
+            look, lambda seen: seen is not None and seen.status not in (202, 503), within_s=within_s
+        )
+        assert reply is not None
+        return reply
+
+    async def cancel(self, request_id: str) -> Reply:
+        return await self.call("DELETE", f"/v2/nvcf/requests/{request_id}")
+
+    async def position(self, request_id: str) -> Reply:
+        return await self.call("GET", f"/v2/nvcf/queues/{request_id}/position")
+
+    async def depth(self, function_id: str) -> Reply:
+        return await self.call("GET", f"/v2/nvcf/queues/functions/{function_id}")
+
+    async def deploy(
+        self,
+        image: str,
+        *,
+        inference_url: str = "/",
+        instances: int = 1,
+        concurrency: int = 1,
+        environment: Mapping[str, str] | None = None,
+        **definition: Any,
+    ) -> Function:
+        """A new function, deployed and ACTIVE."""
+        made = await self.call(
+            "POST",
+            "/v2/nvcf/functions",
+            data={
+                "name": "under-test",
+                "inferenceUrl": inference_url,
+                "containerImage": image,
+                "containerEnvironment": [{"key": k, "value": v} for k, v in (environment or {}).items()],
+                "health": {
+                    "protocol": "HTTP", "uri": "/health", "port": 8000, "timeout": "PT10S", "expectedStatusCode": 200,
+                },
+                **definition,
+            },
+        )  # fmt: skip
+        assert made.status == 200, made
+        function = Function(self, made.json["function"]["id"], made.json["function"]["versionId"])
+        await function.deploy(instances=instances, concurrency=concurrency)
+        return function
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    caller: Caller
+    id: str
+    version_id: str
+
+    @property
+    def deployment_path(self) -> str:
+        return f"/v2/nvcf/deployments/functions/{self.id}/versions/{self.version_id}"
+
+    async def deploy(self, *, instances: int, concurrency: int) -> None:
+        specification = {
+            "gpu": "CPU",
+            "instanceType": "CPU",
+            "minInstances": instances,
+            "maxInstances": max(1, instances),
+            "maxRequestConcurrency": concurrency,
+        }
+        deployed = await self.caller.call(
+            "POST", self.deployment_path, data={"deploymentSpecifications": [specification]}
+        )
+        assert deployed.status == 200, deployed
+        await eventually(self.state, lambda state: state == "ACTIVE", within_s=60)
+
+    async def state(self) -> str:
+        seen = await self.caller.call("GET", f"/v2/nvcf/functions/{self.id}/versions/{self.version_id}")
+        assert seen.status == 200, seen
+        return str(seen.json["function"]["status"])
+
+    async def undeploy(self) -> None:
+        await self.caller.call("DELETE", self.deployment_path)
+
+
+class Record:
+    """What the recorder containers wrote down."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def counts(self, word: str) -> Counter[str]:
+        """How often each id was written down after `word`."""
+        if not self.path.exists():
+            return Counter()
+        lines = (line.partition(" ") for line in self.path.read_text().splitlines())
+        return Counter(rest for first, _, rest in lines if first == word)
+
+    async def saw(self, word: str, name: str, *, times: int = 1, within_s: float = 30.0) -> None:
+        async def count() -> int:
+            return self.counts(word)[name]
+
+        await eventually(count, lambda seen: seen >= times, within_s=within_s)
+
+
+class House:
+    """Front ends, a controller and its instances over servers that are given."""
+
+    def __init__(self, folder: Path, servers: Mapping[str, str], *, fronts: int = 1, **settings: str) -> None:
+        self.folder = folder
+        self.key = f"nvapi-{secrets.token_urlsafe(32)}"
+        self.record = Record(folder / "record")
+        images = folder / "images.toml"
+        command = json.dumps([sys.executable, str(CONTAINERS / "recorder.py")])
+        images.write_text(
+            f'["{RECORDER}"]\ncommand = {command}\nenv = {{ RECORD = {json.dumps(str(self.record.path))} }}\n'
+        )
+        shared = {
+            **servers,
+            "FNQUEUE_DATA_DIR": str(folder / "data"),
+            "FNQUEUE_SECRET_KEY": secrets.token_hex(32),
+            "FNQUEUE_IMAGES_FILE": str(images),
+            "FNQUEUE_LEASE_S": "3",
+            "FNQUEUE_RENEW_S": "0.5",
+            "FNQUEUE_LOG_LEVEL": "INFO",
+            **settings,
+        }
+        self.fronts = [self._front(number, shared) for number in range(fronts)]
+        self.controller = _program("controller", folder, "controller", shared)
+
+    def start(self) -> None:
+        for program in (*self.fronts, self.controller):
+            program.start()
+
+    def stop(self) -> None:
+        """Everything, what a killed controller left behind included."""
+        for program in (*self.fronts, self.controller):
+            program.stop()
+        for process in [*self.sidecars(), *self.containers()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def sidecars(self) -> list[psutil.Process]:
+        return self._processes("sidecar")
+
+    def containers(self) -> list[psutil.Process]:
+        return self._processes("container")
+
+    @asynccontextmanager
+    async def caller(self, front: int = 0, *, key: str = "") -> AsyncIterator[Caller]:
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            yield Caller(session, self.fronts[front].url, key or self.key)
+
+    def _front(self, number: int, shared: Mapping[str, str]) -> Program:
+        port = free_port()
+        own = {"FNQUEUE_HOST": "127.0.0.1", "FNQUEUE_PORT": str(port), "FNQUEUE_ADMIN_KEY": self.key}
+        return _program(f"api-{number}", self.folder, "api", {**shared, **own}, url=f"http://127.0.0.1:{port}")
+
+    def _processes(self, which: str) -> list[psutil.Process]:
+        """Of the instances' own state files, so that those of a dead controller are found too."""
+        found = []
+        for state in (self.folder / "data" / "instances").glob("*/state.json"):
+            with contextlib.suppress(OSError, ValueError, TypeError, psutil.NoSuchProcess):
+                found.append(psutil.Process(json.loads(state.read_text())[which]["pid"]))
+        return found
+
+
+@contextmanager
+def running(house: House) -> Iterator[House]:
+    try:
+        house.start()
+        yield house
+    finally:
+        house.stop()
+
+
+def _program(name: str, folder: Path, command: str, settings: Mapping[str, str], *, url: str = "") -> Program:
+    argv: Sequence[str] = [sys.executable, "-P", "-m", "fnqueue", command]
+    environment = {name: "" for name in os.environ if name.startswith("FNQUEUE_")}
+    return Program(name, folder / name, command=argv, environment={**environment, **settings}, url=url)
