@@ -161,8 +161,11 @@ class Function:
             "maxInstances": max(1, instances),
             "maxRequestConcurrency": concurrency,
         }
-        deployed = await self.caller.call(
-            "POST", self.deployment_path, data={"deploymentSpecifications": [specification]}
+        # Until the controller has made its first offer, there is nothing to place it on.
+        deployed = await eventually(
+            lambda: self.caller.call("POST", self.deployment_path, data={"deploymentSpecifications": [specification]}),
+            lambda reply: b"no GPU is on offer" not in reply.body,
+            within_s=60,
         )
         assert deployed.status == 200, deployed
         await eventually(self.state, lambda state: state == "ACTIVE", within_s=60)
