@@ -1,0 +1,332 @@
+"""The verbs of a deployment: deploy, get, undeploy; and observe, by which the controller moves a version's status.
+
+The deployment row is the desired state and the version's status follows it, so rows are written in this order:
+deploy stores the row, then the status; undeploy marks the row, then sets INACTIVE. Whoever derives a status from
+a row reads the version *before* the row: then a status that went stale in between fails on the version's
+revision. A crash between two writes is healed by the controller's next look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict
+from broker.model import Deployment, FunctionStatus, Gpu, GpuSpecification, HealthInfo, Principal, Version
+from broker.ports import Broker, Row
+from broker.revisions import TRIES, edit
+from broker.visibility import UNKNOWN_VERSION, find_version
+
+MAX_CONCURRENCY = 16_384
+NO_DEPLOYMENT = "the function version has no deployment"
+
+_FIELD = "deploymentSpecifications"
+_REMOVAL_S = 2.0
+_REMOVAL_LOOK_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What the controller sees of one GPU specification: instances by state, why the last one died, what keeps the
+    starting ones from running, and whether they `failed`: died again and again and never ran."""
+
+    specification: GpuSpecification
+    running: int = 0
+    starting: int = 0
+    error: str = ""
+    delay: str = ""
+    failed: bool = False
+
+    @property
+    def satisfied(self) -> bool:
+        return self.running >= self.specification.min_instances
+
+
+async def deploy(
+    broker: Broker, principal: Principal, function_id: str, version_id: str, specifications: Sequence[GpuSpecification]
+) -> tuple[Version, Deployment]:
+    """Make the version's queue, then store what is desired. `id` and `instance_type` of a specification may be
+    empty: they are filled in. The version is DEPLOYING, or ACTIVE at once when every minimum is 0.
+
+    A deployment that was undeployed and is not yet cleaned up is replaced; requests still queued from it run.
+
+    Raises:
+        NotFound: unknown or foreign version.
+        BadRequest: names the specification's field at fault.
+        StateConflict: there is a deployment already.
+    """
+    version = await find_version(broker, principal, function_id, version_id)
+    now = time.time()
+    deployment = Deployment(
+        id=str(uuid.uuid4()),
+        function_id=function_id,
+        version_id=version_id,
+        account=version.account,
+        specifications=place(specifications, await broker.catalog.gpus()),
+        created_at=now,
+        updated_at=now,
+    )
+    await _store(broker, version, deployment)
+    status = _first_status(deployment.specifications)
+
+    def begin(stored: Version) -> Version:
+        # The controller may have seen the row already and be ahead.
+        return replace(stored, status=status) if stored.status is FunctionStatus.INACTIVE else stored
+
+    deployed = await edit(broker.catalog.versions, version_id, begin)
+    if deployed is None:
+        await _mark_undeployed(broker, version_id, draining=False)
+        raise NotFound(UNKNOWN_VERSION)
+    return deployed, deployment
+
+
+async def get(broker: Broker, principal: Principal, function_id: str, version_id: str) -> tuple[Version, Deployment]:
+    """A deployment that is undeployed gracefully is found until it has drained. Raises NotFound."""
+    version = await find_version(broker, principal, function_id, version_id)
+    row = await broker.catalog.deployments.get(version_id)
+    if row is None or gone(row.item):
+        raise NotFound(NO_DEPLOYMENT)
+    return version, row.item
+
+
+async def undeploy(
+    broker: Broker, principal: Principal, function_id: str, version_id: str, *, graceful: bool = False
+) -> Version:
+    """Take no more invocations from now on; the controller stops the instances and removes the queue last.
+
+    Queued requests are cancelled, unless `graceful`: then the instances stay until nothing is queued or running.
+    A second call without `graceful` cuts a graceful one short. In ERROR there are no instances to finish
+    anything, so `graceful` means nothing. Returns the version, INACTIVE. Raises NotFound.
+    """
+    version, _ = await get(broker, principal, function_id, version_id)
+    await _mark_undeployed(broker, version_id, draining=graceful and version.status is not FunctionStatus.ERROR)
+    return await deactivate(broker, version_id) or replace(version, status=FunctionStatus.INACTIVE)
+
+
+# -- the controller's side -----------------------------------------------------------------------
+
+
+def next_status(
+    current: FunctionStatus, sights: Sequence[Sight], *, age_s: float, deploy_timeout_s: float
+) -> tuple[FunctionStatus, tuple[HealthInfo, ...]]:
+    """The status of a deployed version and why it is not well (contract/management.md §1.10).
+
+    `age_s` is the age of the deployment. Not as upstream: DEPLOYING ends in ERROR after `deploy_timeout_s`.
+    Health is told of a specification that has no running instance and lost its last one.
+    """
+    health = tuple(_health(sight) for sight in sights if sight.error and not sight.running)
+    if current is FunctionStatus.ERROR:
+        return current, health
+    if all(sight.satisfied for sight in sights):
+        return FunctionStatus.ACTIVE, health
+    if current in (FunctionStatus.INACTIVE, FunctionStatus.DEPLOYING):
+        return _while_deploying(sights, health, late=age_s >= deploy_timeout_s, deploy_timeout_s=deploy_timeout_s)
+    if any(sight.running + sight.starting for sight in sights):
+        return FunctionStatus.DEGRADING, health
+    may_be_empty = any(sight.specification.min_instances == 0 for sight in sights)
+    if current is FunctionStatus.ACTIVE and may_be_empty:
+        return FunctionStatus.ACTIVE, health
+    return FunctionStatus.DEGRADED, health
+
+
+async def observe(
+    broker: Broker, deployment: Deployment, sights: Sequence[Sight], *, now: float, deploy_timeout_s: float
+) -> FunctionStatus | None:
+    """Write the status and health that follow from what was seen; returns the status, None when the deployment
+    was undeployed or replaced meanwhile."""
+    for _ in range(TRIES):
+        version = await broker.catalog.versions.get(deployment.version_id)
+        row = await broker.catalog.deployments.get(deployment.version_id)
+        if version is None or row is None or row.item.id != deployment.id or row.item.undeployed:
+            return None
+        current = version.item.status
+        if current is FunctionStatus.ERROR:
+            return current
+        status, health = next_status(
+            current, sights, age_s=now - row.item.created_at, deploy_timeout_s=deploy_timeout_s
+        )
+        try:
+            # Health first: who sees ERROR finds the reason.
+            if health != row.item.health:
+                await broker.catalog.deployments.put(replace(row.item, health=health), revision=row.revision)
+            if status is not current:
+                await broker.catalog.versions.put(replace(version.item, status=status), revision=version.revision)
+        except RevisionConflict:
+            continue
+        return status
+    raise RevisionConflict(f"{deployment.version_id} keeps being changed by others; try again")
+
+
+async def deactivate(broker: Broker, version_id: str) -> Version | None:
+    """INACTIVE, if the version still exists. For a version whose deployment row is undeployed. Idempotent."""
+    return await edit(
+        broker.catalog.versions, version_id, lambda version: replace(version, status=FunctionStatus.INACTIVE)
+    )
+
+
+async def disown(broker: Broker, deployment: Deployment) -> None:
+    """Undeploy a deployment whose version no longer exists."""
+    await _mark_undeployed(broker, deployment.version_id, draining=False)
+
+
+async def claim_removal(broker: Broker, deployment: Deployment) -> bool:
+    """From now on nobody replaces the row, so its queue may be deleted. False when it was replaced before."""
+
+    def claim(stored: Deployment) -> Deployment:
+        removable = stored.id == deployment.id and stored.undeployed
+        return replace(stored, removing=True) if removable else stored
+
+    claimed = await edit(broker.catalog.deployments, deployment.version_id, claim)
+    return claimed is not None and claimed.removing
+
+
+async def finish_removal(broker: Broker, deployment: Deployment) -> None:
+    """Delete the queue, then the row, of a claimed deployment. Idempotent."""
+    await broker.queue.delete(deployment.version_id)
+    await broker.catalog.deployments.delete(deployment.version_id)
+
+
+def gone(deployment: Deployment) -> bool:
+    """Whether callers see no deployment any more, though its remains may still be there."""
+    return deployment.undeployed and not deployment.draining
+
+
+# -- placing -------------------------------------------------------------------------------------
+
+
+def place(specifications: Sequence[GpuSpecification], gpus: Sequence[Gpu]) -> tuple[GpuSpecification, ...]:
+    """The specifications with the inventory's spelling, default instance types, and ids. Raises BadRequest."""
+    if not specifications:
+        raise BadRequest(f"{_FIELD}: at least one is needed", field=_FIELD)
+    return tuple(
+        _place(specification, gpus, f"{_FIELD}[{position}]") for position, specification in enumerate(specifications)
+    )
+
+
+def _place(specification: GpuSpecification, gpus: Sequence[Gpu], at: str) -> GpuSpecification:
+    _check_numbers(specification, at)
+    if not gpus:
+        raise BadRequest(f"{at}.gpu: no GPU is on offer; is a controller running?", field=f"{at}.gpu")
+    rows = _matching(gpus, "backend", specification.backend, f"{at}.backend")
+    rows = _matching(rows, "name", specification.gpu, f"{at}.gpu", required=True)
+    rows = _matching(rows, "instance_type", specification.instance_type, f"{at}.instanceType")
+    gpu = rows[0]
+    return replace(
+        specification,
+        id=str(uuid.uuid4()),
+        gpu=gpu.name,
+        instance_type=gpu.instance_type,
+        backend=gpu.backend,
+    )
+
+
+def _matching(gpus: Sequence[Gpu], attribute: str, wanted: str, field: str, *, required: bool = False) -> Sequence[Gpu]:
+    if not wanted and not required:
+        return gpus
+    rows = [gpu for gpu in gpus if getattr(gpu, attribute).lower() == wanted.lower()]
+    if not rows:
+        known = ", ".join(sorted({getattr(gpu, attribute) for gpu in gpus}))
+        raise BadRequest(f"{field}: unknown {wanted[:64]!r}; on offer: {known}", field=field)
+    return rows
+
+
+def _check_numbers(specification: GpuSpecification, at: str) -> None:
+    if specification.min_instances < 0:
+        raise BadRequest(f"{at}.minInstances: must be 0 or more", field=f"{at}.minInstances")
+    if specification.max_instances < max(1, specification.min_instances):
+        raise BadRequest(f"{at}.maxInstances: must be at least 1 and at least minInstances", field=f"{at}.maxInstances")
+    if not 1 <= specification.max_request_concurrency <= MAX_CONCURRENCY:
+        raise BadRequest(
+            f"{at}.maxRequestConcurrency: must be 1 to {MAX_CONCURRENCY}", field=f"{at}.maxRequestConcurrency"
+        )
+
+
+# -- storing -------------------------------------------------------------------------------------
+
+
+async def _store(broker: Broker, version: Version, deployment: Deployment) -> None:
+    for _ in range(TRIES):
+        row = await _replaceable(broker, version)
+        await broker.queue.declare(version.id)
+        try:
+            await broker.catalog.deployments.put(deployment, revision=row.revision if row else 0)
+        except RevisionConflict:
+            continue
+        return
+    raise RevisionConflict(f"{version.id} keeps being changed by others; try again")
+
+
+async def _replaceable(broker: Broker, version: Version) -> Row[Deployment] | None:
+    """The row that a new deployment may take the place of. A removal that has begun takes a moment: waits."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _REMOVAL_S
+    while True:
+        row = await broker.catalog.deployments.get(version.id)
+        if row is None:
+            return None
+        if not gone(row.item):
+            raise _conflict(version, row.item)
+        if not row.item.removing:
+            return row
+        if loop.time() >= until:
+            raise StateConflict("the last deployment of this function version is still being removed; try again")
+        await asyncio.sleep(_REMOVAL_LOOK_S)
+
+
+def _conflict(version: Version, deployment: Deployment) -> StateConflict:
+    if deployment.draining:
+        return StateConflict("the function version is being undeployed gracefully; wait for that, or undeploy it now")
+    if version.status is FunctionStatus.ERROR:
+        return StateConflict("the function version has a faulty deployment; undeploy it first")
+    return StateConflict(
+        "the function version is deployed already; change its instances with "
+        f"PATCH /v2/nvcf/deployments/{deployment.id}/gpu-specifications/{{gpuSpecificationId}}"
+    )
+
+
+async def _mark_undeployed(broker: Broker, version_id: str, *, draining: bool) -> None:
+    def mark(deployment: Deployment) -> Deployment:
+        if gone(deployment):
+            return deployment
+        return replace(deployment, undeployed=True, draining=draining, updated_at=time.time())
+
+    await edit(broker.catalog.deployments, version_id, mark)
+
+
+def _first_status(specifications: Iterable[GpuSpecification]) -> FunctionStatus:
+    from_zero = all(specification.min_instances == 0 for specification in specifications)
+    return FunctionStatus.ACTIVE if from_zero else FunctionStatus.DEPLOYING
+
+
+# -- status --------------------------------------------------------------------------------------
+
+
+def _while_deploying(
+    sights: Sequence[Sight], health: tuple[HealthInfo, ...], *, late: bool, deploy_timeout_s: float
+) -> tuple[FunctionStatus, tuple[HealthInfo, ...]]:
+    waiting = [sight for sight in sights if not sight.satisfied]
+    nothing_runs = not any(sight.running for sight in sights)
+    if nothing_runs and all(sight.failed for sight in waiting):
+        return FunctionStatus.ERROR, health
+    if late:
+        return FunctionStatus.ERROR, tuple(_late(sight, deploy_timeout_s) for sight in waiting)
+    return FunctionStatus.DEPLOYING, health
+
+
+def _health(sight: Sight) -> HealthInfo:
+    specification = sight.specification
+    return HealthInfo(
+        gpu=specification.gpu,
+        instance_type=specification.instance_type,
+        backend=specification.backend,
+        error=sight.error,
+    )
+
+
+def _late(sight: Sight, deploy_timeout_s: float) -> HealthInfo:
+    missing = sight.specification.min_instances - sight.running
+    late = f"{missing} of {sight.specification.min_instances} instances were not ready within {deploy_timeout_s:g} s"
+    return replace(_health(sight), error="; ".join(filter(None, (late, sight.delay, sight.error))))

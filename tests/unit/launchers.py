@@ -1,0 +1,55 @@
+"""A Launcher for tests: instances that live and die when the test says so. `test_process_launcher` holds it to what
+is expected of a real one."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from broker.errors import ConfigurationError
+from broker.model import Gpu, GpuSpecification, Version
+from broker.ports import Launched
+
+KNOWN_IMAGE = "test/server:1"
+CPU = Gpu(name="CPU", instance_type="CPU", backend="local", capacity=8)
+
+
+@dataclass(slots=True)
+class FakeInstance:
+    instance_id: str
+    version_id: str
+    specification_id: str
+    alive: bool = True
+    error: str = ""
+
+
+class FakeLauncher:
+    """`started` is set by the first start. `stopped` tells in what order instances were stopped, and with how much
+    grace."""
+
+    def __init__(self) -> None:
+        self.instances: dict[str, FakeInstance] = {}
+        self.stopped: list[tuple[str, float]] = []
+        self.started = asyncio.Event()
+
+    async def gpus(self) -> list[Gpu]:
+        return [CPU]
+
+    async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
+        if version.container_image != KNOWN_IMAGE:
+            raise ConfigurationError(
+                f"no command is known for the image {version.container_image!r}; known images: {KNOWN_IMAGE}"
+            )
+        self.instances[instance_id] = FakeInstance(instance_id, version.id, specification.id)
+        self.started.set()
+
+    async def stop(self, instance_id: str, *, grace_s: float) -> None:
+        if self.instances.pop(instance_id, None) is not None:
+            self.stopped.append((instance_id, grace_s))
+
+    async def launched(self) -> list[Launched]:
+        return list(self.instances.values())
+
+    def kill(self, instance_id: str, error: str = "container was killed by signal 9") -> None:
+        self.instances[instance_id].alive = False
+        self.instances[instance_id].error = error

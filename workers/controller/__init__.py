@@ -1,0 +1,108 @@
+"""Keeps what is deployed running: the loops of `fnqueue controller`, also run inside `fnqueue dev`.
+
+Several controllers may run; the one that holds the lease acts, the others wait for it to lapse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from functools import partial
+
+from broker.errors import FnqueueError
+from broker.ports import Broker, Launcher
+from broker.settings import ControllerSettings
+from workers.controller import undertaker
+from workers.controller.chores import Chores
+from workers.controller.leadership import RENEW_S, Leadership
+from workers.controller.reconcile import Reconciler
+from workers.loops import beside, every
+
+logger = logging.getLogger(__name__)
+
+OFFER_S = 10.0
+OFFER_TTL_S = 60.0
+# Past the grace, a container has seconds to end by itself, and then some to be seen gone.
+_AFTER_GRACE_S = 20.0
+
+
+async def serve(
+    broker: Broker,
+    settings: ControllerSettings,
+    launcher: Launcher,
+    stop: asyncio.Event,
+    *,
+    offered: asyncio.Event | None = None,
+) -> None:
+    """Act for as long as this controller leads, until `stop`; then drain and stop this launcher's instances, all
+    at once and in `drain_s` at most, and let another controller lead.
+
+    `offered` is set once the inventory can be deployed to. When cancelled instead, it leaves the instances
+    running, as a crash would; the next controller on the data folder finds them again.
+    """
+    holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    leadership = Leadership(broker.catalog, holder)
+    async with beside(
+        every(RENEW_S, leadership.renew, name="leadership"),
+        _lead(broker, settings, launcher, leadership, offered or asyncio.Event()),
+    ):
+        await stop.wait()
+    # First, so that another controller's instances take over while ours drain.
+    await _resign(broker, holder)
+    if leadership.ever_held:
+        await stop_all(launcher, grace_s=settings.drain_s)
+
+
+async def stop_all(launcher: Launcher, *, grace_s: float) -> None:
+    """Drain and stop every instance of the launcher, all at the same time."""
+    try:
+        async with asyncio.timeout(grace_s + _AFTER_GRACE_S), asyncio.TaskGroup() as group:
+            chores = Chores(group)
+            for instance in await launcher.launched():
+                chores.begin(
+                    f"stop {instance.instance_id}",
+                    partial(launcher.stop, instance.instance_id, grace_s=grace_s if instance.alive else 0.0),
+                )
+    except (TimeoutError, FnqueueError, OSError) as exc:
+        logger.warning("instances_left", extra={"cause": str(exc) or "not stopped in time"})
+
+
+async def _lead(
+    broker: Broker,
+    settings: ControllerSettings,
+    launcher: Launcher,
+    leadership: Leadership,
+    offered: asyncio.Event,
+) -> None:
+    """One term after another."""
+
+    async def offer() -> None:
+        await broker.catalog.offer(await launcher.gpus(), ttl_s=OFFER_TTL_S)
+        offered.set()
+
+    while True:
+        await leadership.won()
+        logger.info("leadership_won", extra={"holder": leadership.holder})
+        async with asyncio.TaskGroup() as group:
+            chores = Chores(group)
+            reconciler = Reconciler(broker, settings, launcher, chores)
+            async with beside(
+                every(OFFER_S, leadership.only(offer), name="offer"),
+                every(settings.reconcile_s, leadership.only(reconciler.step), name="reconcile"),
+                every(settings.sweep_s, leadership.only(reconciler.ensure_queues), name="queues"),
+                every(settings.sweep_s, leadership.only(lambda: undertaker.sweep(broker)), name="sweep"),
+                every(1.0, leadership.only(lambda: undertaker.serve(broker)), name="undertaker"),
+            ):
+                await leadership.lost()
+            chores.cancel()
+        logger.warning("leadership_lost", extra={"holder": leadership.holder})
+
+
+async def _resign(broker: Broker, holder: str) -> None:
+    try:
+        await broker.catalog.resign(holder)
+    except FnqueueError as exc:  # the lease lapses by itself
+        logger.warning("resign_failed", extra={"cause": str(exc)})

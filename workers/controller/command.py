@@ -1,0 +1,56 @@
+"""`fnqueue controller`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+import click
+
+from broker.connect import open_broker
+from broker.errors import ConfigurationError
+from broker.settings import ControllerSettings, load
+from broker.telemetry import logs
+from workers.controller import serve
+from workers.launchers import open_launcher
+
+
+@click.command()
+def controller() -> None:
+    """Keep deployed functions running: start, watch and stop their instances.
+
+    Settings come from FNQUEUE_* in the environment. SIGTERM and Ctrl-C drain this controller's instances, for
+    FNQUEUE_DRAIN_S seconds at most, and stop them; a second one ends the controller at once, and the next one on
+    the same data folder takes its instances over.
+    """
+    try:
+        settings = load(ControllerSettings)
+        _refuse_memory(settings)
+        logs.configure(settings.log_level, settings.log_format)
+        asyncio.run(_run(settings))
+    except ConfigurationError as exc:
+        click.echo(f"fnqueue controller: {exc}", err=True)
+        sys.exit(2)
+
+
+def _refuse_memory(settings: ControllerSettings) -> None:
+    for name in ("queue_url", "store_url"):
+        if getattr(settings, name).get_secret_value().startswith("memory:"):
+            raise ConfigurationError(
+                f"FNQUEUE_{name.upper()}: memory:// is seen by one process only; name a server, or use `fnqueue dev`"
+            )
+
+
+async def _run(settings: ControllerSettings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def end(number: signal.Signals) -> None:
+        stop.set()
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end, number)
+    async with open_broker(settings) as broker, open_launcher(settings) as launcher:
+        await serve(broker, settings, launcher, stop)

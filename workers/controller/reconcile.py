@@ -1,0 +1,397 @@
+"""Desired against actual: one pass looks at every deployment, starts what is missing and stops what is too much.
+
+Deaths are remembered by GPU specification. A first death is replaced at once, further quick ones after 1, 2, 4 … 60
+seconds. How many instances are wanted between a specification's minimum and maximum is the autoscaler's business;
+here a version without any instance gets one as soon as a request waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from broker import deployments
+from broker.deployments import Sight
+from broker.errors import ConfigurationError, RevisionConflict
+from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
+from broker.ports import Broker, Launched, Launcher
+from broker.settings import ControllerSettings
+from workers.controller import undertaker
+from workers.controller.chores import Chores
+
+logger = logging.getLogger(__name__)
+
+QUICK_S = 60.0
+LONGEST_BACKOFF_S = 60.0
+FAILED_DEATHS = 3
+# As upstream (contract/management.md §7.4): an instance that was ready and no longer is.
+SICK_S = 1800.0
+# For the sidecar of a dead container to hand its jobs back.
+DEAD_GRACE_S = 10.0
+# Undeploying without `graceful` gives up what runs; the sidecar gets a moment to say so.
+UNDEPLOY_GRACE_S = 5.0
+# Longer than a front end may still pick a version that was undeployed, and take to write the request down.
+QUIET_S = 3.0
+STRAY_S = 60.0
+
+
+@dataclass(slots=True)
+class Streak:
+    """The deaths of one specification's instances. `failures` counts waves of quick ones in a row."""
+
+    failures: int = 0
+    next_start_at: float = 0.0
+    error: str = ""
+    ran: bool = False
+    hopeless: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return self.hopeless or (self.failures >= FAILED_DEATHS and not self.ran)
+
+    def death(self, error: str, *, quick: bool, now: float) -> None:
+        self.failures = self.failures + 1 if quick else 1
+        backoff_s = 0.0 if self.failures == 1 else min(2.0 ** (self.failures - 2), LONGEST_BACKOFF_S)
+        self.next_start_at = now + backoff_s
+        self.error = error
+
+    def cannot_start(self, error: str, *, hopeless: bool, now: float) -> None:
+        self.failures += 1
+        self.hopeless = hopeless
+        self.next_start_at = now + min(2.0 ** (self.failures - 1), LONGEST_BACKOFF_S)
+        self.error = error
+
+    def runs(self) -> None:
+        self.ran, self.hopeless, self.error = True, False, ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One deployment and all that is known of it. `alive` leaves out what is being stopped."""
+
+    deployment: Deployment
+    version: Version | None
+    reports: Mapping[str, Instance]
+    launched: Sequence[Launched]
+    alive: list[Launched]
+    load: Load
+
+    def of(self, specification: GpuSpecification) -> list[Launched]:
+        return [instance for instance in self.alive if instance.specification_id == specification.id]
+
+    def runs(self, instance: Launched) -> bool:
+        report = self.reports.get(instance.instance_id)
+        return report is not None and report.status is InstanceStatus.RUNNING
+
+    def starts(self, instance: Launched) -> bool:
+        """Not yet reporting counts as starting."""
+        report = self.reports.get(instance.instance_id)
+        return report is None or report.status is InstanceStatus.STARTING
+
+
+@dataclass(slots=True)
+class Reconciler:
+    """`step` is one pass; it never waits for an instance. What it remembers between passes it can do without: a
+    new leader starts with nothing. `now` is a monotonic clock."""
+
+    broker: Broker
+    settings: ControllerSettings
+    launcher: Launcher
+    chores: Chores
+    now: Callable[[], float] = time.monotonic
+    _streaks: dict[str, Streak] = field(default_factory=dict)
+    _started_at: dict[str, float] = field(default_factory=dict)
+    _buried: set[str] = field(default_factory=set)
+    _undeployed_at: dict[str, float] = field(default_factory=dict)
+    _busy_at: dict[str, float] = field(default_factory=dict)
+    _sick_at: dict[str, float] = field(default_factory=dict)
+    _stray_at: dict[str, float] = field(default_factory=dict)
+
+    async def step(self) -> None:
+        """Raises StoreUnavailable: nothing was decided about the deployments that it did not get to."""
+        launched = await self.launcher.launched()
+        rows = await self.broker.catalog.deployments.list()
+        views = await self._look([row.item for row in rows], launched)
+        for view in views:
+            try:
+                await self._tend(view)
+            except RevisionConflict as exc:  # the next pass looks again
+                logger.info("reconcile_postponed", extra={"version_id": view.deployment.version_id, "cause": str(exc)})
+        await self._tend_strays(views, launched)
+        self._forget(views, launched)
+
+    async def ensure_queues(self) -> None:
+        """Make the queues of all deployments exist again, should the broker have lost one."""
+        for row in await self.broker.catalog.deployments.list():
+            if not row.item.undeployed:
+                await self.broker.queue.declare(row.item.version_id)
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    async def _look(self, wanted: Sequence[Deployment], launched: Sequence[Launched]) -> list[View]:
+        if not wanted:
+            return []
+        ids = [deployment.version_id for deployment in wanted]
+        catalog = self.broker.catalog
+        # Together, so that a store can answer them in few round trips.
+        versions = await asyncio.gather(*(catalog.versions.get(version_id) for version_id in ids))
+        reports = await asyncio.gather(*(catalog.instances(version_id) for version_id in ids))
+        loads = await self.broker.results.load(ids)
+        views = []
+        for deployment, version, reported, load in zip(wanted, versions, reports, loads, strict=True):
+            own = [instance for instance in launched if instance.version_id == deployment.version_id]
+            alive = [item for item in own if item.alive and _stopping(item) not in self.chores]
+            views.append(
+                View(
+                    deployment=deployment,
+                    version=version.item if version else None,
+                    reports={report.id: report for report in reported},
+                    launched=own,
+                    alive=alive,
+                    load=load,
+                )
+            )
+        return views
+
+    # -- one deployment ----------------------------------------------------------------------------
+
+    async def _tend(self, view: View) -> None:
+        self._bury_dead(view)
+        deployment, version = view.deployment, view.version
+        if version is None and not deployment.undeployed:
+            await deployments.disown(self.broker, deployment)
+        elif deployment.undeployed and (version is None or not deployment.draining or self._drained(view)):
+            await self._remove(view)
+        elif version is not None and version.status is FunctionStatus.ERROR:
+            self._stop(view, view.alive, grace_s=UNDEPLOY_GRACE_S)
+        elif version is not None:
+            await self._keep(view, version)
+            if not deployment.undeployed:
+                await self._observe(view, version)
+
+    async def _keep(self, view: View, version: Version) -> None:
+        """As many instances as each specification wants, and none of a specification that is no more."""
+        ids = {specification.id for specification in view.deployment.specifications}
+        unwanted = [item for item in view.alive if item.specification_id not in ids]
+        self._stop(view, unwanted, grace_s=self.settings.drain_s)
+        for specification in view.deployment.specifications:
+            alive = view.of(specification)
+            streak = self._streaks.setdefault(specification.id, Streak())
+            if any(view.runs(instance) for instance in alive):
+                streak.runs()
+            surplus = len(alive) - specification.max_instances
+            if surplus > 0:
+                self._stop(view, self._least_useful_first(view, alive)[:surplus], grace_s=self.settings.drain_s)
+            for _ in range(self._missing(view, specification, streak)):
+                await self._start(view, version, specification, streak)
+
+    def _missing(self, view: View, specification: GpuSpecification, streak: Streak) -> int:
+        if streak.next_start_at > self.now():
+            return 0
+        missing = specification.min_instances - len(view.of(specification))
+        if missing > 0:
+            return missing
+        # Claimed requests count too: the worker that claimed them may have been the last one.
+        somebody_waits = view.load.queued + view.load.running > 0
+        return int(somebody_waits and not view.alive and not _has_minimum(view.deployment))
+
+    async def _start(self, view: View, version: Version, specification: GpuSpecification, streak: Streak) -> None:
+        if streak.next_start_at > self.now():
+            return
+        instance_id = str(uuid.uuid4())
+        try:
+            await self.launcher.start(instance_id, version, specification)
+        except (ConfigurationError, OSError) as exc:
+            streak.cannot_start(str(exc), hopeless=isinstance(exc, ConfigurationError), now=self.now())
+            logger.warning("instance_cannot_start", extra={"version_id": version.id, "cause": str(exc)})
+            return
+        self._started_at[instance_id] = self.now()
+        view.alive.append(_Started(instance_id, version.id, specification.id))
+
+    async def _observe(self, view: View, version: Version) -> None:
+        sights = [self._sight(view, specification) for specification in view.deployment.specifications]
+        now, deploy_timeout_s = time.time(), self.settings.deploy_timeout_s
+        age_s = now - view.deployment.created_at
+        status, health = deployments.next_status(version.status, sights, age_s=age_s, deploy_timeout_s=deploy_timeout_s)
+        if status is version.status and health == view.deployment.health:
+            return
+        written = await deployments.observe(
+            self.broker, view.deployment, sights, now=now, deploy_timeout_s=deploy_timeout_s
+        )
+        if written not in (None, version.status):
+            logger.info(
+                "version_status",
+                extra={"version_id": version.id, "before": version.status.value, "status": written and written.value},
+            )
+
+    def _sight(self, view: View, specification: GpuSpecification) -> Sight:
+        alive = view.of(specification)
+        streak = self._streaks.get(specification.id) or Streak()
+        reports = [view.reports[item.instance_id] for item in alive if item.instance_id in view.reports]
+        return Sight(
+            specification=specification,
+            running=sum(view.runs(instance) for instance in alive),
+            starting=sum(view.starts(instance) for instance in alive),
+            error=_first_error(reports, InstanceStatus.ERRORED) or streak.error,
+            delay=_first_error(reports, InstanceStatus.STARTING),
+            failed=streak.failed,
+        )
+
+    # -- the dead and the unwanted -----------------------------------------------------------------
+
+    def _bury_dead(self, view: View) -> None:
+        dead: dict[str, list[Launched]] = {}
+        for instance in view.launched:
+            if _stopping(instance) in self.chores or (instance.alive and not self._sick(view, instance)):
+                continue
+            if instance in view.alive:
+                view.alive.remove(instance)
+            if instance.instance_id not in self._buried:
+                self._buried.add(instance.instance_id)
+                dead.setdefault(instance.specification_id, []).append(instance)
+            self._stop_one(instance, view.reports.get(instance.instance_id), grace_s=DEAD_GRACE_S)
+        for specification_id, instances in dead.items():
+            reports = [view.reports.get(instance.instance_id) for instance in instances]
+            error = next((item.error for item in instances if item.error), "")
+            error = error or next((report.error for report in reports if report), "")
+            self._note_deaths(specification_id, instances, error)
+
+    def _sick(self, view: View, instance: Launched) -> bool:
+        """It was healthy, and has not been for so long that it is not worth waiting for."""
+        report = view.reports.get(instance.instance_id)
+        if report is None or report.status is not InstanceStatus.ERRORED:
+            self._sick_at.pop(instance.instance_id, None)
+            return False
+        return self.now() - self._sick_at.setdefault(instance.instance_id, self.now()) >= SICK_S
+
+    def _note_deaths(self, specification_id: str, instances: Sequence[Launched], error: str) -> None:
+        """Those that one pass finds count as one death."""
+        now = self.now()
+        quick = any(now - self._started_at.get(item.instance_id, -inf) < QUICK_S for item in instances)
+        self._streaks.setdefault(specification_id, Streak()).death(error, quick=quick, now=now)
+        for instance in instances:
+            logger.warning(
+                "instance_died",
+                extra={
+                    "instance_id": instance.instance_id,
+                    "version_id": instance.version_id,
+                    "cause": error.partition("\n")[0],
+                },
+            )
+
+    async def _tend_strays(self, views: Sequence[View], launched: Sequence[Launched]) -> None:
+        """Instances of versions that have no deployment. A removal ends with the row, so the catalog was lost; what
+        was accepted is still in the queue, and the sidecars rebuild its records. They go when they are idle."""
+        known = {view.deployment.version_id for view in views}
+        strays = [instance for instance in launched if instance.version_id not in known]
+        ids = sorted({instance.version_id for instance in strays})
+        loads = dict(zip(ids, await self.broker.results.load(ids) if ids else [], strict=True))
+        self._stray_at = {key: self._stray_at.get(key, self.now()) for key in ids}
+        for version_id, load in loads.items():
+            if load.queued + load.running:
+                self._stray_at[version_id] = self.now()
+        for stray in strays:
+            if not stray.alive or self.now() - self._stray_at[stray.version_id] >= STRAY_S:
+                self._stop_one(stray, None, grace_s=self.settings.drain_s)
+
+    def _stop(self, view: View, instances: Iterable[Launched], *, grace_s: float) -> None:
+        for instance in instances:
+            self._stop_one(instance, view.reports.get(instance.instance_id), grace_s=grace_s)
+
+    def _stop_one(self, instance: Launched, report: Instance | None, *, grace_s: float) -> None:
+        """`report` is what an instance that was killed cannot take back itself."""
+
+        async def stop() -> None:
+            await self.launcher.stop(instance.instance_id, grace_s=grace_s)
+            if report is not None:
+                await self.broker.catalog.retire(report)
+
+        self.chores.begin(_stopping(instance), stop)
+
+    def _least_useful_first(self, view: View, instances: Sequence[Launched]) -> list[Launched]:
+        """Starting ones before running ones, the older first (contract/management.md §2.6)."""
+        return sorted(instances, key=lambda item: (view.runs(item), self._started_at.get(item.instance_id, 0.0)))
+
+    # -- removing ----------------------------------------------------------------------------------
+
+    def _drained(self, view: View) -> bool:
+        """Nothing queued or running, for long enough that no front end still sends anything."""
+        deployment = view.deployment
+        now = self.now()
+        if view.load.queued + view.load.running or deployment.id not in self._busy_at:
+            self._busy_at[deployment.id] = now
+        return now - self._busy_at[deployment.id] >= QUIET_S
+
+    async def _remove(self, view: View) -> None:
+        """First the instances, then the requests, the queue and the row. Begun again by every pass until done."""
+        deployment, version = view.deployment, view.version
+        since = self._undeployed_at.setdefault(deployment.id, self.now())
+        if version is not None and version.status is not FunctionStatus.INACTIVE:
+            await deployments.deactivate(self.broker, deployment.version_id)
+        if view.launched:
+            self._stop(view, view.alive, grace_s=self.settings.drain_s if deployment.draining else UNDEPLOY_GRACE_S)
+            return
+        self.chores.begin(f"remove {deployment.version_id}", lambda: self._clear(deployment, since))
+
+    async def _clear(self, deployment: Deployment, since: float) -> None:
+        if not await undertaker.clear(self.broker, deployment.version_id) or not await self._silent(deployment, since):
+            return
+        if not await deployments.claim_removal(self.broker, deployment):
+            return
+        # Whoever was late: now nobody can be later.
+        if await undertaker.clear(self.broker, deployment.version_id):
+            await deployments.finish_removal(self.broker, deployment)
+            logger.info("deployment_removed", extra={"version_id": deployment.version_id})
+
+    async def _silent(self, deployment: Deployment, since: float) -> bool:
+        """Whether no front end can still be publishing: none has written a request down and is yet to publish it,
+        or, if one seems to have, for longer than publishing may take. Then it died in between, and accepted
+        nothing."""
+        elapsed_s = self.now() - since
+        (load,) = await self.broker.results.load([deployment.version_id])
+        if load.queued + load.running == 0:
+            return elapsed_s >= QUIET_S
+        return elapsed_s >= QUIET_S + self.broker.settings.accept_timeout_s + self.broker.settings.lease_s
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    def _forget(self, views: Sequence[View], launched: Sequence[Launched]) -> None:
+        specifications = {item.id for view in views for item in view.deployment.specifications}
+        ids = {view.deployment.id for view in views}
+        instances = {item.instance_id for item in launched} | {
+            item.instance_id for view in views for item in view.alive
+        }
+        self._streaks = {key: kept for key, kept in self._streaks.items() if key in specifications}
+        self._started_at = {key: kept for key, kept in self._started_at.items() if key in instances}
+        self._undeployed_at = {key: kept for key, kept in self._undeployed_at.items() if key in ids}
+        self._busy_at = {key: kept for key, kept in self._busy_at.items() if key in ids}
+        self._sick_at = {key: kept for key, kept in self._sick_at.items() if key in instances}
+        self._buried &= instances
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """An instance that this pass started; the next one sees how it does."""
+
+    instance_id: str
+    version_id: str
+    specification_id: str
+    alive: bool = True
+    error: str = ""
+
+
+def _stopping(instance: Launched) -> str:
+    return f"stop {instance.instance_id}"
+
+
+def _first_error(reports: Iterable[Instance], status: InstanceStatus) -> str:
+    return next((report.error for report in reports if report.status is status and report.error), "")
+
+
+def _has_minimum(deployment: Deployment) -> bool:
+    return any(specification.min_instances > 0 for specification in deployment.specifications)

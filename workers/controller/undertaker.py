@@ -1,0 +1,87 @@
+"""No request dies silently (PROTOCOL §2.4, P4): every dead letter becomes a terminal record with a reason, and what
+no message stands for any more is expired by the sweep."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from broker.errors import StoreUnavailable
+from broker.model import Claim, RequestState, Verdict
+from broker.ports import Broker, Delivery
+from workers.loops import insist
+
+logger = logging.getLogger(__name__)
+
+PREFETCH = 32
+SWEEP_LIMIT = 1000
+UNDEPLOYED = "function version was undeployed"
+
+# A request that a live worker holds is looked at again this often, and its message given back after a while: a
+# message must not stay on loan for longer than the broker allows.
+_LOOK_AGAIN_S = 5.0
+_LOOK_AT_LEAST_S = 0.05
+HOLD_S = 300.0
+
+_ENDS: Mapping[str, tuple[RequestState, str]] = {
+    "expired": (RequestState.EXPIRED, "its deadline passed while it was queued"),
+    "delivery_limit": (RequestState.DEAD, "it was handed to workers too often without ending"),
+    "rejected": (RequestState.DEAD, "a worker refused it"),
+    "maxlen": (RequestState.DEAD, "the queue was full"),
+}
+
+
+async def serve(broker: Broker) -> None:
+    """Bury the dead letters as they come, PREFETCH at once, until cancelled."""
+    async with broker.queue.dead_letters(prefetch=PREFETCH) as deliveries, asyncio.TaskGroup() as graves:
+        async for delivery in deliveries:
+            state, reason = _ENDS.get(delivery.death, (RequestState.DEAD, f"dead-lettered: {delivery.death}"))
+            graves.create_task(bury(broker, delivery, state, reason=reason))
+
+
+async def bury(broker: Broker, delivery: Delivery, state: RequestState, *, reason: str, hold_s: float = HOLD_S) -> bool:
+    """End the delivery's request and acknowledge it. A worker that runs it may finish first, and then its result
+    stands; False when it still runs it after `hold_s`: the message was given back."""
+    try:
+        async with asyncio.timeout(hold_s):
+            claim = await _end(broker, delivery, state, reason)
+    except TimeoutError:
+        await delivery.requeue()
+        return False
+    except asyncio.CancelledError:
+        await delivery.requeue()
+        raise
+    await delivery.ack()
+    logger.info(
+        "request_buried",
+        extra={"request_id": delivery.job.id, "version_id": delivery.job.version_id, "state": claim.state.value},
+    )
+    return True
+
+
+async def clear(broker: Broker, version_id: str) -> bool:
+    """Cancel every request that is queued for an undeployed version. False when one could not be ended."""
+    while delivery := await broker.queue.take(version_id):
+        if not await bury(broker, delivery, RequestState.CANCELLED, reason=UNDEPLOYED):
+            return False
+    return True
+
+
+async def sweep(broker: Broker) -> None:
+    """Expire what is overdue in every version."""
+    for row in await broker.catalog.versions.list():
+        changed = await broker.results.sweep(row.item.id, limit=SWEEP_LIMIT)
+        if changed:
+            logger.info("requests_swept", extra={"version_id": row.item.id, "changed": changed})
+
+
+async def _end(broker: Broker, delivery: Delivery, state: RequestState, reason: str) -> Claim:
+    async def end() -> Claim:
+        return await broker.results.end(delivery.job, state, reason=reason)
+
+    while True:
+        claim = await insist(end, on=StoreUnavailable, name="bury")
+        if claim.verdict is not Verdict.HELD:
+            return claim
+        await asyncio.sleep(min(max(claim.wait_s, _LOOK_AT_LEAST_S), _LOOK_AGAIN_S))

@@ -1,0 +1,366 @@
+"""Instances as plain processes of this machine: no container engine needed.
+
+An instance is two processes, the "container" (the command that stands for the image) and its sidecar; when either
+has died, the instance is not alive. Each instance has a folder, `<data_dir>/instances/<instance_id>`:
+
+    state.json       who the two processes are; a controller that was killed finds its instances again by it
+    container.log    sidecar.log
+    assets/          responses/       request directories
+
+Every port that a version names (inference, health) is the one free loopback port that the process is given in PORT.
+There is no isolation: a container here may do what the user who runs the controller may do. It is given none of the
+FNQUEUE_* settings, and of the machine's environment only what `_INHERITED` lists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import random
+import shlex
+import shutil
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from pydantic import AliasChoices, SecretStr, TypeAdapter, ValidationError
+
+from broker.errors import ConfigurationError
+from broker.model import Gpu, GpuSpecification, Version
+from broker.ports import Launched
+from broker.settings import ControllerSettings, Settings, SidecarSettings, load
+from workers.launchers.children import Child, Identity
+from workers.launchers.images import Image, find_image, read_images
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "local"
+ERROR_BYTES = 4096
+
+_INHERITED = (
+    "PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE",
+    "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+)  # fmt: skip
+_HOST = "127.0.0.1"
+# Below the range from which systems take the ports of outgoing connections.
+_PORTS = range(20_000, 32_000)
+_PORT_TRIES = 100
+_CONTAINER_GRACE_S = 5.0
+_KEPT_LOGS = 20
+_DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
+
+
+class Sidecar(Protocol):
+    """A sidecar that was started."""
+
+    @property
+    def identity(self) -> Identity | None:
+        """By what it is found again after a crash; None when it lives in this process and dies with it."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def fate(self) -> str:
+        """How it ended, to follow its name: "exited with status 1"."""
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Drain for at most `grace_s`, then end it. Idempotent."""
+
+
+class StartSidecar(Protocol):
+    """How sidecars are run: `start_sidecar_process`, or inside this process where the back ends are in memory."""
+
+    async def __call__(self, settings: SidecarSettings, *, log: Path) -> Sidecar:
+        """Begin to run one. `log` is for its output, where it has one of its own."""
+
+
+async def start_sidecar_process(settings: SidecarSettings, *, log: Path) -> Child:
+    """A `fnqueue sidecar` of its own, which lives on when this process is killed."""
+    # -P: a folder named `fnqueue` or `workers` where the controller was started must not be imported.
+    command = [sys.executable, "-P", "-m", "fnqueue", "sidecar"]
+    return await asyncio.to_thread(
+        Child.spawn, command, environment=sidecar_environment(settings), folder=Path.cwd(), log=log
+    )
+
+
+def sidecar_environment(settings: SidecarSettings) -> dict[str, str]:
+    """This process's environment, with every setting of the sidecar in it and no other word for any of them."""
+    environment = dict(os.environ)
+    for name, field in SidecarSettings.model_fields.items():
+        spellings = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else ()
+        words = {name.upper(), *(str(spelling).upper() for spelling in spellings)} if spellings else set()
+        for word in [word for word in environment if word.upper() in words]:
+            del environment[word]
+        environment[f"FNQUEUE_{name.upper()}"] = _as_text(getattr(settings, name))
+    return environment
+
+
+@dataclass(slots=True, kw_only=True)
+class _Instance:
+    instance_id: str
+    version_id: str
+    specification_id: str
+    port: int
+    folder: Path
+    container: Child
+    sidecar: Sidecar | None
+
+    @property
+    def alive(self) -> bool:
+        return self.container.alive and self.sidecar is not None and self.sidecar.alive
+
+    @property
+    def error(self) -> str:
+        container, sidecar = self.folder / "container.log", self.folder / "sidecar.log"
+        if not self.container.alive:
+            return _told(f"container {self.container.fate}", container, "")
+        if self.sidecar is None:
+            return _told("its sidecar did not start", container, "")
+        if not self.sidecar.alive:
+            return _told(f"sidecar {self.sidecar.fate}", container, _tail(sidecar, ERROR_BYTES // 4))
+        return ""
+
+    def save(self) -> None:
+        """Replace the state file in one step."""
+        state = {
+            "instance_id": self.instance_id,
+            "version_id": self.version_id,
+            "specification_id": self.specification_id,
+            "port": self.port,
+            "container": asdict(self.container.identity),
+            "sidecar": asdict(self.sidecar.identity) if self.sidecar and self.sidecar.identity else None,
+        }
+        written = self.folder / "state.json.new"
+        written.write_text(json.dumps(state), encoding="utf-8")
+        written.replace(self.folder / "state.json")
+
+
+class ProcessLauncher:
+    """The Launcher of `process://`. One at a time per data folder.
+
+    The first call adopts the instances that a killed controller left in the data folder; it raises
+    ConfigurationError while another controller is using the folder.
+    """
+
+    def __init__(self, settings: ControllerSettings, *, start_sidecar: StartSidecar = start_sidecar_process) -> None:
+        """Raises ConfigurationError: the images file cannot be read."""
+        self._settings = settings
+        self._start_sidecar = start_sidecar
+        self._root = settings.data_dir.resolve() / "instances"
+        self._images = read_images(settings.images_file)
+        self._instances: dict[str, _Instance] = {}
+        self._lock: IO[bytes] | None = None
+
+    async def gpus(self) -> list[Gpu]:
+        """One instance type, `CPU`; NVIDIA cards are not looked for yet. Its capacity is not enforced."""
+        return [Gpu(name="CPU", instance_type="CPU", backend=BACKEND, capacity=os.cpu_count() or 1)]
+
+    async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
+        await self._open()
+        image = find_image(self._images, version.container_image)
+        port = _free_port({instance.port for instance in self._instances.values()})
+        folder = self._root / instance_id
+        settings = self._sidecar_settings(instance_id, version, specification, port=port, folder=folder)
+        try:
+            container = await asyncio.to_thread(_spawn_container, image, version, settings, folder)
+        except BaseException:
+            await asyncio.to_thread(self._clear, folder)
+            raise
+        instance = _Instance(
+            instance_id=instance_id,
+            version_id=version.id,
+            specification_id=specification.id,
+            port=port,
+            folder=folder,
+            container=container,
+            sidecar=None,
+        )
+        self._instances[instance_id] = instance
+        instance.save()
+        instance.sidecar = await self._start_sidecar(settings, log=folder / "sidecar.log")
+        instance.save()
+        logger.info("instance_started", extra={"instance_id": instance_id, "version_id": version.id, "port": port})
+
+    async def stop(self, instance_id: str, *, grace_s: float) -> None:
+        await self._open()
+        instance = self._instances.get(instance_id)
+        if instance is None:
+            return
+        if instance.sidecar is not None:
+            await instance.sidecar.stop(grace_s=grace_s)
+        await instance.container.stop(grace_s=_CONTAINER_GRACE_S)
+        await asyncio.to_thread(self._clear, instance.folder)
+        self._instances.pop(instance_id, None)
+        logger.info("instance_stopped", extra={"instance_id": instance_id, "version_id": instance.version_id})
+
+    async def launched(self) -> list[Launched]:
+        await self._open()
+        return list(self._instances.values())
+
+    async def close(self) -> None:
+        """Leave the data folder to the next launcher. Instances go on."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    async def _open(self) -> None:
+        if self._lock is None:
+            self._lock, self._instances = await asyncio.to_thread(_take_over, self._root)
+
+    def _sidecar_settings(
+        self, instance_id: str, version: Version, specification: GpuSpecification, *, port: int, folder: Path
+    ) -> SidecarSettings:
+        shared = {name: getattr(self._settings, name) for name in Settings.model_fields}
+        return load(
+            SidecarSettings,
+            **shared | {"data_dir": self._settings.data_dir.resolve(), "drain_s": self._settings.drain_s},
+            function_id=version.function_id,
+            function_version_id=version.id,
+            function_name=version.name,
+            account=version.account,
+            instance_id=instance_id,
+            specification_id=specification.id,
+            gpu=specification.gpu,
+            instance_type=specification.instance_type,
+            backend=specification.backend or BACKEND,
+            region=BACKEND,
+            environment=BACKEND,
+            inference_host=_HOST,
+            inference_port=port,
+            inference_url=version.inference_url,
+            health_protocol="gRPC" if version.health.protocol.lower() == "grpc" else "HTTP",
+            health_uri=version.health.uri,
+            health_port=port,
+            health_timeout_s=_seconds(version.health.timeout),
+            health_expected_status=version.health.expected_status,
+            max_request_concurrency=specification.max_request_concurrency,
+            asset_dir=folder / "assets",
+            response_dir=folder / "responses",
+        )
+
+    def _clear(self, folder: Path) -> None:
+        """Forget an instance but for its logs, and keep the newest few of those."""
+        (folder / "state.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "assets", ignore_errors=True)
+        shutil.rmtree(folder / "responses", ignore_errors=True)
+        over = [path for path in self._root.iterdir() if path.is_dir() and not (path / "state.json").exists()]
+        for old in sorted(over, key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _spawn_container(image: Image, version: Version, settings: SidecarSettings, folder: Path) -> Child:
+    for path in (folder, settings.asset_dir, settings.response_dir):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        arguments = shlex.split(version.container_args)
+    except ValueError as exc:
+        raise ConfigurationError(f"containerArgs cannot be split into words: {exc}") from exc
+    command = image.command_for(settings.inference_port) + arguments
+    try:
+        return Child.spawn(
+            command,
+            environment=_container_environment(image, version, settings),
+            folder=image.folder,
+            log=folder / "container.log",
+        )
+    except (FileNotFoundError, PermissionError, ValueError) as exc:
+        raise ConfigurationError(f"the command of image {image.reference!r} cannot be run: {exc}") from exc
+
+
+def _container_environment(image: Image, version: Version, settings: SidecarSettings) -> dict[str, str]:
+    """What contract/management.md §7.2 promises, where to listen, and the user's own."""
+    return {
+        **{name: os.environ[name] for name in _INHERITED if name in os.environ},
+        **image.environment_for(settings.inference_port),
+        **dict(version.container_environment),
+        "HOST": _HOST,
+        "PORT": str(settings.inference_port),
+        "NVCF_BACKEND": settings.backend,
+        "NVCF_ENV": settings.environment,
+        "NVCF_FUNCTION_ID": version.function_id,
+        "NVCF_FUNCTION_NAME": version.name,
+        "NVCF_FUNCTION_VERSION_ID": version.id,
+        "NVCF_INSTANCETYPE": settings.instance_type,
+        "NVCF_NCA_ID": version.account,
+        "NVCF_REGION": settings.region,
+    }
+
+
+def _take_over(root: Path) -> tuple[IO[bytes], dict[str, _Instance]]:
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = (root / ".lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        lock.close()
+        raise ConfigurationError(
+            f"another controller runs instances in {root}; give each its own FNQUEUE_DATA_DIR"
+        ) from exc
+    found = [_adopt(state.parent) for state in root.glob("*/state.json")]
+    return lock, {instance.instance_id: instance for instance in found if instance is not None}
+
+
+def _adopt(folder: Path) -> _Instance | None:
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        instance = _Instance(
+            instance_id=state["instance_id"],
+            version_id=state["version_id"],
+            specification_id=state["specification_id"],
+            port=state["port"],
+            folder=folder,
+            container=Child(Identity(**state["container"])),
+            sidecar=Child(Identity(**state["sidecar"])) if state["sidecar"] else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        logger.warning("instance_state_unreadable", extra={"folder": folder.name, "cause": str(exc)})
+        return None
+    logger.info("instance_adopted", extra={"instance_id": instance.instance_id, "version_id": instance.version_id})
+    return instance
+
+
+def _free_port(taken: set[int]) -> int:
+    for port in random.sample(_PORTS, _PORT_TRIES):  # spreads them, guards nothing
+        if port in taken:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind((_HOST, port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port among {_PORT_TRIES} from {_PORTS.start} to {_PORTS.stop}")
+
+
+def _seconds(duration: str) -> float:
+    """An ISO-8601 duration in seconds, at most what the sidecar takes. Raises ConfigurationError."""
+    try:
+        return min(max(_DURATION.validate_python(duration).total_seconds(), 0.1), 600.0)
+    except ValidationError as exc:
+        raise ConfigurationError(f"health.timeout: {duration!r} is not an ISO-8601 duration") from exc
+
+
+def _as_text(value: object) -> str:
+    return str(value.get_secret_value() if isinstance(value, SecretStr) else value)
+
+
+def _told(what: str, container_log: Path, sidecar_tail: str) -> str:
+    parts = [what, sidecar_tail]
+    room = ERROR_BYTES - sum(len(part.encode()) + 1 for part in parts)
+    return "\n".join(part for part in [*parts, _tail(container_log, room)] if part)
+
+
+def _tail(log: Path, limit_bytes: int) -> str:
+    try:
+        with log.open("rb") as lines:
+            lines.seek(max(0, lines.seek(0, os.SEEK_END) - limit_bytes))
+            return lines.read(limit_bytes).decode(errors="ignore").strip()
+    except OSError:
+        return ""
