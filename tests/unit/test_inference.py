@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import socket
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from broker.errors import ConfigurationError
+from broker.model import Job, Outcome, RequestState
+from tests.unit.container import Container, a_job, answer, container, raw_container, settings_for
+from workers.inference import Answer, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
+
+
+class Bench:
+    """An Inference before a container, and the place where it spills."""
+
+    def __init__(self, inference: Inference, box: Container, folder: Path) -> None:
+        self.inference = inference
+        self.box = box
+        self.spill = folder / "spill"
+
+    async def infer(
+        self,
+        job: Job | None = None,
+        headers: Iterable[tuple[str, str]] = (),
+        *,
+        body: bytes | Path = b"{}",
+        budget_s: float = 30,
+    ) -> Answer:
+        return await self.inference.infer(job or a_job(), headers, body=body, spill=self.spill, budget_s=budget_s)
+
+    def answers(self, body: bytes, **given: Any) -> None:
+        self.box.handler = lambda _: answer(body, **given)
+
+
+@asynccontextmanager
+async def benched(folder: Path, **given: Any) -> AsyncIterator[Bench]:
+    async with container() as box, Inference(settings_for(folder, box.port, **given)) as inference:
+        yield Bench(inference, box, folder)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    async with benched(tmp_path, max_response_bytes=1024, max_artifact_bytes=4 * 1024 * 1024) as made:
+        yield made
+
+
+async def infer_raw(folder: Path, reply: bytes) -> Answer:
+    async with raw_container(reply) as port, Inference(settings_for(folder, port)) as inference:
+        return await inference.infer(a_job(), (), body=b"{}", spill=folder / "spill", budget_s=10)
+
+
+async def test_body_and_headers_reach_the_configured_path_unchanged(bench: Bench) -> None:
+    await bench.infer(headers=[("X-Mixed-Case", "v"), ("Content-Type", "text/plain")], body=b"\x00\xff")
+    assert bench.box.paths == ["/infer"]
+    assert bench.box.bodies == [b"\x00\xff"]
+    names = [name for name, _ in bench.box.headers[-1]]
+    assert sorted(names) == ["Connection", "Content-Length", "Content-Type", "Host", "X-Mixed-Case"]
+
+
+@pytest.mark.parametrize(
+    ("configured", "sent"),
+    [
+        ("infer", "/infer"),
+        ("", "/"),
+        ("//evil.example/x", "/evil.example/x"),
+        ("@evil.example:80/x", "/@evil.example:80/x"),
+        ("/a%2Fb?model=m", "/a%2Fb?model=m"),
+        ("/a/../../b", "/b"),
+    ],
+)
+async def test_no_path_leads_to_another_host(tmp_path: Path, configured: str, sent: str) -> None:
+    async with benched(tmp_path, inference_url=configured) as bench:
+        await bench.infer()
+        assert bench.box.paths == [sent]
+
+
+async def test_an_empty_body_is_sent_as_one(bench: Bench) -> None:
+    await bench.infer(body=b"")
+    assert bench.box.bodies == [b""]
+    assert bench.box.header("Content-Length") == ["0"]
+
+
+async def test_a_body_in_a_file_is_streamed_with_its_length(bench: Bench, tmp_path: Path) -> None:
+    body = tmp_path / "body.txt"
+    body.write_bytes(b"x" * 3_000_000)
+    await bench.infer(body=body)
+    assert bench.box.bodies == [b"x" * 3_000_000]
+    assert bench.box.header("Content-Length") == ["3000000"]
+    assert bench.box.header("Content-Type") == []
+
+
+async def test_status_body_and_headers_come_back(bench: Bench) -> None:
+    bench.answers(b"made", status=201, content_type="text/plain", headers={"X-Own": "1"})
+    got = await bench.infer()
+    assert (got.status, got.body) == (201, b"made")
+    assert ("X-Own", "1") in got.headers
+    assert ("Content-Type", "text/plain") in got.headers
+
+
+async def test_the_containers_redirect_is_a_result_without_its_location(bench: Bench) -> None:
+    bench.answers(b"", status=302, headers={"Location": "http://169.254.169.254/"})
+    got = await bench.infer()
+    assert got.status == 302
+    assert "location" not in {name.lower() for name, _ in got.headers}
+    assert len(bench.box.bodies) == 1
+
+
+async def test_headers_that_are_not_the_containers_to_set_are_dropped(bench: Bench) -> None:
+    forbidden = {
+        "Set-Cookie": "a=b",
+        "NVCF-REQID": "forged",
+        "nvcf_status": "fulfilled",
+        "Connection": "close, X-Named",
+        "X-Named": "1",
+        "Keep-Alive": "timeout=5",
+        "Refresh": "0; url=http://evil.example",
+        "Access-Control-Allow-Origin": "*",
+    }
+    bench.answers(b"{}", headers=forbidden | {"X-Own": "1"})
+    got = await bench.infer()
+    assert sorted(name for name, _ in got.headers) == ["Content-Type", "X-Own"]
+
+
+async def test_a_header_that_is_not_text_is_dropped(tmp_path: Path) -> None:
+    got = await infer_raw(tmp_path, b"HTTP/1.1 200 OK\r\nX-Bad: \xff\xfe\r\nX-Own: 1\r\nContent-Length: 2\r\n\r\nok")
+    assert got == Answer(status=200, headers=(("X-Own", "1"),), body=b"ok")
+
+
+async def test_an_encoded_body_passes_untouched(bench: Bench) -> None:
+    packed = gzip.compress(b"hello")
+    bench.answers(packed, headers={"Content-Encoding": "gzip"})
+    got = await bench.infer()
+    assert got.body == packed
+    assert ("Content-Encoding", "gzip") in got.headers
+
+
+async def test_a_stated_error_becomes_a_problem(bench: Bench) -> None:
+    job = a_job()
+    bench.answers(b'{"error": "no such model"}', status=422, headers={"X-Own": "1"})
+    got = await bench.infer(job)
+    assert got.status == 422
+    assert got.headers == (("Content-Type", "application/problem+json"),)
+    assert json.loads(got.body) == {
+        "type": "urn:inference-service:problem-details:unprocessable-entity",
+        "title": "Unprocessable Entity",
+        "status": 422,
+        "detail": "no such model",
+        "requestId": job.id,
+    }
+
+
+@pytest.mark.parametrize(
+    "body", [b"oops", b"", b'{"error": {"code": 1}}', b'{"error": ""}', b"[1]", b"[" * 100_000, b"\xff", b"x" * 5000]
+)
+async def test_an_error_that_is_not_stated_is_named_so(bench: Bench, body: bytes) -> None:
+    bench.answers(body, status=500)
+    got = await bench.infer()
+    assert json.loads(got.body)["detail"] == "Inference error"
+    assert got.spilled is None
+
+
+async def test_an_unknown_status_has_an_empty_suffix_and_no_title(bench: Bench) -> None:
+    bench.answers(b"{}", status=599)
+    found = json.loads((await bench.infer()).body)
+    assert found["type"] == "urn:inference-service:problem-details:"
+    assert "title" not in found
+
+
+async def test_passthrough_keeps_an_error_as_it_is(bench: Bench) -> None:
+    bench.answers(b'{"error": "mine"}', status=418, headers={"X-Own": "1"})
+    got = await bench.infer(a_job(passthrough=True))
+    assert (got.status, got.body) == (418, b'{"error": "mine"}')
+    assert ("X-Own", "1") in got.headers
+
+
+async def test_a_body_at_the_limit_stays_in_memory_and_one_byte_more_is_spilled(bench: Bench) -> None:
+    bench.answers(b"x" * 1024)
+    assert (await bench.infer()).body == b"x" * 1024
+    bench.answers(b"x" * 1025)
+    got = await bench.infer()
+    assert (got.body, got.spilled) == (b"", bench.spill)
+    assert bench.spill.read_bytes() == b"x" * 1025
+
+
+async def test_a_body_above_every_limit_is_an_error(bench: Bench) -> None:
+    bench.answers(b"x" * (4 * 1024 * 1024 + 1))
+    with pytest.raises(AttemptFailed) as failed:
+        await bench.infer()
+    assert json.loads(failed.value.outcome.body)["detail"] == "The answer is larger than 4194304 bytes"
+
+
+async def test_a_refused_connection_is_lost_before_it_was_sent(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    async with Inference(settings_for(tmp_path, port)) as inference:
+        with pytest.raises(ContainerLost) as lost:
+            await inference.infer(a_job(), (), body=b"", spill=tmp_path / "spill", budget_s=10)
+    assert not lost.value.sent
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b"HTTP/1.1 200",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel",
+    ],
+)
+async def test_a_connection_cut_at_any_point_is_lost_after_it_was_sent(tmp_path: Path, reply: bytes) -> None:
+    with pytest.raises(ContainerLost) as lost:
+        await infer_raw(tmp_path, reply)
+    assert lost.value.sent
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"not http at all\r\n\r\n",
+        b"HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 099 Odd\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 2000 OK\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
+        b"HTTP/1.1 200 OK\r\nNo colon\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
+    ],
+)
+async def test_what_is_not_http_is_an_errored_outcome(tmp_path: Path, reply: bytes) -> None:
+    with pytest.raises(AttemptFailed) as failed:
+        await infer_raw(tmp_path, reply)
+    found = json.loads(failed.value.outcome.body)
+    assert (found["status"], found["type"], found["detail"]) == (
+        500,
+        "urn:inference-connection:problem-details:internal-server-error",
+        "Inference connection error while making inference request",
+    )
+    assert failed.value.state is RequestState.ERRORED
+
+
+async def test_a_broken_chunk_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    with pytest.raises((AttemptFailed, ContainerLost)):
+        await infer_raw(tmp_path, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\nhello\r\n")
+
+
+async def test_an_answer_that_comes_before_the_body_was_read_counts(bench: Bench) -> None:
+    reply = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
+    async with raw_container(reply) as port, Inference(settings_for(bench.spill.parent, port)) as inference:
+        got = await inference.infer(a_job(), (), body=b"x" * 100_000, spill=bench.spill, budget_s=10)
+    assert got.status == 413
+
+
+async def test_the_budget_ends_a_slow_call_and_the_container_is_told(bench: Bench) -> None:
+    bench.box.handler = never
+    with pytest.raises(RunTimedOut) as timed_out:
+        await bench.infer(budget_s=0.05)
+    await asyncio.wait_for(bench.box.left.wait(), 5)
+    assert timed_out.value.state is RequestState.EXPIRED
+    assert timed_out.value.outcome.status == 504
+
+
+async def test_a_cancelled_call_hangs_up(bench: Bench) -> None:
+    bench.box.handler = never
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(bench.infer())
+        await bench.box.called.wait()
+        task.cancel()
+    await asyncio.wait_for(bench.box.left.wait(), 5)
+
+
+async def test_a_header_with_a_line_break_is_never_sent(bench: Bench) -> None:
+    with pytest.raises(AttemptFailed):
+        await bench.infer(headers=[("X-Own", "1\r\nNVCF-SUB: forged")])
+    assert bench.box.bodies == []
+
+
+async def test_healthy_means_exactly_the_expected_status(bench: Bench) -> None:
+    assert await bench.inference.healthy()
+    bench.box.healthy = False
+    assert not await bench.inference.healthy()
+    assert bench.inference.fault.endswith("/health answered 503, not 200")
+
+
+async def test_a_redirected_health_check_is_not_healthy(tmp_path: Path) -> None:
+    reply = b"HTTP/1.1 302 Found\r\nLocation: /health\r\nContent-Length: 0\r\n\r\n"
+    async with raw_container(reply) as port, Inference(settings_for(tmp_path, port)) as inference:
+        assert not await inference.healthy()
+
+
+async def test_a_silent_health_check_is_bounded(tmp_path: Path) -> None:
+    async def keep_quiet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(keep_quiet, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, Inference(settings_for(tmp_path, port, health_timeout_s=0.05)) as inference:
+        assert not await inference.healthy()
+        assert inference.silent
+        assert "not answered within 0.05 s" in inference.fault
+
+
+async def test_another_health_protocol_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="gRPC"):
+        Inference(settings_for(tmp_path, 1, health_protocol="gRPC"))
+
+
+def test_a_problem_of_the_sidecar_names_its_source() -> None:
+    found: Outcome = problem(a_job(), 500, "Internal error")
+    assert json.loads(found.body)["type"] == "urn:nvcf-worker-service:problem-details:internal-server-error"
+
+
+async def never(_: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError

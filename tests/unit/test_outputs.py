@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import zipfile
+from collections.abc import AsyncIterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.backends.files import FileBlobs, open_blobs
+from broker.errors import BlobsUnavailable
+from broker.model import Job, Outcome
+from broker.settings import MIB, Settings
+from tests.eventually import eventually
+from tests.unit.container import a_job, settings_for
+from workers import outputs
+from workers.inference import Answer, AttemptFailed
+from workers.inputs import Workspace
+from workers.outputs import collect
+
+
+class Room:
+    """A job with an output directory to fill, and what became of it."""
+
+    def __init__(self, folder: Path, blobs: FileBlobs, **settings: Any) -> None:
+        self.blobs = blobs
+        self.job = a_job()
+        self.space = Workspace(assets=folder / "a", response=folder / "r", scratch=folder / "s")
+        self.out = self.space.response
+        for path in (self.space.assets, self.space.response, self.space.scratch):
+            path.mkdir()
+        self.settings = settings_for(folder, 1, **settings)
+
+    def write(self, name: str, content: bytes = b"x") -> Path:
+        path = self.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    async def collect(self, answer: Answer | None = None, *, job: Job | None = None, left_s: float = 60) -> Outcome:
+        return await collect(
+            self.blobs,
+            self.settings,
+            job or self.job,
+            answer or Answer(status=200, body=b"{}"),
+            self.space,
+            attempt=2,
+            left_s=lambda: left_s,
+        )
+
+    async def zipped(self, answer: Answer | None = None, *, job: Job | None = None) -> dict[str, bytes]:
+        """Members of the zip, in order."""
+        outcome = await self.collect(answer, job=job)
+        assert outcome == Outcome(status=302, blob_key=f"results/acme/{self.job.id}/2.zip")
+        stored = await self.blobs.get(outcome.blob_key, limit_bytes=64 * MIB)
+        with zipfile.ZipFile(BytesIO(stored)) as archive:
+            assert archive.testzip() is None
+            assert len(set(archive.namelist())) == len(archive.namelist())
+            return {name: archive.read(name) for name in archive.namelist()}
+
+    async def refused(self, answer: Answer | None = None, *, left_s: float = 60) -> str:
+        with pytest.raises(AttemptFailed) as failed:
+            await self.collect(answer, left_s=left_s)
+        return str(json.loads(failed.value.outcome.body)["detail"])
+
+
+@pytest.fixture
+async def blobs(tmp_path: Path) -> AsyncIterator[FileBlobs]:
+    async with open_blobs("file://", Settings(data_dir=tmp_path / "data")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def room(tmp_path: Path, blobs: FileBlobs) -> Room:
+    return Room(tmp_path, blobs)
+
+
+async def test_a_small_answer_stays_inline(room: Room) -> None:
+    answer = Answer(status=201, headers=(("Content-Type", "text/plain"),), body=b"hi")
+    outcome = await room.collect(answer)
+    assert outcome == Outcome(status=201, headers=(("Content-Type", "text/plain"),), body=b"hi")
+
+
+async def test_progress_partial_files_and_empty_folders_are_no_artifacts(room: Room) -> None:
+    room.write("progress")
+    room.write("deep/progress")
+    room.write("image.png.partial")
+    (room.out / "empty").mkdir()
+    assert (await room.collect()).status == 200
+
+
+async def test_artifacts_follow_the_response_in_order_of_path(room: Room) -> None:
+    room.write("b.png", b"B")
+    room.write("a/deep/c.png", b"C")
+    room.write("a.png", b"A")
+    room.write("progress")
+    room.write("d.partial")
+    got = await room.zipped(Answer(status=200, body=b"body"))
+    assert list(got.items()) == [
+        (f"{room.job.id}.response", b"body"),
+        ("a/deep/c.png", b"C"),
+        ("a.png", b"A"),
+        ("b.png", b"B"),
+    ]
+
+
+async def test_a_spilled_answer_becomes_a_zip(room: Room) -> None:
+    spilled = room.space.scratch / "response"
+    spilled.write_bytes(b"y" * 3_000_000)
+    got = await room.zipped(Answer(status=200, spilled=spilled))
+    assert got == {f"{room.job.id}.response": b"y" * 3_000_000}
+
+
+async def test_passthrough_leaves_the_output_directory_alone(room: Room) -> None:
+    room.write("a.png")
+    job = a_job(id=room.job.id, passthrough=True)
+    assert (await room.collect(job=job)).status == 200
+    spilled = room.space.scratch / "response"
+    spilled.write_bytes(b"y")
+    assert list(await room.zipped(Answer(status=200, spilled=spilled), job=job)) == [f"{room.job.id}.response"]
+
+
+async def test_a_failed_answer_takes_no_files_along(room: Room) -> None:
+    room.write("a.png")
+    assert (await room.collect(Answer(status=500, body=b"{}"))).status == 500
+
+
+async def test_links_are_not_followed(room: Room, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "token").write_bytes(b"token")
+    room.write("own.txt", b"own")
+    (room.out / "file-link").symlink_to(secret / "token")
+    (room.out / "folder-link").symlink_to(secret)
+    (room.out / "environ").symlink_to("/proc/self/environ")
+    (room.out / "dangling").symlink_to("/nowhere")
+    (room.out / "loop").symlink_to("loop")
+    (room.out / "deep").mkdir()
+    (room.out / "deep" / "up").symlink_to("../../secret/token")
+    assert list(await room.zipped()) == [f"{room.job.id}.response", "own.txt"]
+
+
+async def test_links_alone_are_no_artifacts(room: Room) -> None:
+    (room.out / "link").symlink_to("/etc/passwd")
+    assert (await room.collect()).status == 200
+
+
+async def test_fifos_sockets_and_devices_are_left_out(room: Room) -> None:
+    os.mkfifo(room.out / "fifo")
+    async with await asyncio.start_unix_server(lambda *_: None, path=room.out / "socket"):
+        if os.geteuid() == 0:
+            os.mknod(room.out / "zero", 0o644 | 0o020000, os.makedev(1, 5))
+        assert (await asyncio.wait_for(room.collect(), 5)).status == 200
+
+
+@pytest.mark.parametrize("kind", ["gone", "link", "file"])
+async def test_an_output_directory_that_is_no_longer_one_holds_nothing(room: Room, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").touch()
+    room.out.rmdir()
+    if kind == "link":
+        room.out.symlink_to(tmp_path / "elsewhere")
+    elif kind == "file":
+        room.out.touch()
+    assert (await room.collect()).status == 200
+
+
+async def test_names_are_safe_on_every_system_and_distinct(room: Room) -> None:
+    for name in ("a\\b", "a:b", "c\nd", "..\\..\\evil", "C:evil", "\u202egnp.exe", "caf\u00e9.png"):
+        room.write(name)
+    (room.out / os.fsdecode(b"bad-\xff")).touch()
+    room.write(f"{room.job.id}.response", b"impostor")
+    got = await room.zipped()
+    assert got[f"{room.job.id}.response"] == b"{}"
+    assert sorted(list(got)[1:]) == sorted(
+        [
+            ".._.._evil",
+            "C_evil",
+            "_gnp.exe",
+            "a_b",
+            "a_b~2",
+            "bad-\ufffd",
+            "caf\u00e9.png",
+            "c_d",
+            f"{room.job.id}.response~2",
+        ]
+    )
+
+
+async def test_too_many_files_are_refused(room: Room) -> None:
+    for number in range(outputs.MAX_ARTIFACTS + 1):
+        (room.out / str(number)).touch()
+    assert await room.refused() == f"There are more than {outputs.MAX_ARTIFACTS} files beside the answer"
+
+
+async def test_folders_too_deep_are_refused(room: Room) -> None:
+    room.write("/".join(["d"] * (outputs.MAX_DEPTH + 1)) + "/file")
+    assert "folders in each other" in await room.refused()
+
+
+async def test_too_many_bytes_are_refused_also_when_the_file_is_sparse(tmp_path: Path, blobs: FileBlobs) -> None:
+    room = Room(tmp_path, blobs, max_artifact_bytes=2 * MIB)
+    os.truncate(room.write("huge"), 10**12)
+    assert await room.refused() == f"The answer and its files are larger than {2 * MIB} bytes"
+
+
+async def test_a_zip_that_cannot_be_written_fails_the_attempt(room: Room) -> None:
+    room.write("a.png")
+    (room.space.scratch / "result.zip").mkdir()
+    assert await room.refused() == "Internal error while making inference request"
+
+
+class FlakyBlobs(FileBlobs):
+    """Its uploads fail `failures` times."""
+
+    def __init__(self, folder: Path, failures: float) -> None:
+        super().__init__(folder, secret=b"s")
+        self.failures = failures
+
+    async def upload(self, key: str, path: Path, *, content_type: str) -> None:
+        assert content_type == "application/zip"
+        self.failures -= 1
+        if self.failures >= 0:
+            raise BlobsUnavailable("away")
+        await super().upload(key, path, content_type=content_type)
+
+
+async def test_an_upload_is_repeated_while_there_is_time(tmp_path: Path) -> None:
+    blobs = FlakyBlobs(tmp_path / "blobs", failures=1)
+    await blobs.ping()
+    room = Room(tmp_path, blobs)
+    room.write("a.png")
+    assert "a.png" in await room.zipped()
+
+
+async def test_an_upload_that_has_no_time_left_fails_the_attempt(tmp_path: Path) -> None:
+    room = Room(tmp_path, FlakyBlobs(tmp_path / "blobs", failures=float("inf")))
+    room.write("a.png")
+    assert "could not be stored" in await room.refused(left_s=0.1)
+
+
+async def test_a_cancelled_packing_stops(room: Room) -> None:
+    os.truncate(room.write("huge"), 10**12)
+    room.settings = room.settings.model_copy(update={"max_artifact_bytes": 10**13})
+    archive = room.space.scratch / "result.zip"
+
+    async def begun() -> bool:
+        return archive.exists()
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        task = group.create_task(room.collect())
+        await eventually(begun, bool)
+        task.cancel()
+    assert task.cancelled()

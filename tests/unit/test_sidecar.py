@@ -1,0 +1,791 @@
+"""The sidecar over the memory back ends, before a real container on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from broker import assets
+from broker.backends.files import FileBlobs, open_blobs
+from broker.backends.memory.catalog import MemoryCatalog
+from broker.backends.memory.queue import MemoryQueue
+from broker.backends.memory.results import MemoryResults
+from broker.errors import ConfigurationError, StoreUnavailable
+from broker.model import Draft, InstanceStatus, Job, Lease, Outcome, Record, RequestState, Verdict
+from broker.ports import Broker, Delivery
+from broker.settings import SidecarSettings
+from tests.eventually import eventually
+from tests.unit.container import VERSION_ID, Container, Handler, a_job, answer, container, settings_for
+from workers.health import NeverReady
+from workers.sidecar import serve
+
+ASSET = "5b9b7d1e-6a0c-4f43-9d57-3f6f1f1d2e44"
+
+
+class LendingQueue(MemoryQueue):
+    """Keeps every delivery that it lent, so that a test can end the loan as a lost connection would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loans: list[Delivery] = []
+
+    def lend(self, version_id: str, borrower: Any) -> Any:
+        loan = super().lend(version_id, borrower)
+        if loan is not None:
+            self.loans.append(loan)
+        return loan
+
+
+class Store(MemoryResults):
+    """Its `settle` is away while `away` is set; `refused` counts how often that was seen. `offset_s` moves its
+    clock; `broken` makes claims fail as a bug would; `claims` counts them."""
+
+    def __init__(self, settings: SidecarSettings) -> None:
+        self.offset_s = 0.0
+        super().__init__(settings, now=lambda: time.time() + self.offset_s)
+        self.away = False
+        self.broken = 0
+        self.claims = 0
+        self.refused = asyncio.Event()
+
+    async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
+        if self.away:
+            self.refused.set()
+            raise StoreUnavailable("the store is away")
+        return await super().settle(lease, job, state, outcome)
+
+    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Any:
+        self.claims += 1
+        if self.broken:
+            self.broken -= 1
+            raise LookupError("a bug")
+        return await super().claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts)
+
+
+@dataclass
+class Rig:
+    """A broker, a container, and a sidecar once `sidecar` is entered."""
+
+    box: Container
+    queue: LendingQueue
+    results: Store
+    catalog: MemoryCatalog
+    blobs: FileBlobs
+    settings: SidecarSettings
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def broker(self) -> Broker:
+        return Broker(
+            queue=self.queue, results=self.results, catalog=self.catalog, blobs=self.blobs, settings=self.settings
+        )
+
+    def set(self, **given: Any) -> None:
+        self.settings = self.settings.model_copy(update=given)
+
+    async def serve(self) -> None:
+        await serve(self.broker, self.settings, self.stop)
+
+    @asynccontextmanager
+    async def sidecar(self) -> AsyncIterator[asyncio.Task[None]]:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            task = group.create_task(self.serve())
+            try:
+                yield task
+            finally:
+                self.stop.set()
+
+    async def submit(self, *, deadline_s: float = 60, copies: int = 1, **given: Any) -> Job:
+        job = a_job(**given)
+        draft = Draft(
+            id=job.id,
+            account=job.account,
+            function_id=job.function_id,
+            version_id=job.version_id,
+            digest=job.digest,
+            deadline_s=deadline_s,
+        )
+        record = await self.results.create(draft, queue_limit=100, watch=True)
+        job = replace(job, created_at=record.created_at, deadline_at=record.deadline_at)
+        for _ in range(copies):
+            await self.queue.publish(job, timeout_s=1)
+        return job
+
+    async def ended(self, job: Job) -> Record:
+        return await self.until(job, lambda record: record.state.terminal)
+
+    async def until(self, job: Job, satisfied: Callable[[Record], bool]) -> Record:
+        async with self.results.watch(job.id) as watch:
+            while True:
+                record = await watch.read()
+                assert record is not None
+                if satisfied(record):
+                    return record
+                await watch.changed(0.02)
+
+    async def run(self, **given: Any) -> Record:
+        """Submit one job to a sidecar of its own, and return its end."""
+        async with self.sidecar():
+            return await self.ended(await self.submit(**given))
+
+    async def nothing_left(self) -> None:
+        """Neither a message nor a file of a request remains."""
+        assert await self.queue.take(VERSION_ID) is None
+        folders = (self.settings.asset_dir, self.settings.response_dir)
+        assert [path for folder in folders if folder.exists() for path in folder.iterdir()] == []
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with container() as box:
+        settings = settings_for(tmp_path, box.port, lease_s=1, drain_s=5)
+        async with open_blobs("file://", settings) as blobs:
+            queue = LendingQueue()
+            await queue.declare(VERSION_ID)
+            yield Rig(box, queue, Store(settings), MemoryCatalog(), blobs, settings)
+
+
+class Gate:
+    """A handler that answers once it is opened."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+
+    async def __call__(self, _: web.Request) -> web.StreamResponse:
+        await self.open.wait()
+        return await answer(b'"done"')
+
+
+def in_turn(*handlers: Handler) -> Handler:
+    """The first call gets the first, and so on; the last one stays."""
+    left = list(handlers)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await (left.pop(0) if len(left) > 1 else left[0])(request)
+
+    return handle
+
+
+async def crash(request: web.Request) -> web.StreamResponse:
+    assert request.transport is not None
+    request.transport.abort()
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def never(_: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+# -- one job -----------------------------------------------------------------------------------
+
+
+async def test_a_job_is_run_settled_and_acknowledged(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    record = await rig.run()
+    assert record.state is RequestState.FULFILLED
+    assert record.outcome == Outcome(status=200, headers=(("Content-Type", "application/json"),), body=b'{"echo": 1}')
+    assert rig.box.bodies == [b'{"message": "hi"}']
+    assert rig.box.header("NVCF-REQID") == [record.id]
+    await rig.nothing_left()
+    [line] = [vars(found) for found in caplog.records if found.getMessage() == "invocation"]
+    assert (line["request_id"], line["attempt"], line["status"], line["state"]) == (record.id, 1, 200, "fulfilled")
+
+
+async def test_an_error_of_the_container_is_a_result_in_the_contracts_words(rig: Rig) -> None:
+    rig.box.handler = lambda _: answer(b'{"error": "bad shape"}', status=422, headers={"X-Own": "1"})
+    record = await rig.run()
+    assert (record.state, record.attempt) == (RequestState.ERRORED, 1)
+    assert record.outcome is not None
+    assert record.outcome.status == 422
+    assert json.loads(record.outcome.body)["detail"] == "bad shape"
+    assert len(rig.box.bodies) == 1
+
+
+async def test_passthrough_keeps_an_error_of_the_container(rig: Rig) -> None:
+    rig.box.handler = lambda _: answer(b"mine", status=503, headers={"X-Own": "1"})
+    record = await rig.run(passthrough=True)
+    assert record.state is RequestState.ERRORED
+    assert record.outcome is not None
+    assert (record.outcome.status, record.outcome.body) == (503, b"mine")
+    assert ("X-Own", "1") in record.outcome.headers
+
+
+async def test_what_is_not_http_is_errored_and_the_sidecar_goes_on(rig: Rig) -> None:
+    async def garbage(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.write(b"garbage\r\n\r\n")
+        return await never(request)
+
+    rig.box.handler = in_turn(garbage, lambda _: answer(b"{}"))
+    async with rig.sidecar():
+        first = await rig.ended(await rig.submit())
+        second = await rig.ended(await rig.submit())
+    assert (first.state, second.state) == (RequestState.ERRORED, RequestState.FULFILLED)
+    assert first.outcome is not None
+    assert b"urn:inference-connection:" in first.outcome.body
+
+
+async def test_assets_lie_where_the_container_is_told(rig: Rig) -> None:
+    async def read_asset(request: web.Request) -> web.StreamResponse:
+        folder = Path(request.headers["NVCF-ASSET-DIR"])
+        return await answer((folder / request.headers["NVCF-FUNCTION-ASSET-IDS"]).read_bytes())
+
+    await rig.blobs.put(assets.key_of("acme", ASSET), b"picture", content_type="image/png")
+    rig.box.handler = read_asset
+    record = await rig.run(assets=(ASSET,))
+    assert record.outcome is not None
+    assert record.outcome.body == b"picture"
+    await rig.nothing_left()
+
+
+async def test_a_missing_asset_is_an_error_and_the_container_is_not_called(rig: Rig) -> None:
+    record = await rig.run(assets=(ASSET,))
+    assert record.state is RequestState.ERRORED
+    assert record.outcome is not None
+    assert b"Internal error while downloading assets" in record.outcome.body
+    assert rig.box.bodies == []
+    await rig.nothing_left()
+
+
+async def test_a_body_from_the_blob_store_reaches_the_container(rig: Rig) -> None:
+    await rig.blobs.put("inputs/acme/x", b"l" * 1_000_000, content_type="application/octet-stream")
+    record = await rig.run(body=b"", body_key="inputs/acme/x")
+    assert record.state is RequestState.FULFILLED
+    assert rig.box.bodies == [b"l" * 1_000_000]
+
+
+async def test_artifacts_become_a_zip_in_the_blob_store(rig: Rig) -> None:
+    async def draw(request: web.Request) -> web.StreamResponse:
+        (Path(request.headers["NVCF-LARGE-OUTPUT-DIR"]) / "a.png").write_bytes(b"png")
+        return await answer(b"{}", status=201)
+
+    rig.box.handler = draw
+    record = await rig.run()
+    assert record.state is RequestState.FULFILLED
+    assert record.outcome == Outcome(status=302, blob_key=f"results/acme/{record.id}/1.zip")
+    assert await rig.blobs.head(record.outcome.blob_key) is not None
+    await rig.nothing_left()
+
+
+async def test_a_fault_of_our_own_is_an_error_and_the_next_job_runs(rig: Rig, tmp_path: Path) -> None:
+    class Broken(FileBlobs):
+        async def download(self, key: str, path: Path) -> None:
+            raise LookupError("a bug")
+
+    rig.blobs = Broken(tmp_path / "broken", secret=b"s")
+    async with rig.sidecar():
+        first = await rig.ended(await rig.submit(body=b"", body_key="inputs/acme/x"))
+        second = await rig.ended(await rig.submit())
+    assert (first.state, second.state) == (RequestState.ERRORED, RequestState.FULFILLED)
+    assert first.outcome is not None
+    assert b"Internal error while making inference request" in first.outcome.body
+
+
+async def test_a_fault_outside_of_the_attempt_gives_the_message_back(rig: Rig) -> None:
+    rig.results.broken = 1
+    record = await rig.run()
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 1)
+    await rig.nothing_left()
+
+
+async def test_no_more_jobs_run_at_once_than_there_are_slots(rig: Rig) -> None:
+    rig.set(max_request_concurrency=3)
+    gate = Gate()
+    rig.box.handler = gate
+    async with rig.sidecar():
+        jobs = [await rig.submit() for _ in range(9)]
+        await eventually(lambda: running(rig), lambda calls: calls == 3)
+        gate.open.set()
+        records = [await rig.ended(job) for job in jobs]
+    assert {record.state for record in records} == {RequestState.FULFILLED}
+    assert rig.box.most_running == 3
+
+
+# -- the lease ---------------------------------------------------------------------------------
+
+
+async def test_a_cancel_aborts_the_container_call(rig: Rig) -> None:
+    rig.set(renew_s=60, lease_s=200)  # so that only the hint can be in time
+    rig.box.handler = never
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        await rig.results.cancel(job.id, reason="by its caller")
+        await rig.box.left.wait()
+    assert (await rig.ended(job)).state is RequestState.CANCELLED
+    await rig.nothing_left()
+
+
+async def test_a_job_that_was_cancelled_in_the_queue_never_starts(rig: Rig) -> None:
+    job = await rig.submit()
+    await rig.results.cancel(job.id, reason="by its caller")
+    async with rig.sidecar():
+        await rig.ended(await rig.submit())
+    assert len(rig.box.bodies) == 1
+    await rig.nothing_left()
+
+
+async def test_a_lease_that_another_worker_took_aborts_the_container_call(rig: Rig) -> None:
+    rig.set(renew_s=0.3)
+    rig.box.handler = in_turn(never, lambda _: answer(b'"second"'))
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        rig.results.offset_s = 10  # this worker was frozen for as long as its lease lasts
+        claim = await rig.results.claim(job, worker="other", lease_s=30, max_attempts=3)
+        assert claim.lease is not None
+        await rig.box.left.wait()
+        outcome = Outcome(status=200, body=b'"other"')
+        await rig.results.settle(claim.lease, job, RequestState.FULFILLED, outcome)
+        await rig.ended(await rig.submit())
+    record = await rig.ended(job)
+    assert (record.attempt, record.outcome) == (2, outcome)
+    assert len(rig.box.bodies) == 2
+    await rig.nothing_left()
+
+
+async def test_the_lease_is_kept_for_as_long_as_the_container_works(rig: Rig) -> None:
+    rig.set(renew_s=0.1)
+    gate = Gate()
+    rig.box.handler = gate
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        await asyncio.sleep(1.3)  # past the lease: nothing announces that nothing happened
+        assert (await rig.results.claim(job, worker="other", lease_s=1, max_attempts=3)).verdict is Verdict.HELD
+        gate.open.set()
+        assert (await rig.ended(job)).attempt == 1
+
+
+async def test_a_job_that_another_worker_runs_is_left_to_it_and_its_message_ends(rig: Rig) -> None:
+    job = await rig.submit()
+    claim = await rig.results.claim(job, worker="other", lease_s=30, max_attempts=3)
+    assert claim.lease is not None
+    async with rig.sidecar():
+        await eventually(lambda: looked(rig), lambda loans: loans == 1)
+        await rig.results.settle(claim.lease, job, RequestState.FULFILLED, Outcome(status=200))
+        await rig.ended(await rig.submit())
+    assert len(rig.box.bodies) == 1
+    await rig.nothing_left()
+
+
+async def test_a_job_whose_worker_died_runs_when_its_lease_ends(rig: Rig) -> None:
+    job = await rig.submit()
+    await rig.results.claim(job, worker="dead", lease_s=0.1, max_attempts=3)
+    async with rig.sidecar():
+        record = await rig.ended(job)
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 2)
+
+
+async def test_a_held_job_does_not_keep_others_from_the_slot_for_longer_than_a_lease(rig: Rig) -> None:
+    held = await rig.submit()
+    claim = await rig.results.claim(held, worker="other", lease_s=0.3, max_attempts=3)
+    assert claim.lease is not None
+    behind = await rig.submit()
+    async with rig.sidecar():
+        async with asyncio.timeout(10):
+            while not (await rig.results.read(behind.id) or fail()).state.terminal:
+                await rig.results.renew(claim.lease, lease_s=0.3)
+                await asyncio.sleep(0.02)
+        await rig.results.settle(claim.lease, held, RequestState.FULFILLED, Outcome(status=200))
+        await rig.ended(await rig.submit())
+    assert len(rig.box.bodies) == 2
+    await rig.nothing_left()
+
+
+# -- copies and lost connections ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+async def test_a_message_published_ten_times_is_run_once(rig: Rig, slots: int) -> None:
+    rig.set(max_request_concurrency=slots)
+    async with rig.sidecar():
+        job = await rig.submit(copies=10)
+        record = await rig.ended(job)
+        await rig.ended(await rig.submit())
+    assert record.attempt == 1
+    assert len(rig.box.bodies) == 2
+    await rig.nothing_left()
+
+
+async def test_copies_of_a_running_job_take_up_no_slot(rig: Rig) -> None:
+    rig.set(max_request_concurrency=2)
+    gate = Gate()
+    rig.box.handler = gate
+    async with rig.sidecar():
+        first = await rig.submit(copies=10)
+        second = await rig.submit()
+        await eventually(lambda: running(rig), lambda calls: calls == 2)
+        gate.open.set()
+        await rig.ended(first)
+        await rig.ended(second)
+    assert len(rig.box.bodies) == 2
+    await rig.nothing_left()
+
+
+async def test_a_redelivery_of_a_running_job_is_adopted(rig: Rig) -> None:
+    rig.set(max_request_concurrency=2)
+    gate = Gate()
+    rig.box.handler = gate
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        await rig.queue.loans[0].requeue()
+        await eventually(lambda: looked(rig), lambda loans: loans == 2)
+        gate.open.set()
+        record = await rig.ended(job)
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 1)
+    assert (len(rig.box.bodies), rig.results.claims) == (1, 1)
+    await rig.nothing_left()
+
+
+async def test_after_a_reconnect_no_more_jobs_run_than_there_are_slots(rig: Rig) -> None:
+    gate = Gate()
+    rig.box.handler = gate
+    async with rig.sidecar():
+        first = await rig.submit()
+        await rig.box.called.wait()
+        second = await rig.submit()
+        await rig.queue.loans[0].ack()  # as if the first message had gone to another worker
+        await eventually(lambda: looked(rig), lambda loans: loans == 2)
+        gate.open.set()
+        await rig.ended(first)
+        await rig.ended(second)
+    assert rig.box.most_running == 1
+    await rig.nothing_left()
+
+
+# -- the container ------------------------------------------------------------------------------
+
+
+async def test_a_job_whose_container_crashed_is_run_again(rig: Rig) -> None:
+    rig.box.handler = in_turn(crash, lambda _: answer(b'"second"'))
+    record = await rig.run()
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 2)
+    await rig.nothing_left()
+
+
+async def test_a_job_that_always_crashes_its_container_is_dead_after_the_last_attempt(rig: Rig) -> None:
+    rig.box.handler = crash
+    record = await rig.run()
+    assert (record.state, record.attempt) == (RequestState.DEAD, 3)
+    assert len(rig.box.bodies) == 3
+    await rig.nothing_left()
+
+
+async def test_a_container_that_refuses_connections_costs_no_attempt(rig: Rig) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        rig.set(inference_port=unused.getsockname()[1], health_port=rig.box.port)
+    async with rig.sidecar():
+        job = await rig.submit()
+        await eventually(lambda: looked(rig), lambda loans: loans >= 3)
+        record = await rig.results.read(job.id)
+        assert record is not None
+        assert record.attempt <= 1
+        assert not record.state.terminal
+
+
+async def test_an_unhealthy_container_gets_no_new_work_until_it_is_well(rig: Rig) -> None:
+    async with rig.sidecar():
+        await rig.ended(await rig.submit())
+        rig.box.healthy = False
+        await eventually(lambda: rig.catalog.instances(VERSION_ID), lambda found: bool(found and found[0].error))
+        job = await rig.submit()
+        checks = rig.box.health_checks
+        await eventually(lambda: checked(rig), lambda seen: seen >= checks + 5)
+        assert len(rig.box.bodies) == 1
+        [instance] = await rig.catalog.instances(VERSION_ID)
+        assert instance.status is InstanceStatus.ERRORED
+        rig.box.healthy = True
+        assert (await rig.ended(job)).state is RequestState.FULFILLED
+
+
+async def test_a_running_job_survives_its_container_being_unhealthy(rig: Rig) -> None:
+    gate = Gate()
+    rig.box.handler = gate
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        rig.box.healthy = False
+        await eventually(lambda: rig.catalog.instances(VERSION_ID), lambda found: bool(found and found[0].error))
+        gate.open.set()
+        assert (await rig.ended(job)).state is RequestState.FULFILLED
+
+
+async def test_a_container_that_is_silent_because_it_works_is_not_ill(rig: Rig) -> None:
+    """A server with one thread cannot answer its health check during a call."""
+    rig.set(health_timeout_s=0.4)
+    working = asyncio.Event()
+    gate = Gate()
+
+    async def work(request: web.Request) -> web.StreamResponse:
+        working.set()
+        return await gate(request)
+
+    rig.box.handler = work
+    async with one_thread(rig.box, working) as port:
+        rig.set(health_port=port)
+        async with rig.sidecar():
+            job = await rig.submit()
+            await working.wait()
+            checks = rig.box.health_checks
+            await eventually(lambda: checked(rig), lambda seen: seen >= checks + 3)
+            [instance] = await rig.catalog.instances(VERSION_ID)
+            gate.open.set()
+            await rig.ended(job)
+    assert (instance.status, instance.busy, instance.error) == (InstanceStatus.RUNNING, 1, "")
+
+
+async def test_a_container_that_is_never_ready_ends_the_sidecar_with_what_was_checked(rig: Rig) -> None:
+    rig.set(ready_timeout_s=0.1)
+    rig.box.healthy = False
+    with pytest.raises(NeverReady, match=r"GET http://127\.0\.0\.1:\d+/health answered 503, not 200"):
+        await rig.serve()
+    assert await rig.catalog.instances(VERSION_ID) == []
+
+
+async def test_no_job_is_taken_before_the_container_is_ready(rig: Rig) -> None:
+    rig.box.healthy = False
+    job = await rig.submit()
+    async with rig.sidecar():
+        await eventually(lambda: checked(rig), lambda seen: seen >= 3)
+        [instance] = await rig.catalog.instances(VERSION_ID)
+        assert (instance.status, rig.queue.loans) == (InstanceStatus.STARTING, [])
+        rig.box.healthy = True
+        await rig.ended(job)
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+async def test_an_attempt_that_takes_too_long_expires(rig: Rig) -> None:
+    rig.set(run_timeout_s=0.1)
+    rig.box.handler = never
+    record = await rig.run()
+    assert record.state is RequestState.EXPIRED
+    assert record.outcome is not None
+    assert record.outcome.status == 504
+    await asyncio.wait_for(rig.box.left.wait(), 5)
+    await rig.nothing_left()
+
+
+@pytest.mark.parametrize("offset_s", [-600, 0, 600])
+async def test_the_deadline_aborts_the_call_whatever_this_hosts_clock_says(rig: Rig, offset_s: float) -> None:
+    rig.results.offset_s = offset_s
+    rig.box.handler = never
+    began = time.monotonic()
+    record = await rig.run(deadline_s=0.5)
+    assert record.state is RequestState.EXPIRED
+    assert time.monotonic() - began < 5
+
+
+async def test_time_spent_in_the_queue_counts_against_the_deadline(rig: Rig) -> None:
+    rig.box.handler = never
+    job = await rig.submit(deadline_s=3600)
+    rig.results.offset_s = 3599.5
+    async with rig.sidecar():
+        assert (await rig.ended(job)).state is RequestState.EXPIRED
+
+
+async def test_an_overdue_job_never_starts(rig: Rig) -> None:
+    job = await rig.submit(deadline_s=5)
+    rig.results.offset_s = 10
+    async with rig.sidecar():
+        await eventually(lambda: looked(rig), lambda loans: loans == 1)
+        assert (await rig.ended(job)).state is RequestState.EXPIRED
+    assert rig.box.bodies == []
+    await rig.nothing_left()
+
+
+# -- the store ---------------------------------------------------------------------------------
+
+
+async def test_a_result_is_kept_until_the_store_is_back(rig: Rig) -> None:
+    rig.results.away = True
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.results.refused.wait()
+        assert await rig.queue.take(VERSION_ID) is None
+        rig.results.away = False
+        record = await rig.ended(job)
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 1)
+    assert len(rig.box.bodies) == 1
+    await rig.nothing_left()
+
+
+async def test_a_result_that_cannot_be_stored_before_the_drain_ends_is_run_again(rig: Rig) -> None:
+    rig.set(drain_s=0.1)
+    rig.results.away = True
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.results.refused.wait()
+    rig.results.away = False
+    assert (await rig.until(job, lambda _: True)).state is RequestState.QUEUED
+    rig.stop.clear()
+    async with rig.sidecar():
+        record = await rig.ended(job)
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 1)
+
+
+# -- the end -----------------------------------------------------------------------------------
+
+
+async def test_a_drain_finishes_what_runs_and_takes_nothing_new(rig: Rig) -> None:
+    gate = Gate()
+    rig.box.handler = gate
+    async with rig.sidecar() as task:
+        running = await rig.submit()
+        await rig.box.called.wait()
+        waiting = await rig.submit()
+        rig.stop.set()
+        gate.open.set()
+        await task
+    assert (await rig.ended(running)).state is RequestState.FULFILLED
+    assert (await rig.until(waiting, lambda _: True)).state is RequestState.QUEUED
+    assert await rig.queue.take(VERSION_ID) is not None
+    assert await rig.catalog.instances(VERSION_ID) == []
+
+
+async def test_what_a_drain_cannot_finish_is_handed_back_at_no_cost(rig: Rig) -> None:
+    rig.set(drain_s=0.1)
+    rig.box.handler = in_turn(never, lambda _: answer(b"{}"))
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+    await asyncio.wait_for(rig.box.left.wait(), 5)
+    record = await rig.until(job, lambda _: True)
+    assert (record.state, record.attempt) == (RequestState.QUEUED, 0)
+    rig.stop.clear()
+    async with rig.sidecar():
+        assert (await rig.ended(job)).attempt == 1
+    await rig.nothing_left()
+
+
+async def test_a_drain_does_not_wait_for_a_job_that_another_worker_holds(rig: Rig) -> None:
+    job = await rig.submit()
+    await rig.results.claim(job, worker="other", lease_s=60, max_attempts=3)
+    async with rig.sidecar() as task:
+        await eventually(lambda: looked(rig), lambda loans: loans == 1)
+        rig.stop.set()
+        async with asyncio.timeout(3):
+            await task
+    assert await rig.queue.take(VERSION_ID) is not None
+
+
+async def test_a_cancelled_sidecar_hands_its_jobs_back(rig: Rig) -> None:
+    rig.box.handler = never
+    async with rig.sidecar() as task:
+        job = await rig.submit()
+        await rig.box.called.wait()
+        task.cancel()
+    assert task.cancelled()
+    assert (await rig.until(job, lambda _: True)).state is RequestState.QUEUED
+    assert await rig.queue.take(VERSION_ID) is not None
+    assert await rig.catalog.instances(VERSION_ID) == []
+
+
+async def test_a_sidecar_stopped_before_its_container_was_ready_just_ends(rig: Rig) -> None:
+    rig.box.healthy = False
+    async with rig.sidecar() as task:
+        await eventually(lambda: checked(rig), lambda seen: seen >= 1)
+        rig.stop.set()
+        await task
+
+
+# -- what it tells -----------------------------------------------------------------------------
+
+
+async def test_an_instance_reports_its_slots_and_how_many_are_busy(rig: Rig) -> None:
+    rig.set(max_request_concurrency=2, instance_id="one", gpu="H100")
+    gate = Gate()
+    rig.box.handler = gate
+    async with rig.sidecar():
+        job = await rig.submit()
+        [instance] = await eventually(
+            lambda: rig.catalog.instances(VERSION_ID), lambda found: bool(found and found[0].busy)
+        )
+        gate.open.set()
+        await rig.ended(job)
+    assert (instance.id, instance.gpu, instance.slots, instance.busy) == ("one", "H100", 2, 1)
+    assert instance.status is InstanceStatus.RUNNING
+
+
+async def test_the_status_server_tells_live_from_ready(rig: Rig) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    rig.set(status_port=port)
+    rig.box.healthy = False
+    async with rig.sidecar(), aiohttp.ClientSession(f"http://127.0.0.1:{port}") as http:
+
+        async def status(path: str) -> int:
+            try:
+                async with http.get(path) as response:
+                    return response.status
+            except aiohttp.ClientConnectorError:
+                return 0
+
+        assert await eventually(lambda: status("/v1/health/live"), bool) == 200
+        assert await status("/v1/health/ready") == 503
+        rig.box.healthy = True
+        await eventually(lambda: status("/v1/health/ready"), lambda seen: seen == 200)
+
+
+async def test_a_status_port_that_is_taken_is_a_bad_setting(rig: Rig) -> None:
+    rig.set(status_port=rig.box.port)
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        rig.set(status_port=taken.getsockname()[1])
+        with pytest.raises(ConfigurationError, match="status_port"):
+            await rig.serve()
+
+
+async def looked(rig: Rig) -> int:
+    return len(rig.queue.loans)
+
+
+async def checked(rig: Rig) -> int:
+    return rig.box.health_checks
+
+
+async def running(rig: Rig) -> int:
+    return rig.box.running
+
+
+def fail() -> Record:
+    raise AssertionError("the record is gone")
+
+
+@asynccontextmanager
+async def one_thread(box: Container, working: asyncio.Event) -> AsyncIterator[int]:
+    """The port of a health check that answers only while the container does not work."""
+
+    async def health(request: web.Request) -> web.StreamResponse:
+        box.health_checks += 1
+        return await (never(request) if working.is_set() and box.running else answer(b"{}"))
+
+    app = web.Application()
+    app.add_routes([web.get("/health", health)])
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,1 @@
+"""Everything that runs GPU work: the sidecar, the controller, the launchers."""

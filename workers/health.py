@@ -1,0 +1,104 @@
+"""Is the container fit for work, and who is told: the gate of the sidecar, and its status server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from broker.errors import ConfigurationError, FnqueueError
+from broker.settings import SidecarSettings
+from workers.inference import Inference
+
+
+class NeverReady(FnqueueError):
+    """The container did not become healthy in time; names what was checked and what it said."""
+
+
+class Gate:
+    """Open while the container is healthy. `full` tells whether all of its slots are taken."""
+
+    def __init__(self, inference: Inference, settings: SidecarSettings, *, full: Callable[[], bool]) -> None:
+        self._inference = inference
+        self._settings = settings
+        self._full = full
+        self._opened = asyncio.Event()
+        self._shut = asyncio.Event()
+        self._shut.set()
+
+    @property
+    def healthy(self) -> bool:
+        return self._opened.is_set()
+
+    @property
+    def fault(self) -> str:
+        """Why it is shut, '' while it is open."""
+        return "" if self.healthy else self._inference.fault
+
+    async def start(self) -> None:
+        """Return at the first healthy answer. Raises NeverReady after `ready_timeout_s`."""
+        try:
+            async with asyncio.timeout(self._settings.ready_timeout_s):
+                while not await self.check():  # noqa: ASYNC110  the container announces nothing
+                    await asyncio.sleep(self._settings.health_start_interval_s)
+        except TimeoutError as exc:
+            raise NeverReady(
+                f"the container was not ready after {self._settings.ready_timeout_s:g} s: {self._inference.fault}"
+            ) from exc
+
+    async def check(self) -> bool:
+        """Ask the container once; open or shut the gate by its answer."""
+        if await self._inference.healthy():
+            self._shut.clear()
+            self._opened.set()
+        elif not (self._inference.silent and self._full()):
+            # A container that serves one call at a time cannot answer while it works; that is no fault.
+            self._opened.clear()
+            self._shut.set()
+        return self.healthy
+
+    def interval_s(self) -> float:
+        """Seconds to the next check: soon while there is a recovery to wait for."""
+        return self._settings.health_interval_s if self.healthy else self._settings.health_start_interval_s
+
+    async def opened(self) -> None:
+        await self._opened.wait()
+
+    async def shut(self) -> None:
+        await self._shut.wait()
+
+
+@asynccontextmanager
+async def status_server(port: int, ready: Callable[[], Awaitable[str]]) -> AsyncIterator[None]:
+    """Serve `/v1/health/live` and `/v1/health/ready` on every address while the body runs; port 0 serves none.
+
+    `ready` returns '' or what is missing.
+
+    Raises:
+        ConfigurationError: the port cannot be listened on.
+    """
+    if not port:
+        yield
+        return
+
+    async def live_route(_: web.Request) -> web.Response:
+        return web.json_response({"status": "OK"})
+
+    async def ready_route(_: web.Request) -> web.Response:
+        missing = await ready()
+        return web.json_response({"status": missing or "OK"}, status=503 if missing else 200)
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/health/live", live_route), web.get("/v1/health/ready", ready_route)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, port=port).start()
+        except OSError as exc:
+            raise ConfigurationError(f"status_port: {port} cannot be listened on: {exc.strerror}") from exc
+        yield
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,320 @@
+"""The inference container: whether it is healthy, and one POST per job, never followed and never repeated.
+
+Everything that the container sends is untrusted (field/security.md): its status line, its headers, its body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal, Self
+
+import aiohttp
+import orjson
+from yarl import URL
+
+from broker.errors import ConfigurationError
+from broker.model import Job, Outcome, RequestState
+from broker.settings import SidecarSettings
+from workers import loops
+
+CONNECT_TIMEOUT_S = 5.0
+MAX_PARSED_ERROR_BYTES = 256 * 1024
+SPILL_CHUNK_BYTES = 1024 * 1024
+
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "proxy-connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+# They speak for the origin, which is ours, or are set by whoever sends the answer on.
+_NOT_THE_CONTAINERS = frozenset(
+    {
+        "access-control-allow-credentials",
+        "access-control-allow-origin",
+        "alt-svc",
+        "clear-site-data",
+        "content-length",
+        "date",
+        "location",
+        "refresh",
+        "server",
+        "set-cookie",
+        "set-cookie2",
+        "strict-transport-security",
+    }
+)
+# Where Python's phrase changed between releases: `type` must not change with the interpreter.
+_PHRASES = {
+    413: "Request Entity Too Large",
+    416: "Requested Range Not Satisfiable",
+    418: "I'm a teapot",
+    422: "Unprocessable Entity",
+}
+
+CONNECTION_FAULT = "Inference connection error while making inference request"
+INFERENCE_FAULT = "Internal error while making inference request"
+OVERDUE = "The request was not finished before its deadline"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the container said. A body above the inline limit is in the file `spilled`, and `body` is empty."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+    spilled: Path | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.status >= 400
+
+    def outcome(self) -> Outcome:
+        return Outcome(status=self.status, headers=self.headers, body=self.body)
+
+
+class ContainerLost(Exception):
+    """The container refused the connection or died on us; the attempt may be repeated. `sent` tells whether
+    it may have seen the request."""
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class AttemptFailed(Exception):
+    """The attempt ended without an answer of the container; `outcome` is answered in its place."""
+
+    state = RequestState.ERRORED
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(f"answered {outcome.status}")
+        self.outcome = outcome
+
+
+class RunTimedOut(AttemptFailed):
+    """The deadline or `run_timeout_s` came first."""
+
+    state = RequestState.EXPIRED
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(problem(job, 504, OVERDUE))
+
+
+class Inference:
+    """One session with the container, opened and closed as an async context manager.
+
+    Each request has its own connection: a kept one may be dead when the next job is sent, and a POST must not
+    be repeated (field/pitfalls.md §3.4).
+    """
+
+    def __init__(self, settings: SidecarSettings) -> None:
+        if settings.health_protocol != "HTTP":
+            raise ConfigurationError(f"health_protocol: {settings.health_protocol} is not supported; use HTTP")
+        self._settings = settings
+        self._job_url = _url(settings, settings.inference_port, settings.inference_url)
+        self._health_url = _url(settings, settings.health_port or settings.inference_port, settings.health_uri)
+        self._session: aiohttp.ClientSession | None = None
+        self.fault = f"GET {self._health_url} was not answered yet"
+        """Why the last health check failed, '' if it did not."""
+        self.silent = False
+        """Whether the last health check got no answer in time, rather than a bad one or a refusal."""
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True, limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+            auto_decompress=False,
+            # The container sees what the client sent, not what this library would add.
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def healthy(self) -> bool:
+        """Whether the health check answers the one expected status within `health_timeout_s`."""
+        self.silent = False
+        try:
+            async with (
+                asyncio.timeout(self._settings.health_timeout_s),
+                self._open().get(self._health_url, allow_redirects=False) as response,
+            ):
+                status = response.status
+        except TimeoutError:
+            self.silent = True
+            self.fault = f"GET {self._health_url} was not answered within {self._settings.health_timeout_s:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as exc:
+            self.fault = f"GET {self._health_url} failed: {type(exc).__name__}"
+        else:
+            expected = self._settings.health_expected_status
+            self.fault = "" if status == expected else f"GET {self._health_url} answered {status}, not {expected}"
+        return not self.fault
+
+    async def infer(
+        self, job: Job, headers: Iterable[tuple[str, str]], *, body: bytes | Path, spill: Path, budget_s: float
+    ) -> Answer:
+        """POST the job once and read the answer. A body above `max_response_bytes` is written to `spill`.
+
+        Outside passthrough, an answer of 400 and above comes back as a problem (contract/invocation.md §3.2).
+
+        Raises:
+            ContainerLost, RunTimedOut.
+            AttemptFailed: what came back was not HTTP, or more than `max_artifact_bytes` of it.
+        """
+        try:
+            async with asyncio.timeout(budget_s):
+                answer = await self._exchange(job, headers, body, spill)
+        except TimeoutError as exc:
+            raise RunTimedOut(job) from exc
+        return answer if job.passthrough or not answer.failed else _mapped(job, answer)
+
+    async def _exchange(self, job: Job, headers: Iterable[tuple[str, str]], body: bytes | Path, spill: Path) -> Answer:
+        """One round trip, with the client's errors translated once."""
+        try:
+            if isinstance(body, bytes):
+                return await self._post(job, headers, body, spill)
+            with await loops.in_thread(_opened, body, "rb") as file:
+                return await self._post(job, headers, file, spill)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+            raise ContainerLost("the container refused the connection", sent=False) from exc
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
+            raise ContainerLost("the container closed the connection", sent=True) from exc
+        except (aiohttp.ClientError, ValueError) as exc:
+            raise AttemptFailed(problem(job, 500, CONNECTION_FAULT, source="inference-connection")) from exc
+
+    async def _post(self, job: Job, headers: Iterable[tuple[str, str]], body: bytes | BinaryIO, spill: Path) -> Answer:
+        async with self._open().post(
+            self._job_url, data=body, headers=list(headers), allow_redirects=False
+        ) as response:
+            if not 200 <= response.status <= 599:
+                raise ValueError(f"the container answered {response.status}")
+            spillable = job.passthrough or response.status < 400
+            content, spilled = await self._read(job, response, spill if spillable else None)
+            kept = _presentable(response)
+            return Answer(status=response.status, headers=kept, body=content, spilled=spilled)
+
+    async def _read(self, job: Job, response: aiohttp.ClientResponse, spill: Path | None) -> tuple[bytes, Path | None]:
+        """The body, or the file it went to. Without a file to spill to, what is too large is dropped."""
+        content = bytearray()
+        async for chunk in response.content.iter_any():
+            content += chunk
+            if len(content) > self._settings.max_response_bytes:
+                if spill is None:
+                    return b"", None
+                await self._spill(job, response, bytes(content), spill)
+                return b"", spill
+        return bytes(content), None
+
+    async def _spill(self, job: Job, response: aiohttp.ClientResponse, head: bytes, path: Path) -> None:
+        """Write `head` and the rest of the body to `path`; memory stays flat and the loop free."""
+        try:
+            file = await loops.in_thread(_opened, path, "xb")
+        except OSError as exc:
+            raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
+        with file:
+            size_bytes, pending = 0, bytearray(head)
+            async for chunk in response.content.iter_any():
+                pending += chunk
+                if len(pending) >= SPILL_CHUNK_BYTES:
+                    size_bytes += await self._write(job, file, pending, size_bytes)
+                    pending = bytearray()
+            await self._write(job, file, pending, size_bytes)
+
+    async def _write(self, job: Job, file: BinaryIO, content: bytearray, size_bytes: int) -> int:
+        limit_bytes = self._settings.max_artifact_bytes
+        if size_bytes + len(content) > limit_bytes:
+            raise AttemptFailed(problem(job, 500, f"The answer is larger than {limit_bytes} bytes"))
+        try:
+            return await loops.in_thread(file.write, content)
+        except OSError as exc:
+            raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
+
+    def _open(self) -> aiohttp.ClientSession:
+        assert self._session is not None, "Inference is used outside of its context"
+        return self._session
+
+
+def problem(job: Job, status: int, detail: str, *, source: str = "nvcf-worker-service") -> Outcome:
+    """A problem+json answer in the container's place (contract/invocation.md §3.1, family 2).
+
+    `source` is `inference-service`, `inference-connection` or `nvcf-worker-service`.
+    """
+    title = _PHRASES.get(status) or next((known.phrase for known in HTTPStatus if known == status), "")
+    slug = title.lower().replace(" ", "-")
+    members = {"type": f"urn:{source}:problem-details:{slug}", "title": title, "status": status, "detail": detail}
+    content = orjson.dumps({name: value for name, value in (members | {"requestId": job.id}).items() if value})
+    return Outcome(status=status, headers=(("Content-Type", "application/problem+json"),), body=content)
+
+
+def end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`headers` without the hop-by-hop ones and without those that `Connection` names (RFC 9110 §7.6.1)."""
+    pairs = list(headers)
+    connection = ",".join(value for name, value in pairs if name.lower() == "connection")
+    dropped = HOP_BY_HOP | {name.strip().lower() for name in connection.split(",")}
+    return [(name, value) for name, value in pairs if name.lower() not in dropped]
+
+
+def _opened(path: Path, mode: Literal["rb", "xb"]) -> BinaryIO:
+    return path.open(mode)
+
+
+def _url(settings: SidecarSettings, port: int, path: str) -> URL:
+    """Host and port are ours whatever `path` holds: it is never joined, only placed after them."""
+    origin = URL.build(scheme="http", host=settings.inference_host, port=port)
+    return URL(f"{origin}/{path.lstrip('/')}")
+
+
+def _mapped(job: Job, answer: Answer) -> Answer:
+    """Of a failed answer only the status and the JSON member `error` survive."""
+    outcome = problem(job, answer.status, _stated_error(answer.body) or "Inference error", source="inference-service")
+    return Answer(status=outcome.status, headers=outcome.headers, body=outcome.body)
+
+
+def _stated_error(body: bytes) -> str:
+    if len(body) > MAX_PARSED_ERROR_BYTES:
+        return ""
+    try:
+        stated = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return ""
+    error = stated.get("error") if isinstance(stated, dict) else None
+    return error if isinstance(error, str) else ""
+
+
+def _presentable(response: aiohttp.ClientResponse) -> tuple[tuple[str, str], ...]:
+    """The container's headers that may reach a client in our name; `Content-Encoding` among them, because the
+    body was not decoded."""
+    kept = [
+        (name, value)
+        for name, value in end_to_end(response.headers.items())
+        if name.lower() not in _NOT_THE_CONTAINERS and not name.lower().replace("_", "-").startswith("nvcf-")
+    ]
+    return tuple((name, value) for name, value in kept if _is_text(name + value))
+
+
+def _is_text(value: str) -> bool:
+    """Bytes that are not UTF-8 arrive as lone surrogates, which no codec of ours can store."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,144 @@
+"""Loops that outlive their failures, and the few ways in which this package runs things side by side.
+
+The only place that catches every exception: what runs here must go on, whatever happened to one step of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn, TypeVar
+
+from broker.errors import FnqueueError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_JITTER = 0.1
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+
+
+class Fault(Exception):
+    """Our own code failed; the cause is chained and already logged."""
+
+
+async def every(seconds: float | Callable[[], float], step: Callable[[], Awaitable[object]], *, name: str) -> NoReturn:
+    """Run `step` now and then about every `seconds`, until cancelled. It logs when a streak of failures begins
+    and when it ends; `name` tells whose."""
+    streak = _Streak(name)
+    while True:
+        try:
+            await step()
+        except Exception as exc:  # noqa: BLE001  one bad step must not end the loop
+            streak.failed(exc)
+        else:
+            streak.over()
+        pause_s = seconds() if callable(seconds) else seconds
+        await asyncio.sleep(pause_s * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  spreads load
+
+
+async def insist(step: Callable[[], Awaitable[T]], *, on: type[Exception], name: str) -> T:
+    """What `step` returns, after repeating it, less and less often, for as long as it raises `on`. The caller
+    bounds the wait by cancelling it."""
+    streak = _Streak(name)
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            result = await step()
+        except on as exc:
+            streak.failed(exc)
+        else:
+            streak.over()
+            return result
+        await asyncio.sleep(random.uniform(pause_s / 2, pause_s))  # noqa: S311  spreads load
+        pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+
+async def guard(work: Coroutine[Any, Any, T], *, expected: tuple[type[Exception], ...] = (), **facts: object) -> T:
+    """What `work` returns. Any error but the `expected` ones is logged with `facts` and its traceback.
+
+    Raises:
+        Fault: in place of the unexpected error.
+    """
+    try:
+        return await work
+    except expected:
+        raise
+    except Exception as exc:
+        logger.exception("fault", extra=facts)
+        raise Fault(type(exc).__name__) from exc
+
+
+@asynccontextmanager
+async def together() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that raises the first error itself, not a group of errors."""
+    error: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as found:
+        error = found.exceptions[0]
+    # Raised out here, because inside the clause above its own cause would be lost.
+    if error is not None:
+        raise error
+
+
+@asynccontextmanager
+async def beside(*works: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Run `works` in the background of the body; they end with it. An error on either side ends both sides and
+    is raised as it is."""
+    async with together() as group:
+        tasks = [group.create_task(work) for work in works]
+        yield
+        for task in tasks:
+            task.cancel()
+
+
+async def either(*waits: Coroutine[Any, Any, object]) -> None:
+    """Return when the first of `waits` ends, or raise what it raised; the others are cancelled."""
+    async with together() as group:
+        tasks = [group.create_task(wait) for wait in waits]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+
+async def in_thread(function: Callable[..., T], *args: object, stop: Callable[[], None] | None = None) -> T:
+    """Run `function` in a thread. A cancelled wait calls `stop` and ends only after the thread did, so that what
+    cleans up next does not meet it at work."""
+    done = asyncio.get_running_loop().run_in_executor(None, functools.partial(function, *args))
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        if stop is not None:
+            stop()
+        await asyncio.wait([done])
+        done.exception()  # seen, so that asyncio does not report it as lost
+        raise
+
+
+class _Streak:
+    """Failures in a row of one loop: a line for the first, and one when they are over."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._failures = 0
+
+    def failed(self, exc: Exception) -> None:
+        self._failures += 1
+        if self._failures > 1:
+            return
+        ours = isinstance(exc, FnqueueError)
+        cause = str(exc) if ours else type(exc).__name__
+        logger.warning("loop_failing", extra={"loop": self._name, "cause": cause}, exc_info=None if ours else exc)
+
+    def over(self) -> None:
+        if self._failures:
+            logger.info("loop_recovered", extra={"loop": self._name, "failures": self._failures})
+        self._failures = 0
