@@ -1,0 +1,43 @@
+"""Who is calling: a bearer token to a Principal, checked before anything else is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from multidict import MultiMapping
+
+from api import headers
+from api.front import Front
+from broker.accounts import require
+from broker.errors import Unauthenticated
+from broker.model import Principal
+
+Guarded = Callable[[Front, web.Request, Principal], Awaitable[web.StreamResponse]]
+
+
+def token(arrived: MultiMapping[str]) -> str:
+    """Raises Unauthenticated: there is none, or it cannot be one."""
+    found = headers.bearer(arrived)
+    if found is None:
+        raise Unauthenticated("the Authorization header is missing; send Authorization: Bearer <API key>")
+    if not found:
+        raise Unauthenticated("the Authorization header is not of the form: Bearer <API key>")
+    return found
+
+
+async def authenticate(front: Front, request: web.Request, *scopes: str) -> Principal:
+    """Raises Unauthenticated, Forbidden when the caller holds none of `scopes`, or StoreUnavailable."""
+    principal = await front.authenticator.authenticate(token(request.headers))
+    require(principal, *scopes)
+    return principal
+
+
+def guarded(front: Front, handler: Guarded, *scopes: str) -> Handler:
+    """`handler`, for callers that hold one of `scopes`."""
+
+    async def guard(request: web.Request) -> web.StreamResponse:
+        return await handler(front, request, await authenticate(front, request, *scopes))
+
+    return guard

@@ -1,0 +1,105 @@
+"""The calls in flight of this process: work that outlives its caller, and callers that wait.
+
+A front end that is told to stop answers all who wait at once (PROTOCOL P11), and lets nobody in behind them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from broker.model import Record
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """This server is stopping: answer with what is known."""
+
+
+class Calls:
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._waiting: set[asyncio.Task[Any]] = set()
+        self._interrupted: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run `work` to its end, whatever becomes of the caller; `finish` waits for it. Its error is the
+        caller's to see; without a caller, there is nobody to tell."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the body runs, the current task can be told to stop waiting.
+
+        Raises:
+            Interrupted: the body was cut short by `interrupt`.
+        """
+        task = asyncio.current_task()
+        assert task is not None, "only tasks wait"
+        if self._stopping:
+            raise Interrupted
+        self._waiting.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            # Who is cancelled for another reason too, as a client that has left, must go.
+            if task in self._interrupted and task.uncancel() == 0:
+                raise Interrupted from None
+            raise
+        finally:
+            self._waiting.discard(task)
+            self._interrupted.discard(task)
+
+    def interrupt(self) -> None:
+        """End every wait, now and from now on."""
+        self._stopping = True
+        for task in list(self._waiting):
+            self._interrupted.add(task)
+            task.cancel()
+
+    async def finish(self, *, grace_s: float) -> None:
+        """Return when all that was spawned has ended, or after `grace_s`; what is left then is cancelled."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=grace_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, so that asyncio does not report it as lost
+
+
+class Accepting:
+    """The submission of one call: remembers its task, and says when the body is no longer needed."""
+
+    def __init__(self, calls: Calls, *, done: Callable[[], None]) -> None:
+        self._calls = calls
+        self._done = done
+        self._task: asyncio.Task[Record] | None = None
+
+    def spawn(self, work: Coroutine[Any, Any, Record]) -> asyncio.Task[Record]:
+        self._task = self._calls.spawn(work)
+        self._task.add_done_callback(lambda _: self._done())
+        return self._task
+
+    @property
+    def begun(self) -> bool:
+        return self._task is not None
+
+    async def record(self) -> Record:
+        """What the submission comes to, or raises."""
+        assert self._task is not None, "nothing was submitted"
+        return await asyncio.shield(self._task)

@@ -1,0 +1,68 @@
+"""What every handler needs, made once per process and handed to each."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from api.bodies import Bodies
+from api.calls import Calls
+from broker.accounts import Authenticator
+from broker.errors import TryLater
+from broker.functions import CallableVersions
+from broker.ports import Broker
+from broker.settings import ApiSettings
+
+_HEALTH_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Front:
+    broker: Broker
+    settings: ApiSettings
+    authenticator: Authenticator
+    versions: CallableVersions
+    calls: Calls
+    bodies: Bodies
+    health: Health
+
+    @classmethod
+    def over(cls, broker: Broker, settings: ApiSettings) -> Front:
+        return cls(
+            broker=broker,
+            settings=settings,
+            authenticator=Authenticator(
+                broker, admin_key=settings.admin_key.get_secret_value(), admin_account=settings.admin_account
+            ),
+            versions=CallableVersions(broker),
+            calls=Calls(),
+            bodies=Bodies(settings),
+            health=Health(broker),
+        )
+
+
+class Health:
+    """Whether an invocation could be accepted now. One look at the servers serves all who ask within two seconds."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._looking = asyncio.Lock()
+        self._fault: str | None = None
+        self._until = 0.0
+
+    async def fault(self) -> str:
+        """What is wrong, '' when nothing is."""
+        async with self._looking:
+            now = asyncio.get_running_loop().time()
+            if self._fault is None or now >= self._until:
+                self._fault = await self._look()
+                self._until = now + _HEALTH_S
+            return self._fault
+
+    async def _look(self) -> str:
+        try:
+            await self._broker.queue.ping()
+            await self._broker.results.ping()
+        except TryLater as exc:
+            return str(exc)
+        return ""

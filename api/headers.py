@@ -1,0 +1,241 @@
+"""Every header of the contract by name, parsed and formatted (contract/invocation.md §2).
+
+Functions take the request's headers as aiohttp gives them: names in any case, values without outer blanks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from multidict import MultiMapping
+
+from broker.errors import BadRequest
+
+REQUEST_ID = "NVCF-REQID"
+STATUS = "NVCF-STATUS"
+PERCENT_COMPLETE = "NVCF-PERCENT-COMPLETE"
+POLL_SECONDS = "NVCF-POLL-SECONDS"
+INPUT_ASSETS = "NVCF-INPUT-ASSET-REFERENCES"
+ENABLE_GATEWAY_TIMEOUT = "nvcf-feature-enable-gateway-timeout"
+DISABLE_COMPATIBILITY = "nvcf-feature-disable-worker-compatibility"
+IDEMPOTENCY_KEY = "Idempotency-Key"
+PREFER = "Prefer"
+PREFERENCE_APPLIED = "Preference-Applied"
+EXPOSE_HEADERS = "Access-Control-Expose-Headers"
+EVENT_STREAM = "text/event-stream"
+
+POLL_DEFAULT_S = 60
+POLL_STREAM_S = 1200
+POLL_MAX_S = 3600
+FORWARDED_MAX_COUNT = 64
+FORWARDED_MAX_BYTES = 32 * 1024
+IDEMPOTENCY_KEY_MAX = 255
+
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "proxy-connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+# What the sidecar says to a container (contract/invocation.md §8.2), so what no client may say in its place.
+_WORKER_OWNED = frozenset(
+    {
+        "nvcf-reqid",
+        "nvcf-status",
+        "nvcf-percent-complete",
+        "nvcf-sub",
+        "nvcf-ncaid",
+        "nvcf-function-name",
+        "nvcf-function-id",
+        "nvcf-function-version-id",
+        "nvcf-function-asset-ids",
+        "nvcf-asset-dir",
+        "nvcf-large-output-dir",
+        "nvcf-max-response-size-bytes",
+        "nvcf-nspectid",
+        "nvcf-backend",
+        "nvcf-instancetype",
+        "nvcf-region",
+        "nvcf-env",
+        "nvcf-invocation-region",
+    }
+)
+# Spoken to this server and answered by it. `Prefer` too: a container that heard `respond-async` could answer 202.
+_OURS = frozenset({"authorization", "cookie", "host", "content-length", "expect", "prefer", "nvcf-poll-seconds"})
+_NEVER_FORWARDED = HOP_BY_HOP | _WORKER_OWNED | _OURS
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """How long a call may be held, and what `Preference-Applied` says about it ('' when nothing)."""
+
+    seconds: float
+    applied: str = ""
+
+
+def uuid(text: str, *, field: str) -> str:
+    """The canonical form of an ID in the usual 8-4-4-4-12 spelling, any case.
+
+    Raises:
+        BadRequest: braces, `urn:uuid:` and everything else; `field` names the part at fault.
+    """
+    if _UUID.fullmatch(text) is None:
+        raise BadRequest(f"{field} is not a UUID", field=field)
+    return text.lower()
+
+
+def poll_s(headers: MultiMapping[str]) -> int:
+    """`NVCF-POLL-SECONDS`: 1 to 3600, 0 meaning 1; absent or not ASCII, 60, or 1200 for an event stream.
+
+    Raises:
+        BadRequest: any other value, always with upstream's one message.
+    """
+    text = headers.get(POLL_SECONDS)
+    if text is None or not text.isascii():
+        return POLL_STREAM_S if headers.get("Accept") == EVENT_STREAM else POLL_DEFAULT_S
+    if not text.isdigit() or len(text) > 18 or int(text) > POLL_MAX_S:
+        raise BadRequest("failed to parse poll duration", field=POLL_SECONDS)
+    return max(1, int(text))
+
+
+def wait(headers: MultiMapping[str]) -> Wait:
+    """How long to hold this call: `NVCF-POLL-SECONDS`, or what `Prefer` says where that is silent.
+
+    RFC 7240: `respond-async` alone asks for an answer at once, with `wait=N` after N seconds; preferences that
+    cannot be read are ignored.
+    """
+    poll = poll_s(headers)
+    if PREFER not in headers:
+        return Wait(seconds=poll)
+    preferences = _preferences(headers.getall(PREFER))
+    asked = preferences.get("wait", "")
+    wished_s = min(int(asked), POLL_MAX_S) if asked.isascii() and asked.isdigit() and len(asked) <= 18 else None
+    if POLL_SECONDS in headers and "respond-async" not in preferences:
+        return Wait(seconds=poll)
+    applied = ["respond-async"] if "respond-async" in preferences else []
+    if wished_s is not None:
+        return Wait(seconds=wished_s, applied=", ".join([*applied, f"wait={wished_s}"]))
+    return Wait(seconds=0 if applied else poll, applied="".join(applied))
+
+
+def _preferences(values: Iterable[str]) -> dict[str, str]:
+    """Name to value; of a preference that comes twice the first counts (RFC 7240 §2)."""
+    found: dict[str, str] = {}
+    for part in ",".join(values).split(","):
+        name, _, value = part.partition(";")[0].partition("=")
+        found.setdefault(name.strip().lower(), value.strip().strip('"'))
+    return found
+
+
+def asset_references(headers: MultiMapping[str]) -> tuple[str, ...]:
+    """IDs of `NVCF-INPUT-ASSET-REFERENCES` in order: repeats of the header concatenated, empty items dropped.
+
+    Raises:
+        BadRequest: an item that is not a UUID.
+    """
+    if INPUT_ASSETS not in headers:
+        return ()
+    items = (item.strip() for value in headers.getall(INPUT_ASSETS) for item in value.split(","))
+    return tuple(uuid(item, field=INPUT_ASSETS) for item in items if item)
+
+
+def idempotency_key(headers: MultiMapping[str]) -> str:
+    """'' when there is none.
+
+    Raises:
+        BadRequest: empty, longer than 255, several, or not printable ASCII.
+    """
+    values = headers.getall(IDEMPOTENCY_KEY, [])
+    if not values:
+        return ""
+    key = values[0]
+    if len(values) > 1 or not 0 < len(key) <= IDEMPOTENCY_KEY_MAX or not (key.isascii() and key.isprintable()):
+        raise BadRequest(
+            f"{IDEMPOTENCY_KEY} must be given once, with 1 to {IDEMPOTENCY_KEY_MAX} printable ASCII characters",
+            field=IDEMPOTENCY_KEY,
+        )
+    return key
+
+
+def passthrough(headers: MultiMapping[str]) -> bool:
+    """Whether the container's answers reach the caller as they are (contract/invocation.md §8.4)."""
+    if _says_true(headers, DISABLE_COMPATIBILITY):
+        return True
+    accepted = headers.get("Accept", "")
+    return accepted.partition(";")[0].strip().lower() == EVENT_STREAM
+
+
+def gateway_timeout(headers: MultiMapping[str]) -> bool:
+    """Whether the caller asked for 504 and removal when its request is still queued at the end of the wait."""
+    return _says_true(headers, ENABLE_GATEWAY_TIMEOUT)
+
+
+def _says_true(headers: MultiMapping[str], name: str) -> bool:
+    return headers.get(name, "").lower() == "true"
+
+
+def forwarded(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
+    """The client's headers that a container may see, in order.
+
+    Left out: hop-by-hop headers and what `Connection` names, credentials, what is spoken to this server, and
+    the names that the sidecar owns, also when spelled with underscores.
+
+    Raises:
+        BadRequest: more than 64 of them, or 32 KiB, or one that is not UTF-8.
+    """
+    named: frozenset[str] = frozenset()
+    if "Connection" in headers:
+        named = frozenset(name.strip().lower() for value in headers.getall("Connection") for name in value.split(","))
+    kept: list[tuple[str, str]] = []
+    size_bytes = 0
+    for name, value in headers.items():
+        key = name.lower()
+        if key in named or key.replace("_", "-") in _NEVER_FORWARDED:
+            continue
+        if not value.isascii() and not _is_text(value):
+            raise BadRequest(f"header {name} is not UTF-8", field=name)
+        kept.append((name, value))
+        size_bytes += len(name) + len(value) + 4
+    if len(kept) > FORWARDED_MAX_COUNT or size_bytes > FORWARDED_MAX_BYTES:
+        raise BadRequest(
+            f"more than {FORWARDED_MAX_COUNT} headers or {FORWARDED_MAX_BYTES} bytes of them for the function"
+        )
+    return tuple(kept)
+
+
+def _is_text(value: str) -> bool:
+    """Bytes that are not UTF-8 arrive as lone surrogates, which nothing can store."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def bearer(headers: MultiMapping[str]) -> str | None:
+    """The bearer token, '' for another scheme or a malformed one, None without an Authorization header."""
+    text = headers.get("Authorization")
+    if text is None:
+        return None
+    scheme, _, token = text.partition(" ")
+    token = token.strip()
+    if scheme.lower() != "bearer" or not token.isascii() or not token.isprintable() or " " in token:
+        return ""
+    return token
+
+
+def retry_after(seconds: float) -> str:
+    """Whole seconds, at least 1, rounded up."""
+    return str(max(1, math.ceil(seconds)))

@@ -1,0 +1,126 @@
+"""What surrounds every handler: the log line, CORS, and errors turned into problems, from the outside in."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from api import headers, problems
+from api.front import Front
+from broker.errors import FnqueueError, Unauthenticated
+from broker.model import Record
+
+logger = logging.getLogger(__name__)
+
+# Set by the handlers of an invocation, for whoever answers or logs it.
+RECORD = web.RequestKey("record", Record)
+
+# Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
+ABOUT_A_REQUEST = ("/v2/nvcf/pexec/", "/v2/nvcf/requests/")
+_PREFLIGHT_S = "86400"
+
+
+def observing(front: Front) -> Middleware:
+    """Logs one line per invocation, and closes connections while this server is stopping."""
+
+    @web.middleware
+    async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started_at = time.perf_counter()
+        try:
+            response = await handler(request)
+        except BaseException:
+            # Nobody is left to answer: the client has gone. 499 is what proxies log then.
+            _log(request, 499, started_at)
+            raise
+        if front.calls.stopping:
+            response.force_close()
+        _log(request, response.status, started_at)
+        return response
+
+    return observe
+
+
+def _log(request: web.Request, status: int, started_at: float) -> None:
+    record = request.get(RECORD)
+    level = logging.INFO if record is not None and request.method == "POST" else logging.DEBUG
+    if not logger.isEnabledFor(level):
+        return
+    facts: dict[str, object] = {"status": status, "duration_ms": round((time.perf_counter() - started_at) * 1000, 1)}
+    if record is not None:
+        facts |= {
+            "request_id": record.id,
+            "function_id": record.function_id,
+            "version_id": record.version_id,
+            "account": record.account,
+            "state": record.state.value,
+        }
+    else:
+        facts |= {"method": request.method, "path": request.path}
+    logger.log(level, "answered", extra=facts)
+
+
+def sharing(front: Front) -> Middleware:
+    """CORS without credentials, for the origins of `cors_origins`; answers preflights without asking for a key."""
+    allowed = {origin.strip() for origin in front.settings.cors_origins.split(",") if origin.strip()}
+
+    @web.middleware
+    async def share(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        if request.method == "OPTIONS" and response.status == 405:
+            response = web.Response(headers={"Allow": response.headers["Allow"]})
+        origin = request.headers.get("Origin")
+        if origin is None or not (allowed & {"*", origin}):
+            return response
+        response.headers["Access-Control-Allow-Origin"] = "*" if "*" in allowed else origin
+        if "*" not in allowed:
+            response.headers.add("Vary", "Origin")
+        if request.method == "OPTIONS":
+            response.headers["Access-Control-Allow-Methods"] = response.headers.get("Allow", "GET, POST, DELETE")
+            response.headers["Access-Control-Allow-Headers"] = request.headers.get(
+                "Access-Control-Request-Headers", "Authorization"
+            )
+            response.headers["Access-Control-Max-Age"] = _PREFLIGHT_S
+        return response
+
+    return share
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The outermost net: whatever a handler raises is answered as a problem."""
+    try:
+        return await handler(request)
+    except FnqueueError as error:
+        return _problem(request, error)
+    except web.HTTPMethodNotAllowed as error:
+        return _problem(request, problems.WrongMethod(", ".join(sorted(error.allowed_methods))))
+    except web.HTTPNotFound:
+        return _problem(request, _no_such_path(request))
+    except Exception as error:  # the outermost: nothing of it may reach the client
+        if request.transport is None:
+            raise
+        logger.exception("fault", extra={"method": request.method, "path": request.path})
+        return _problem(request, error)
+
+
+def _problem(request: web.Request, error: Exception) -> web.Response:
+    record = request.get(RECORD)
+    instance = "" if _about_a_request(request.path) else request.path
+    response = problems.response(error, instance=instance, request_id=record.id if record else "")
+    if isinstance(error, problems.CLOSING):
+        response.force_close()
+    return response
+
+
+def _about_a_request(path: str) -> bool:
+    return path.startswith(ABOUT_A_REQUEST) or path.endswith("/position")
+
+
+def _no_such_path(request: web.Request) -> FnqueueError:
+    """Upstream's: who comes without credentials is not told which paths exist."""
+    if not headers.bearer(request.headers):
+        return Unauthenticated("the Authorization header is missing or not of the form: Bearer <API key>")
+    return problems.NoSuchPath("no such path")

@@ -1,0 +1,144 @@
+"""Error class to status and problem body (RFC 9457): the only such table.
+
+`type` is upstream's URN where upstream has a name for the fault, and ours where it has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import NamedTuple
+
+import orjson
+from aiohttp import web
+from multidict import CIMultiDict
+from pydantic import ValidationError
+
+from api import headers
+from broker.errors import (
+    AlreadyFinished,
+    BadRequest,
+    FnqueueError,
+    Forbidden,
+    IdempotencyKeyReused,
+    NotFound,
+    Overloaded,
+    PayloadTooLarge,
+    QueueFull,
+    RequestExpired,
+    RevisionConflict,
+    StateConflict,
+    TryLater,
+    Unauthenticated,
+    Unavailable,
+)
+
+CONTENT_TYPE = "application/problem+json"
+UPSTREAM = "urn:nv-boot:problem-details:"
+OURS = "urn:fnqueue:problem-details:"
+MAX_FAULTS = 20
+
+
+class NoSuchPath(FnqueueError):
+    """No route has this path."""
+
+
+class WrongMethod(FnqueueError):
+    """The path is known and the method is not; `allowed` goes into `Allow`."""
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(f"this path answers {allowed}")
+        self.allowed = allowed
+
+
+class BodyTooSlow(FnqueueError):
+    """The client did not send its body in the time it had."""
+
+
+# After these, what the client still sends of its body is not read.
+CLOSING = (BodyTooSlow, PayloadTooLarge)
+
+
+class Kind(NamedTuple):
+    status: int
+    type: str
+
+
+_KINDS: dict[type[BaseException], Kind] = {
+    BadRequest: Kind(400, UPSTREAM + "bad-request"),
+    StateConflict: Kind(400, UPSTREAM + "bad-request"),
+    PayloadTooLarge: Kind(413, OURS + "payload-too-large"),
+    IdempotencyKeyReused: Kind(422, OURS + "idempotency-key-reused"),
+    Unauthenticated: Kind(401, UPSTREAM + "unauthorized"),
+    Forbidden: Kind(403, UPSTREAM + "forbidden"),
+    NotFound: Kind(404, UPSTREAM + "not-found"),
+    NoSuchPath: Kind(404, UPSTREAM + "not-found"),
+    RequestExpired: Kind(404, OURS + "result-expired"),
+    WrongMethod: Kind(405, OURS + "method-not-allowed"),
+    BodyTooSlow: Kind(408, OURS + "body-timeout"),
+    AlreadyFinished: Kind(409, UPSTREAM + "conflict"),
+    RevisionConflict: Kind(409, UPSTREAM + "conflict"),
+    QueueFull: Kind(429, OURS + "queue-full"),
+    TryLater: Kind(503, OURS + "unavailable"),
+    Overloaded: Kind(503, OURS + "overloaded"),
+    Unavailable: Kind(503, OURS + "unavailable"),
+}
+INTERNAL = Kind(500, OURS + "internal")
+NOT_READY = Kind(503, OURS + "unavailable")
+# Of requests that ended without an answer of their function (api.answers).
+REQUEST_EXPIRED = Kind(504, OURS + "request-expired")
+REQUEST_CANCELLED = Kind(410, OURS + "request-cancelled")
+REQUEST_DEAD = Kind(500, OURS + "request-dead")
+REQUEST_REFUSED = Kind(503, OURS + "request-refused")
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Where the error's class, or the nearest class above it, stands in the table."""
+    return next((_KINDS[base] for base in type(error).__mro__ if base in _KINDS), INTERNAL)
+
+
+def body(kind: Kind, detail: str = "", **members: str) -> bytes:
+    """The JSON of a problem; empty members are left out."""
+    problem = {"type": kind.type, "title": HTTPStatus(kind.status).phrase, "status": kind.status}
+    extra = {name: _text(value) for name, value in {"detail": detail, **members}.items() if value}
+    return orjson.dumps(problem | extra)
+
+
+def _text(value: str) -> str:
+    """Bytes of the client's that are not UTF-8 arrive as lone surrogates, which JSON cannot hold."""
+    return value.encode(errors="replace").decode()
+
+
+def response(error: BaseException, *, instance: str = "", request_id: str = "") -> web.Response:
+    """The answer to a request that ended in `error`; one that is not ours says nothing of its inside."""
+    kind = kind_of(error)
+    detail = "" if kind is INTERNAL else str(error)
+    unknown = isinstance(error, Unavailable) and error.outcome_unknown
+    content = body(kind, detail, instance=instance, requestId=request_id, outcome="unknown" if unknown else "")
+    return respond(kind.status, content, extra=_headers_of(error, request_id))
+
+
+def respond(status: int, content: bytes, *, extra: Mapping[str, str]) -> web.Response:
+    answer = CIMultiDict({"Content-Type": CONTENT_TYPE})
+    answer.update(extra)
+    return web.Response(status=status, body=content, headers=answer)
+
+
+def _headers_of(error: BaseException, request_id: str) -> dict[str, str]:
+    extra: dict[str, str] = {headers.REQUEST_ID: request_id} if request_id else {}
+    if isinstance(error, Unauthenticated):
+        extra["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, TryLater):
+        extra["Retry-After"] = headers.retry_after(error.retry_after_s)
+    if isinstance(error, WrongMethod):
+        extra["Allow"] = error.allowed
+    return extra
+
+
+def faults(error: ValidationError) -> BadRequest:
+    """What pydantic found, as one sentence that names each field and repeats no value."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    named = [f"{'.'.join(str(part) for part in fault['loc']) or 'body'}: {fault['msg']}" for fault in found]
+    more = [f"and {len(named) - MAX_FAULTS} more"] if len(named) > MAX_FAULTS else []
+    first = ".".join(str(part) for part in found[0]["loc"]) if found else ""
+    return BadRequest("; ".join(named[:MAX_FAULTS] + more), field=first or None)

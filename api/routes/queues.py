@@ -1,0 +1,65 @@
+"""How long a queue is, and where in it a request stands (contract/invocation.md §7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aiohttp import web
+
+from api import headers, payloads
+from api.front import Front
+from api.routes import functions as function_routes
+from broker import functions, invocations
+from broker.errors import NotFound
+from broker.model import FunctionStatus, Principal, Version
+from fnqueue import wire
+
+FURTHEST = 1000
+# Upstream stops at the first two; a function that has lost instances is when its queue matters most.
+_WITH_QUEUE = frozenset(
+    {FunctionStatus.ACTIVE, FunctionStatus.DEPLOYING, FunctionStatus.DEGRADING, FunctionStatus.DEGRADED}
+)
+
+
+async def of_function(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    function_id = headers.uuid(request.match_info["function_id"], field="functionId")
+    versions = await functions.list_versions(front.broker, principal, function_id)
+    return await _depths(front, function_id, versions)
+
+
+async def of_version(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    function_id, version_id = function_routes.ids(request)
+    version = await functions.get(front.broker, principal, function_id, version_id)
+    return await _depths(front, function_id, [version])
+
+
+async def position(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    request_id = headers.uuid(request.match_info["request_id"], field="requestId")
+    record, found = await invocations.position(front.broker, principal, request_id)
+    return payloads.answer(
+        wire.Position(
+            function_id=record.function_id,
+            function_version_id=record.version_id,
+            position_in_queue=min(found.rank, FURTHEST),
+            queue_length=found.length,
+        )
+    )
+
+
+async def _depths(front: Front, function_id: str, versions: Sequence[Version]) -> web.Response:
+    queued = [version for version in versions if version.status in _WITH_QUEUE]
+    if not queued:
+        raise NotFound("the function has no queue: it is not deployed")
+    loads = await front.broker.results.load([version.id for version in queued])
+    queues = [
+        wire.QueueDepth(
+            function_version_id=version.id,
+            function_name=version.name,
+            function_status=version.status.value,
+            queue_depth=load.queued,
+            in_flight=load.running,
+            oldest_age_seconds=round(load.oldest_age_s, 3),
+        )
+        for version, load in zip(queued, loads, strict=True)
+    ]
+    return payloads.answer(wire.Queues(function_id=function_id, queues=queues))

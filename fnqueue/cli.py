@@ -1,0 +1,100 @@
+"""The command line. What a server needs is plugged in by the entry point group `fnqueue.commands`, and loaded
+only when it is called for: the client alone stays small.
+
+Every failure is one line on standard error: status 2 for what was typed or set wrong, 1 for all else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+import click
+
+from fnqueue import __version__
+from fnqueue.welcome import Failed, Welcome, welcome
+
+GROUP = "fnqueue.commands"
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """Our own commands and the plugged-in ones."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(plug.name for plug in entry_points(group=GROUP))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        plugs = entry_points(group=GROUP, name=cmd_name)
+        return own if own or not plugs else _loaded(next(iter(plugs)))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args[0] not in known:
+            raise click.UsageError(f"no command {args[0]!r}; known are {', '.join(known)}")
+        return super().resolve_command(ctx, args)
+
+
+def _loaded(plug: EntryPoint) -> click.Command:
+    command = plug.load()
+    assert isinstance(command, click.Command), f"{plug.value} is no command"
+    return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="fnqueue", message="%(prog)s %(version)s")
+def cli() -> None:
+    """The durable invocation queue for GPU functions that speaks the NVIDIA Cloud Functions (NVCF) API.
+
+    Start with: fnqueue dev
+    """
+
+
+@cli.command("welcome")
+@click.option(
+    "--url", envvar="FNQUEUE_URL", default="http://127.0.0.1:8080", show_default=True, help="The server. [FNQUEUE_URL]"
+)
+@click.option(
+    "--key",
+    envvar=["FNQUEUE_KEY", "FNQUEUE_ADMIN_KEY"],
+    required=True,
+    help="An API key with every scope. [FNQUEUE_KEY, FNQUEUE_ADMIN_KEY]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def welcome_command(url: str, key: str, as_json: bool) -> None:
+    """Deploy the sample function on a running server, invoke it once, and show how.
+
+    The function is named echo; one that is there already is used.
+    """
+    try:
+        result = welcome(url.rstrip("/"), key)
+    except Failed as exc:
+        raise click.ClickException(str(exc)) from exc
+    click.echo(to_json(result) if as_json else result.text())
+
+
+def to_json(result: Welcome) -> str:
+    return json.dumps(result.facts(), indent=2)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        code = cli.main(arguments, prog_name="fnqueue", standalone_mode=False)
+    except click.ClickException as exc:
+        click.echo(f"fnqueue: {' '.join(exc.format_message().split())}", err=True)
+        return exc.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
