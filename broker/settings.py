@@ -151,7 +151,7 @@ class ControllerSettings(Settings):
 
 
 def _either(name: str, upstream: str) -> AliasChoices:
-    return AliasChoices(name, f"FNQUEUE_{name.upper()}", upstream)
+    return AliasChoices(f"FNQUEUE_{name.upper()}", upstream)
 
 
 class SidecarSettings(Settings):
