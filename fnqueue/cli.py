@@ -60,9 +60,9 @@ def cli() -> None:
 )
 @click.option(
     "--key",
-    envvar=["FNQUEUE_KEY", "FNQUEUE_ADMIN_KEY"],
+    envvar=["FNQUEUE_API_KEY", "FNQUEUE_ADMIN_KEY", "FNQUEUE_KEY"],
     required=True,
-    help="An API key with every scope. [FNQUEUE_KEY, FNQUEUE_ADMIN_KEY]",
+    help="An API key with every scope. [FNQUEUE_API_KEY, FNQUEUE_ADMIN_KEY]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def welcome_command(url: str, key: str, as_json: bool) -> None:
