@@ -105,7 +105,7 @@ class Watch(Protocol):
         """The record as it is now, and ask to be told of its next change."""
 
     async def changed(self, timeout_s: float) -> None:
-        """Return when a hint came since the last `read`, or after `timeout_s`."""
+        """Return when a hint came since the last `read` or `changed`, or after `timeout_s`."""
 
 
 class Results(Protocol):

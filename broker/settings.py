@@ -22,7 +22,12 @@ class Settings(BaseSettings):
     """Shared by every process. Environment name: `FNQUEUE_` and the setting's name in upper case."""
 
     model_config = SettingsConfigDict(
-        env_prefix="FNQUEUE_", env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True, populate_by_name=True
+        env_prefix="FNQUEUE_",
+        env_ignore_empty=True,
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,
+        populate_by_name=True,
     )
 
     queue_url: SecretStr = Field(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from broker.errors import StoreUnavailable, Unavailable
 from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Verdict
-from broker.ports import Broker, Delivery, Watch
+from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from workers import loops
 from workers.health import Gate, status_server
@@ -204,8 +204,7 @@ class Sidecar:
             answer = await loops.insist(claim, on=StoreUnavailable, name="claim")
         if answer.lease is not None:
             run.lease, run.started_at = answer.lease, time.monotonic()
-            # Durations by the store's clock, counted by ours from the grant; `_tighten` learns the rest.
-            run.ends_at = run.started_at + min(job.deadline_at - job.created_at, self._settings.run_timeout_s)
+            run.ends_at = run.started_at + min(answer.remaining_s, self._settings.run_timeout_s)
             run.facts = {"attempt": answer.lease.attempt, "queued_s": round(max(0.0, time.time() - job.created_at), 3)}
         return answer
 
@@ -257,16 +256,9 @@ class Sidecar:
                 if not run.left_s():
                     raise RunTimedOut(run.job)
                 with suppress(StoreUnavailable):
-                    await self._tighten(run, lease, watch)
                     state = await self._results.renew(lease, lease_s=self._settings.lease_s)
                     if state is not RequestState.RUNNING:
                         raise LeaseLost(state)
-
-    async def _tighten(self, run: _Run, lease: Lease, watch: Watch) -> None:
-        """What was left of the deadline at the grant is known to the store's clock alone."""
-        record = await watch.read()
-        if record is not None and record.attempt == lease.attempt and record.started_at:
-            run.ends_at = min(run.ends_at, run.started_at + record.deadline_at - record.started_at)
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:

@@ -30,6 +30,7 @@ class Watch:
             await self._event.wait()
         finally:
             timer.cancel()
+            self._event.clear()
 
     def tell(self) -> None:
         self._event.set()

@@ -185,13 +185,15 @@ class RabbitQueue:
 
 class _Publisher:
     """One confirming channel. A publish that got no answer retires it with its connection: the answer may still
-    come, and aiormq, which matches returned messages by id, would take it for the answer to the next copy."""
+    come, and aiormq, which matches returned messages by id, would take it for the answer to the next copy.
+    A blocked one stays, to refuse without sending until the broker takes messages again."""
 
     def __init__(self, line: _Line, channel: AbstractChannel) -> None:
         self._line = line
         self._channel = channel
         self._connection = channel.connection
         self._outstanding: dict[str, asyncio.Event] = {}
+        self._unanswered: set[str] = set()
         self._retired = False
 
     @property
@@ -199,8 +201,7 @@ class _Publisher:
         return not (self._retired or self._channel.is_closed) and self._connection.is_opened
 
     async def ready(self, timeout_s: float) -> None:
-        """Raises Unavailable while the broker blocks this connection: nothing needs to be sent to know that.
-        The first publish under an alarm finds out; those that come before its time is over end here."""
+        """Raises Unavailable while an alarm blocks this connection, as the first publish under it finds out."""
         blocked = "RabbitMQ takes no messages now, it is short of memory or disk"
         async with _answer(timeout_s, Unavailable, blocked):
             await self._connection.ready()
@@ -216,6 +217,9 @@ class _Publisher:
         async with _answer(timeout_s, PublishUnconfirmed, "RabbitMQ did not confirm the job"):
             while other := self._outstanding.get(message_id):
                 await other.wait()
+            if message_id in self._unanswered:
+                self._retire()
+                raise PublishUnconfirmed("an earlier copy of the job may still be confirmed")
             self._outstanding[message_id] = asyncio.Event()
             try:
                 await self._channel.basic_publish(body, routing_key=routing_key, properties=properties, mandatory=True)
@@ -224,16 +228,30 @@ class _Publisher:
             except amqp.DeliveryError as exc:
                 raise PublishRejected("the queue takes no more jobs") from exc
             except BaseException:
-                self._retire()
+                self._unanswered.add(message_id)
+                if not await self._blocked():
+                    self._retire()
                 raise
             finally:
                 self._outstanding.pop(message_id).set()
-                if self._retired and not self._outstanding:
-                    self._line.close_soon(self._connection)
+                self._close_if_idle()
+
+    async def _blocked(self) -> bool:
+        try:
+            async with asyncio.timeout(0):
+                await self._connection.ready()
+        except TimeoutError:
+            return True
+        return False
 
     def _retire(self) -> None:
         self._retired = True
         self._line.forget(self._connection)
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        if self._retired and not self._outstanding:
+            self._line.close_soon(self._connection)
 
 
 class _Deliveries:

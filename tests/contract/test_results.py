@@ -152,6 +152,11 @@ async def test_a_claim_is_granted_once_while_its_lease_lives(results: Results, v
     assert all(0 < claimed.wait_s <= 30 for claimed in claims if claimed.verdict is Verdict.HELD)
 
 
+async def test_a_grant_says_what_is_left_until_the_deadline(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id, deadline_s=60)
+    assert (await claim(results, job)).remaining_s == pytest.approx(60, abs=5)
+
+
 async def test_a_lapsed_lease_is_granted_again_and_its_old_holder_loses(results: Results, version_id: str) -> None:
     job = await accept(results, version_id)
     old = await granted(results, job, lease_s=0.1)
@@ -404,6 +409,10 @@ async def test_waiting_without_a_change_ends_in_time(results: Results, version_i
     async with results.watch(job.id) as watch:
         await watch.read()
         await asyncio.wait_for(watch.changed(0.05), 5)
+        again = asyncio.create_task(watch.changed(30))
+        await asyncio.sleep(0.05)
+        assert not again.done()
+        again.cancel()
         record = await watch.read()
         assert record is not None
         assert record.state is RequestState.QUEUED

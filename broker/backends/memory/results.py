@@ -143,7 +143,7 @@ class MemoryResults:
         entry.token = secrets.token_hex(16)
         entry.worker, entry.started_at, entry.lease_until = worker, now, now + lease_s
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=entry.attempt, token=entry.token)
-        return Claim(verdict=Verdict.GRANTED, state=entry.state, lease=lease)
+        return Claim(verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=entry.deadline_at - now)
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
         entry = self._entries.get(lease.request_id)

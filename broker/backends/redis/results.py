@@ -188,6 +188,7 @@ class RedisResults:
             verdict=verdict,
             state=state,
             lease=lease if verdict is Verdict.GRANTED else None,
+            remaining_s=int(claimed[4]) / 1000 if verdict is Verdict.GRANTED else 0.0,
             wait_s=int(claimed[3]) / 1000,
         )
 

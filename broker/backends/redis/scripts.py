@@ -150,7 +150,7 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 
 # KEYS record body
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
-# returns {verdict, state, attempt, wait_ms}
+# returns {verdict, state, attempt, wait_ms, remaining_ms}
 CLAIM = Script(
     _REBUILD
     + """
@@ -161,7 +161,7 @@ local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
 if f[1] == 'running' and tonumber(f[4] or 0) > now then
-  if f[3] == ARGV[2] then return {'granted', 'running', n, 0} end
+  if f[3] == ARGV[2] then return {'granted', 'running', n, 0, f[5] - now} end
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
 if n >= tonumber(ARGV[5]) then
@@ -170,7 +170,7 @@ if n >= tonumber(ARGV[5]) then
 end
 redis.call('HSET', r, 's', 'running', 'n', n + 1, 't', ARGV[2], 'l', now + ARGV[4], 'w', ARGV[1], 'k', ARGV[3],
   'b', now)
-return {'granted', 'running', n + 1, 0}
+return {'granted', 'running', n + 1, 0, f[5] - now}
 """
 )
 
