@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict
+from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict, Unavailable
 from broker.model import Deployment, FunctionStatus, Gpu, GpuSpecification, HealthInfo, Principal, Version
 from broker.ports import Broker, Row
 from broker.revisions import TRIES, edit
@@ -57,6 +57,7 @@ async def deploy(
         NotFound: unknown or foreign version.
         BadRequest: names the specification's field at fault.
         StateConflict: there is a deployment already.
+        Unavailable: there is nothing to place it on yet.
     """
     version = await find_version(broker, principal, function_id, version_id)
     now = time.time()
@@ -209,7 +210,7 @@ def place(specifications: Sequence[GpuSpecification], gpus: Sequence[Gpu]) -> tu
 def _place(specification: GpuSpecification, gpus: Sequence[Gpu], at: str) -> GpuSpecification:
     _check_numbers(specification, at)
     if not gpus:
-        raise BadRequest(f"{at}.gpu: no GPU is on offer; is a controller running?", field=f"{at}.gpu")
+        raise Unavailable("no GPU is on offer now: no controller is running, or it has just been started")
     rows = _matching(gpus, "backend", specification.backend, f"{at}.backend")
     rows = _matching(rows, "name", specification.gpu, f"{at}.gpu", required=True)
     rows = _matching(rows, "instance_type", specification.instance_type, f"{at}.instanceType")

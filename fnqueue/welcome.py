@@ -43,6 +43,10 @@ class Failed(Exception):
     """The text says which step failed, and why."""
 
 
+class NotYet(Failed):
+    """The server said to try again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """`headers` is what the server said about the request, names in its spelling."""
@@ -144,7 +148,8 @@ class _Server:
                 return Answer(status=response.status, headers=_about(response.headers), body=response.read())
         except urllib.error.HTTPError as exc:
             with exc:
-                raise Failed(f"{method} {path} was answered {exc.code}: {_reason(exc)}") from exc
+                kind = NotYet if exc.code in (429, 503) else Failed
+                raise kind(f"{method} {path} was answered {exc.code}: {_reason(exc)}") from exc
         except urllib.error.URLError as exc:
             raise Failed(f"no server answers at {self._url}: {exc.reason}") from exc
         except (OSError, HTTPException, ValueError) as exc:
@@ -182,9 +187,9 @@ def _make_active(server: _Server, function_id: str, version_id: str) -> None:
     if status == "ERROR":
         server.delete(f"/v2/nvcf/deployments/{path}")
         status = "INACTIVE"
-    if status == "INACTIVE":
-        server.post(f"/v2/nvcf/deployments/{path}", DEPLOYMENT)
     give_up_at = time.monotonic() + ACTIVE_WITHIN_S
+    if status == "INACTIVE":
+        _deploy(server, path, give_up_at)
     while (status := _status(server, path)) not in ("ACTIVE", "DEGRADING"):
         if status == "ERROR":
             raise Failed(f"the sample function could not be started: {_why(server, path)}")
@@ -194,6 +199,19 @@ def _make_active(server: _Server, function_id: str, version_id: str) -> None:
                 f"{_why(server, path)}"
             )
         time.sleep(_LOOK_S)
+
+
+def _deploy(server: _Server, path: str, give_up_at: float) -> None:
+    """A controller that was started just now has not said yet what it has to offer."""
+    while True:
+        try:
+            server.post(f"/v2/nvcf/deployments/{path}", DEPLOYMENT)
+        except NotYet:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(_LOOK_S)
+        else:
+            return
 
 
 def _status(server: _Server, path: str) -> str:

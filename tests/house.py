@@ -164,7 +164,7 @@ class Function:
         # Until the controller has made its first offer, there is nothing to place it on.
         deployed = await eventually(
             lambda: self.caller.call("POST", self.deployment_path, data={"deploymentSpecifications": [specification]}),
-            lambda reply: b"no GPU is on offer" not in reply.body,
+            lambda reply: reply.status != 503,
             within_s=60,
         )
         assert deployed.status == 200, deployed
