@@ -1,0 +1,86 @@
+"""Measurements to figures: medians over rounds, ratios and differences taken within a round."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.measure import Measurement, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One target under one workload. `of_floor` is its requests/s over the floor's, `added_…` what it takes
+    longer than the floor; medians of what was found in each round. `cpu_us` per request is over all rounds."""
+
+    workload: Workload
+    concurrency: int
+    target: str
+    rounds: int
+    completed: int
+    per_second: float
+    of_floor: float
+    p50_ms: float
+    p99_ms: float
+    added_p50_ms: float
+    added_p99_ms: float
+    polls: int
+    errors: int
+    lost: int
+    cpu_us: dict[str, float] = field(default_factory=dict)
+    drain_s: float = 0.0
+    finished_per_second: float = 0.0
+
+    @property
+    def all_cpu_us(self) -> float:
+        return sum(self.cpu_us.values())
+
+
+def summarise(measurements: Sequence[Measurement], *, floor: str) -> list[Summary]:
+    """In the order in which they were measured, the floor first."""
+    groups: dict[tuple[Workload, int], dict[str, list[Measurement]]] = {}
+    for one in measurements:
+        groups.setdefault((one.workload, one.concurrency), {}).setdefault(one.target, []).append(one)
+    return [
+        _summary(group[target], group[floor])
+        for group in groups.values()
+        for target in sorted(group, key=lambda name: name != floor)
+    ]
+
+
+def _summary(every: Sequence[Measurement], floors: Sequence[Measurement]) -> Summary:
+    rounds = [one for one in every if one.round]
+    pairs = list(zip(rounds, [one for one in floors if one.round], strict=True))
+    first, completed = rounds[0], sum(one.completed for one in rounds)
+    return Summary(
+        workload=first.workload,
+        concurrency=first.concurrency,
+        target=first.target,
+        rounds=len(rounds),
+        completed=completed,
+        per_second=_median(rounds, lambda one: one.per_second),
+        of_floor=statistics.median(
+            one.per_second / floor.per_second if floor.per_second else 0.0 for one, floor in pairs
+        ),
+        p50_ms=_median(rounds, lambda one: one.p50_ms),
+        p99_ms=_median(rounds, lambda one: one.p99_ms),
+        added_p50_ms=statistics.median(one.p50_ms - floor.p50_ms for one, floor in pairs),
+        added_p99_ms=statistics.median(one.p99_ms - floor.p99_ms for one, floor in pairs),
+        polls=sum(one.polls for one in every),
+        errors=sum(sum(one.errors.values()) for one in every),
+        lost=sum(one.lost for one in every),
+        cpu_us=_cpu_us(rounds, completed),
+        drain_s=_median(rounds, lambda one: one.drain_s),
+        finished_per_second=_median(rounds, lambda one: one.completed / (one.elapsed_s + one.drain_s)),
+    )
+
+
+def _median(rounds: Sequence[Measurement], of: Callable[[Measurement], float]) -> float:
+    return statistics.median(of(one) for one in rounds)
+
+
+def _cpu_us(rounds: Sequence[Measurement], completed: int) -> dict[str, float]:
+    roles = dict.fromkeys(itertools.chain.from_iterable(one.cpu_s for one in rounds))
+    return {role: sum(one.cpu_s.get(role, 0.0) for one in rounds) / max(1, completed) * 1e6 for role in roles}
