@@ -15,7 +15,7 @@ from api import embedded
 from api.server import serving
 from broker import accounts
 from broker.connect import open_broker
-from broker.errors import ConfigurationError, FnqueueError
+from broker.errors import BadRequest, ConfigurationError, FnqueueError
 from broker.model import Key
 from broker.ports import Broker
 from broker.settings import ApiSettings, ControllerSettings, Settings, load
@@ -35,10 +35,10 @@ class Misconfigured(click.ClickException):
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What went wrong as one line: 2 for a setting, 1 for a server that is away or an object that is not there."""
+    """What went wrong as one line: 2 for what was typed or set, 1 for a server or an object that is not there."""
     try:
         yield
-    except ConfigurationError as exc:
+    except (ConfigurationError, BadRequest) as exc:
         raise Misconfigured(str(exc)) from exc
     except FnqueueError as exc:
         raise click.ClickException(str(exc)) from exc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 
 from api.bodies import Bodies
@@ -12,6 +13,8 @@ from broker.errors import TryLater
 from broker.functions import CallableVersions
 from broker.ports import Broker
 from broker.settings import ApiSettings
+
+logger = logging.getLogger(__name__)
 
 _HEALTH_S = 2.0
 
@@ -51,7 +54,7 @@ class Health:
         self._until = 0.0
 
     async def fault(self) -> str:
-        """What is wrong, '' when nothing is."""
+        """What is wrong, '' when nothing is. Anybody may ask, so it says which server and not where."""
         async with self._looking:
             now = asyncio.get_running_loop().time()
             if self._fault is None or now >= self._until:
@@ -60,9 +63,11 @@ class Health:
             return self._fault
 
     async def _look(self) -> str:
-        try:
-            await self._broker.queue.ping()
-            await self._broker.results.ping()
-        except TryLater as exc:
-            return str(exc)
+        for name, ping in (("queue", self._broker.queue.ping), ("store", self._broker.results.ping)):
+            try:
+                await ping()
+            except TryLater as exc:
+                if not self._fault:  # once per streak
+                    logger.warning("unhealthy", extra={"server": name, "cause": str(exc)})
+                return f"the {name} is away"
         return ""

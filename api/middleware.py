@@ -20,6 +20,7 @@ RECORD = web.RequestKey("record", Record)
 
 # Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
 ABOUT_A_REQUEST = ("/v2/nvcf/pexec/", "/v2/nvcf/requests/")
+SERVER = "fnqueue"  # and not which versions of what
 _PREFLIGHT_S = "86400"
 
 
@@ -35,6 +36,7 @@ def observing(front: Front) -> Middleware:
             # Nobody is left to answer: the client has gone. 499 is what proxies log then.
             _log(request, 499, started_at)
             raise
+        response.headers["Server"] = SERVER
         if front.calls.stopping:
             response.force_close()
         _log(request, response.status, started_at)

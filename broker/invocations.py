@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from broker import assets, request_ids
 from broker.errors import (
@@ -41,7 +41,7 @@ _SAFETY_READ_S = (10.0, 15.0)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
-    filtered; `on_disconnect` says what happens when the caller leaves before it was answered."""
+    filtered; `passthrough` asks for the container's answers as they are."""
 
     principal: Principal
     function_id: str
@@ -52,14 +52,14 @@ class Submission:
     passthrough: bool = False
     poll_s: int = 60
     idempotency_key: str = ""
-    on_disconnect: Literal["continue", "cancel"] = "continue"
 
 
 async def invoke(broker: Broker, submission: Submission, version: Version, *, wait_s: float, spawn: Spawn) -> Record:
     """Accept the submission, then wait up to `wait_s` seconds for its terminal record.
 
     `spawn` makes a task that outlives this call, so that a caller who leaves interrupts the wait and never the
-    steps from create to confirm. An Idempotency-Key that was used before leads to the first request's record.
+    steps from create to confirm. The body is let go once the request was submitted, not when the wait ends. An
+    Idempotency-Key that was used before leads to the first request's record.
 
     Raises:
         NotFound: an asset is unknown.
@@ -70,15 +70,11 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
     request_id = request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
     async with broker.results.watch(request_id) as watch:
         submitting = spawn(submit(broker, submission, version, request_id, watch=wait_s > 0))
-        try:
-            record = await asyncio.shield(submitting)
-            if record.id == request_id:
-                return await _until_terminal(watch, record, wait_s)
-            return await wait(broker, record.id, wait_s=wait_s) or record
-        except asyncio.CancelledError:
-            if submission.on_disconnect == "cancel":
-                spawn(_cancel_submitted(broker, submitting))
-            raise
+        del submission
+        record = await asyncio.shield(submitting)
+        if record.id == request_id:
+            return await _until_terminal(watch, record, wait_s)
+    return await wait(broker, record.id, wait_s=wait_s) or record
 
 
 async def submit(broker: Broker, submission: Submission, version: Version, request_id: str, *, watch: bool) -> Record:
@@ -239,12 +235,6 @@ async def _refuse(broker: Broker, record: Record, cause: Unavailable) -> Record:
     if isinstance(cause, PublishUnconfirmed):
         raise Unavailable(str(cause), retry_after_s=cause.retry_after_s) from cause
     raise cause
-
-
-async def _cancel_submitted(broker: Broker, submitting: asyncio.Task[Record]) -> Record:
-    record = await submitting
-    await broker.results.cancel(record.id, reason="its caller left before it was answered")
-    return record
 
 
 async def _until_terminal(watch: Watch, record: Record, wait_s: float) -> Record:

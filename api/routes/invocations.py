@@ -38,7 +38,6 @@ class Call:
     idempotency_key: str
 
     def submission(self, body: bytes) -> Submission:
-        # A caller that leaves is this module's business: one that is interrupted must not count as gone.
         return Submission(
             principal=self.principal,
             function_id=self.function_id,
@@ -49,7 +48,6 @@ class Call:
             passthrough=self.passthrough,
             poll_s=max(1, int(self.wait.seconds)),
             idempotency_key=self.idempotency_key,
-            on_disconnect="continue",
         )
 
 

@@ -36,6 +36,8 @@ async def of_version(front: Front, request: web.Request, principal: Principal) -
 async def position(front: Front, request: web.Request, principal: Principal) -> web.Response:
     request_id = headers.uuid(request.match_info["request_id"], field="requestId")
     record, found = await invocations.position(front.broker, principal, request_id)
+    if not record.version_id:  # lost with a wiped store, and not yet run again: its place is not known
+        raise NotFound(invocations.UNKNOWN)
     return payloads.answer(
         wire.Position(
             function_id=record.function_id,

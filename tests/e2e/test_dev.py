@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import signal
@@ -18,6 +19,7 @@ import aiohttp
 import psutil
 import pytest
 
+import fnqueue as package
 from tests.e2e.dev import Dev, environment, fnqueue, running
 from tests.eventually import eventually
 
@@ -461,6 +463,12 @@ def test_what_is_typed_or_set_wrong_is_one_line(
     assert refused.stderr.startswith("fnqueue: ")
     assert refused.stderr.count("\n") == 1
     assert named in refused.stderr
+
+
+def test_an_old_python_can_read_what_tells_it_so() -> None:
+    for source in ("__init__.py", "__main__.py"):
+        text = (Path(package.__file__).parent / source).read_text()
+        assert ast.parse(text, feature_version=(3, 7)).body
 
 
 def test_help_and_version_are_there() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from broker import deployments, functions
 from broker.deployments import Sight, next_status
-from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict
+from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict, Unavailable
 from broker.functions import Definition
 from broker.model import Deployment, FunctionStatus, Gpu, GpuSpecification, Principal, Version
 from broker.ports import Broker
@@ -118,7 +118,7 @@ def test_a_refused_specification_names_its_field(specifications: Sequence[GpuSpe
 
 
 def test_without_an_inventory_nothing_is_deployed() -> None:
-    with pytest.raises(BadRequest, match="controller"):
+    with pytest.raises(Unavailable, match="controller"):
         deployments.place([wanted()], [])
 
 

@@ -312,21 +312,6 @@ async def test_a_caller_who_leaves_does_not_interrupt_acceptance(
     assert record.state is RequestState.QUEUED
 
 
-async def test_a_caller_who_leaves_cancels_where_the_function_says_so(
-    memory_broker: Broker, version: Version, tasks: Tasks
-) -> None:
-    invoking = asyncio.create_task(invoke(memory_broker, version, tasks, wait_s=30, on_disconnect="cancel"))
-    await asyncio.sleep(0)
-    invoking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await invoking
-    await tasks.finish()
-    delivery = await memory_broker.queue.take(version.id)
-    assert delivery is not None
-    claimed = await memory_broker.results.claim(delivery.job, worker="w", lease_s=30, max_attempts=3)
-    assert (claimed.verdict, claimed.state) == (Verdict.SETTLED, RequestState.CANCELLED)
-
-
 async def test_foreign_random_and_guessed_ids_are_all_unknown(
     memory_broker: Broker, version: Version, tasks: Tasks
 ) -> None:
