@@ -23,6 +23,10 @@ PUBLISH_S = 2.0
 PUBLISHERS = 16
 JOBS_AFTER = 100
 
+# Seen on RabbitMQ 3.10.8: a quorum queue that is killed with messages in the first second of its life elects no
+# leader after the restart, until `ra:trigger_election` (as rabbitmq-server#10070). No event tells when it is safe.
+FLEDGED_S = 2.5
+
 # A machine that is loaded may take this long over a restart or a rabbitmqctl.
 pytestmark = pytest.mark.timeout(180)
 
@@ -104,7 +108,7 @@ async def test_no_confirmed_job_is_lost_when_the_broker_is_killed(
     async with asyncio.TaskGroup() as publishing:
         for _ in range(PUBLISHERS):
             publishing.create_task(keep_publishing())
-        await soon(flowing.wait())
+        await asyncio.gather(soon(flowing.wait()), asyncio.sleep(FLEDGED_S))
         await asyncio.to_thread(server.kill)
         before = len(confirmed)
         await asyncio.to_thread(server.start)
@@ -159,13 +163,13 @@ async def test_a_consumer_resumes_when_its_queue_is_declared_again(queue: Rabbit
 
 
 async def test_a_missing_queue_is_logged_once(queue: RabbitQueue, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "broker.backends.rabbitmq")
     version_id = str(uuid.uuid4())
     async with queue.consume(version_id, prefetch=1) as deliveries:
         waiting = asyncio.ensure_future(anext(deliveries))
         with logged("consume_resumed") as resumed:
-            async with asyncio.timeout(1.0):  # some tries
-                with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(resumed.wait(), 0.5)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(resumed.wait(), 1.0)  # some tries
             await queue.declare(version_id)
             await soon(resumed.wait())
         waiting.cancel()
@@ -190,6 +194,7 @@ async def test_a_publish_fails_in_time_while_the_broker_is_away_and_works_when_i
     server: RabbitMQ, queue: RabbitQueue, version_id: str
 ) -> None:
     await queue.publish(a_job(version_id), timeout_s=PUBLISH_S)
+    await asyncio.sleep(FLEDGED_S)
     await asyncio.to_thread(server.kill)
     for _ in range(3):
         with pytest.raises(Unavailable):
