@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from pydantic import SecretStr
 
-from broker.backends import files, rabbitmq, s3
+from broker.backends import files, s3
 from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
+from broker.backends.rabbitmq import queue as rabbitmq
 from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
 from broker.ports import Blobs, Broker, Catalog, Queue, Results

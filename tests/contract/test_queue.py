@@ -16,7 +16,7 @@ from pamqp.commands import Basic
 
 from broker.backends.codec import pack_job
 from broker.backends.memory.queue import MemoryQueue
-from broker.backends.rabbitmq import RabbitQueue, open_queue
+from broker.backends.rabbitmq.queue import RabbitQueue, open_queue
 from broker.errors import ConfigurationError, PublishRejected, QueueMissing, Unavailable
 from broker.model import Job
 from broker.ports import Queue
@@ -41,7 +41,7 @@ async def queue(backend: str, request: pytest.FixtureRequest) -> AsyncIterator[Q
     if backend == "memory":
         yield MemoryQueue(max_length=1000)
         return
-    async with open_queue(request.getfixturevalue("rabbitmq").url, Settings(), renew_s=RENEW_S) as queue:
+    async with open_queue(request.getfixturevalue("rabbitmq").url, Settings(), renew_s=RENEW_S, settle_s=0) as queue:
         yield queue
 
 
@@ -53,7 +53,7 @@ async def version_id(queue: Queue) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def rabbit_queue(rabbitmq: RabbitMQ) -> AsyncIterator[RabbitQueue]:
-    async with open_queue(rabbitmq.url, Settings()) as queue:
+    async with open_queue(rabbitmq.url, Settings(), settle_s=0) as queue:
         yield queue
 
 

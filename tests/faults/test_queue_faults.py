@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from broker.backends.rabbitmq import RabbitQueue, open_queue
+from broker.backends.rabbitmq.queue import RabbitQueue, open_queue
 from broker.errors import PublishRejected, PublishUnconfirmed, QueueMissing, Unavailable
 from broker.model import Job
 from broker.settings import Settings

@@ -1,0 +1,176 @@
+"""One connection to the broker for one purpose, made anew when it is lost, and the ways of losing it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import SplitResult, urlsplit
+
+import aio_pika
+from aio_pika.abc import AbstractChannel as TopologyChannel
+from aio_pika.abc import AbstractConnection as PikaConnection
+from aiormq import exceptions as amqp
+from aiormq.abc import AbstractChannel, AbstractConnection
+from pamqp.common import FieldValue
+from pamqp.exceptions import PAMQPException
+
+from broker.errors import ConfigurationError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 30
+REFUSED_S = 0.2  # a connect that failed speaks for those that follow it this closely
+CLOSE_S = 5.0
+
+_BAD_URL = "the queue's URL must look like amqp://user:password@host:5672/vhost"
+_LOST = (
+    TimeoutError,
+    amqp.AMQPError,
+    OSError,
+    RuntimeError,  # aiormq's "… closed", ChannelInvalidStateError among them
+    StopAsyncIteration,  # aiormq's end of file
+    PAMQPException,
+)
+
+Closable = PikaConnection | AbstractConnection | AbstractChannel | TopologyChannel
+
+
+class Line:
+    """One connection, made when it is asked for and made anew once it is lost."""
+
+    def __init__(self, url: str, purpose: str, *, answer_s: float) -> None:
+        parts = _split(url)
+        self.answer_s = answer_s
+        # Callers read this one; where the broker is, is for the log alone.
+        self.away = "the job queue does not answer; try again"
+        self._place = f"{parts.hostname}:{parts.port or parts.scheme}"
+        self._url = url if "heartbeat=" in parts.query else f"{url}{'&' if parts.query else '?'}heartbeat={HEARTBEAT_S}"
+        self._purpose = purpose
+        self._connection: PikaConnection | None = None
+        self._connecting = asyncio.Lock()
+        self._refusal: Unavailable | None = None
+        self._refused_until = 0.0
+        self._closers: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def channel(self, *, confirms: bool = False) -> AbstractChannel:
+        """A new channel; its owner closes it. Raises Unavailable."""
+        async with answering(self.answer_s, Unavailable, self.away):
+            wire = _wire(await self._connected())
+            if wire is None:
+                raise Unavailable(self.away)
+            return await wire.channel(publisher_confirms=confirms, on_return_raises=confirms)
+
+    @asynccontextmanager
+    async def question(self) -> AsyncIterator[TopologyChannel]:
+        """A throw-away channel, since a question that fails closes the channel it was asked on.
+
+        Raises Unavailable, or ConfigurationError when the answer will always be no.
+        """
+        channel: TopologyChannel | None = None
+        try:
+            async with answering(self.answer_s, Unavailable, self.away):
+                channel = (await self._connected()).channel(publisher_confirms=False)
+                await channel.initialize()
+                yield channel
+        except Unavailable as exc:
+            if isinstance(exc.__cause__, amqp.ChannelPreconditionFailed | amqp.ChannelLockedResource):
+                raise ConfigurationError(f"RabbitMQ has this name for something else: {exc.__cause__}") from exc
+            if isinstance(exc.__cause__, amqp.ChannelAccessRefused):
+                raise ConfigurationError(f"RabbitMQ's user lacks a permission: {exc.__cause__}") from exc
+            raise
+        finally:
+            if channel is not None and not channel.is_closed:
+                self.close_soon(channel)
+
+    def forget(self, connection: AbstractConnection) -> None:
+        """The next question goes over a new connection; whoever uses this one still closes it."""
+        if self._connection is not None and _wire(self._connection) is connection:
+            self._connection = None
+
+    def close_soon(self, what: Closable) -> None:
+        """Close without making anybody wait for the broker's answer."""
+        closer = asyncio.get_running_loop().create_task(_close(what))
+        self._closers.add(closer)
+        closer.add_done_callback(self._closers.discard)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._connection is not None:
+            self.close_soon(self._connection)
+        if self._closers:
+            await asyncio.wait(self._closers, timeout=CLOSE_S)
+
+    async def _connected(self) -> PikaConnection:
+        if self._connection is not None and _is_open(self._connection):
+            return self._connection
+        loop = asyncio.get_running_loop()
+        async with self._connecting:
+            if self._connection is not None and _is_open(self._connection):
+                return self._connection
+            if self._closed:
+                raise Unavailable("the queue is closed")
+            if self._refusal is not None and loop.time() < self._refused_until:
+                raise Unavailable(str(self._refusal)) from self._refusal.__cause__
+            try:
+                async with answering(self.answer_s, Unavailable, self.away):
+                    name: dict[str, FieldValue] = {"connection_name": f"fnqueue {self._purpose}"}
+                    self._connection = await aio_pika.connect(self._url, client_properties=name)
+            except Unavailable as exc:
+                if self._refusal is None:
+                    logger.warning("queue_away", extra={"at": self._place, "cause": repr(exc.__cause__ or exc)})
+                self._refusal, self._refused_until = exc, loop.time() + REFUSED_S
+                raise
+            self._refusal = None
+            return self._connection
+
+
+@asynccontextmanager
+async def answering(timeout_s: float, error: type[Unavailable], message: str) -> AsyncIterator[None]:
+    """Bound one exchange with the broker, and turn every way of losing it into `error`."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except _LOST as exc:
+        raise error(message) from exc
+    except asyncio.CancelledError as exc:
+        # aiormq cancels whoever waits on a channel that closes; that is not our caller's cancellation
+        if (task := asyncio.current_task()) is None or task.cancelling():
+            raise
+        raise error(message) from exc
+    except Exception as exc:
+        # aiormq raises a bare Exception when a connection ended without a reason
+        if type(exc) is not Exception:
+            raise
+        raise error(message) from exc
+
+
+async def _close(what: Closable) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_S):
+            await what.close(amqp.ConnectionClosed(200, "closed by us"))
+    except _LOST as exc:
+        logger.debug("close_failed", extra={"cause": repr(exc)})
+
+
+def _is_open(connection: PikaConnection) -> bool:
+    wire = _wire(connection)
+    return wire is not None and wire.is_opened
+
+
+def _wire(connection: PikaConnection) -> AbstractConnection | None:
+    """What aio-pika's connection stands on, None once it is closed."""
+    return connection.transport.connection if connection.transport is not None else None
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        known = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # its text could hold a part of the password
+        raise ConfigurationError(_BAD_URL) from None
+    if not known:
+        raise ConfigurationError(_BAD_URL)
+    return parts

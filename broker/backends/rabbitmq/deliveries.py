@@ -1,0 +1,253 @@
+"""Consuming: a subscription that outlives its channels, and the messages on loan over each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from aiormq.abc import AbstractChannel, DeliveredMessage
+from pamqp.commands import Basic
+
+from broker.backends.codec import Unreadable
+from broker.backends.rabbitmq.connection import Line, answering
+from broker.backends.rabbitmq.messages import death, queue_name, read
+from broker.errors import Unavailable
+from broker.model import Job
+from broker.ports import Delivery
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = (0.1, 5.0)  # first and longest pause of a consumer between two tries
+
+
+class Deliveries:
+    """What `async for` sees. It subscribes when it is first asked, and again whenever the subscription is lost;
+    no task of its own runs. `version_id` is "" for the dead letters."""
+
+    def __init__(
+        self,
+        line: Line,
+        version_id: str,
+        prefetch: int,
+        *,
+        renew_s: float,
+        prepare: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._renew_s = renew_s
+        self._line = line
+        self._version_id = version_id
+        self._queue = queue_name(version_id)
+        self._prefetch = prefetch
+        self._prepare = prepare
+        self._lane: Lane | None = None
+        self._subscribing = asyncio.Lock()
+        self._closed = asyncio.Event()
+        self._failures = 0
+
+    def __aiter__(self) -> Deliveries:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        while not self._closed.is_set():
+            lane = self._lane
+            if lane is None or not lane.subscribed:
+                await self._replace(lane)
+            elif lane.arrivals:
+                return lane.arrivals.popleft()
+            elif not await lane.hears_within(self._renew_s) and lane.loans < self._prefetch:
+                await self._replace(lane)
+        raise StopAsyncIteration
+
+    async def close(self) -> None:
+        """Stop the subscription and give back what nobody took; what was taken stays valid."""
+        self._closed.set()
+        async with self._subscribing:
+            await self._leave()
+
+    async def _replace(self, lane: Lane | None) -> None:
+        """Subscribe anew, unless another reader of this iterator already did. A silent subscription may be lost
+        without a word: RabbitMQ 3.10 cancels no consumer of a queue that is declared again within 100 ms of its
+        deletion, counts it as one, and lends it messages that it never gets until its channel closes."""
+        async with self._subscribing:
+            if self._closed.is_set() or self._lane is not lane:
+                return
+            try:
+                await self._subscribe()
+            except Unavailable as exc:
+                if not self._failures:
+                    logger.warning("consume_failed", extra={"queue": self._queue, "cause": repr(exc.__cause__ or exc)})
+                await self._pause()
+            else:
+                if self._failures:
+                    logger.info("consume_resumed", extra={"queue": self._queue, "failures": self._failures})
+                self._failures = 0
+
+    async def _subscribe(self) -> None:
+        """Always over a new channel; the loans of the old one stay valid."""
+        if self._prepare is not None:
+            await self._prepare()
+        await self._leave()
+        lane = self._lane = Lane(self._line, await self._line.channel(), self._version_id)
+        await lane.subscribe(self._prefetch)
+
+    async def _leave(self) -> None:
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            await lane.unsubscribe()
+            while lane.arrivals:
+                await lane.arrivals.popleft().requeue()
+            lane.end()
+
+    async def _pause(self) -> None:
+        first_s, longest_s = RETRY_S
+        pause_s = min(longest_s, first_s * 2.0 ** min(self._failures, 10))
+        self._failures += 1
+        try:
+            async with asyncio.timeout(random.uniform(pause_s / 2, pause_s)):  # noqa: S311  spreads load
+                await self._closed.wait()
+        except TimeoutError:
+            return
+
+
+class Lane:
+    """One channel and the messages on loan over it. Ended, it stays open until the last loan has."""
+
+    def __init__(self, line: Line, channel: AbstractChannel, version_id: str) -> None:
+        self.channel = channel
+        self.arrivals: deque[Loan] = deque()
+        self.loans = 0
+        self._line = line
+        self._version_id = version_id
+        self._queue = queue_name(version_id)
+        self._consumer_tag = ""
+        self._changed = asyncio.Event()
+        self._heard_at = 0.0  # loop time
+        self._ended = False
+        channel.on_consumer_cancel_callbacks.add(self._on_cancel)
+        channel.closing.add_done_callback(lambda _: self._changed.set())
+
+    @property
+    def subscribed(self) -> bool:
+        return bool(self._consumer_tag) and not self.channel.is_closed
+
+    async def subscribe(self, prefetch: int) -> None:
+        """Raises Unavailable."""
+        async with answering(self._line.answer_s, Unavailable, f"cannot consume from {self._queue}"):
+            await self.channel.basic_qos(prefetch_count=prefetch)
+            self._consumer_tag = (await self.channel.basic_consume(self._queue, self._on_message)).consumer_tag or ""
+        self._hear()
+
+    async def unsubscribe(self) -> None:
+        """Once this returns nothing arrives any more. A broker that does not answer loses the channel."""
+        consumer_tag, self._consumer_tag = self._consumer_tag, ""
+        self._changed.set()
+        if consumer_tag and not self.channel.is_closed:
+            try:
+                async with answering(self._line.answer_s, Unavailable, self._line.away):
+                    await self.channel.basic_cancel(consumer_tag)
+            except Unavailable as exc:
+                logger.info("unsubscribe_failed", extra={"queue": self._queue, "cause": repr(exc.__cause__)})
+
+    async def hears_within(self, silence_s: float) -> bool:
+        """Wait for an arrival or the subscription's end; false once the silence is `silence_s` old."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout_at(self._heard_at + silence_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def take(self) -> Loan | None:
+        while True:
+            message = await self.channel.basic_get(self._queue)
+            if message.delivery_tag is None:
+                return None
+            loan = await self._lend(message)
+            if loan is not None:
+                return loan
+
+    def end(self) -> None:
+        self._ended = True
+        self._close_if_idle()
+
+    async def settle(self, send: Callable[[], Awaitable[None]]) -> None:
+        """End one loan. On a lost channel there is nothing to end: the broker delivers the message again."""
+        if not self.channel.is_closed:
+            try:
+                async with answering(self._line.answer_s, Unavailable, self._line.away):
+                    await send()
+            except Unavailable as exc:
+                logger.info("loan_lost", extra={"queue": self._queue, "cause": repr(exc.__cause__)})
+        self.loans -= 1
+        self._close_if_idle()
+
+    async def _on_message(self, message: DeliveredMessage) -> None:
+        """aiormq runs one task per delivery, in order; nothing here waits before the loan is in line."""
+        loan = await self._lend(message)
+        if loan is not None:
+            self.arrivals.append(loan)
+            self._hear()
+
+    async def _lend(self, message: DeliveredMessage) -> Loan | None:
+        """None for a message that is not ours to read: to the dead letters, or away if it is there already."""
+        tag = message.delivery_tag or 0
+        self.loans += 1
+        try:
+            return Loan(self, tag, read(message, self._version_id), death(message))
+        except Unreadable as exc:
+            facts = {"queue": self._queue, "message_id": message.header.properties.message_id, "cause": str(exc)}
+            logger.error("message_unreadable", extra=facts)
+        if self._version_id:
+            await self.settle(lambda: self.channel.basic_reject(tag, requeue=False, wait=False))
+        else:
+            await self.settle(lambda: self.channel.basic_ack(tag, wait=False))
+        return None
+
+    def _hear(self) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        self._changed.set()
+
+    def _on_cancel(self, frame: Basic.Cancel) -> None:
+        if frame.consumer_tag == self._consumer_tag:
+            self._consumer_tag = ""
+            self._changed.set()
+
+    def _close_if_idle(self) -> None:
+        if self._ended and not self.loans and not self.channel.is_closed:
+            self._line.close_soon(self.channel)
+
+
+class Loan:
+    """The port's Delivery. Its second verb does nothing: the broker would close the channel for it."""
+
+    __slots__ = ("_lane", "_open", "_tag", "death", "job")
+
+    def __init__(self, lane: Lane, tag: int, job: Job, death: str) -> None:
+        self.job = job
+        self.death = death
+        self._lane = lane
+        self._tag = tag
+        self._open = True
+
+    async def ack(self) -> None:
+        await self._end(lambda: self._lane.channel.basic_ack(self._tag, wait=False))
+
+    async def requeue(self) -> None:
+        # nack, not reject: from RabbitMQ 4.3 on only reject counts towards the delivery limit
+        await self._end(lambda: self._lane.channel.basic_nack(self._tag, requeue=True, wait=False))
+
+    async def reject(self) -> None:
+        await self._end(lambda: self._lane.channel.basic_reject(self._tag, requeue=False, wait=False))
+
+    async def _end(self, send: Callable[[], Awaitable[None]]) -> None:
+        if self._open:
+            self._open = False
+            try:
+                await self._lane.settle(send)
+            except asyncio.CancelledError:
+                self._open = True  # cancelled before anything was sent: the caller may try again
+                raise

@@ -1,0 +1,61 @@
+"""Names on the broker, and what a message of ours looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+from broker.backends.codec import Unreadable, unpack_job
+from broker.model import Job
+
+DEAD = "fnq.dead"  # the exchange and its queue
+ENVELOPE = "fnq"  # the header that holds all of a job but its body
+RESIDENCE_S = 60.0  # how long past its deadline a message may stay; the undertaker's sweep comes first
+MAX_EXPIRATION_MS = 2**32 - 1
+
+
+def queue_name(version_id: str) -> str:
+    return f"fnq.v.{version_id}" if version_id else DEAD
+
+
+def properties(job: Job, envelope: bytes) -> Basic.Properties:
+    """Persistent, and named after the request: a returned message is matched by its id."""
+    return Basic.Properties(
+        headers={ENVELOPE: envelope.decode()},
+        message_id=job.id,
+        delivery_mode=2,
+        expiration=_expiration_ms(job),
+        content_type="application/octet-stream",
+        app_id="fnqueue",
+    )
+
+
+def _expiration_ms(job: Job) -> str:
+    """Both times are the store's, so no clock of ours is in it."""
+    residence_s = max(0.0, job.deadline_at - job.created_at + RESIDENCE_S)
+    return str(min(MAX_EXPIRATION_MS, int(residence_s * 1000)))
+
+
+def read(message: DeliveredMessage, version_id: str) -> Job:
+    envelope = _headers(message).get(ENVELOPE)
+    if not isinstance(envelope, str | bytes):
+        raise Unreadable("not a job")
+    job = unpack_job(envelope, message.body)
+    if version_id and job.version_id != version_id:
+        raise Unreadable("another version's job")
+    return job
+
+
+def death(message: DeliveredMessage) -> str:
+    """RabbitMQ puts the newest death first."""
+    headers = _headers(message)
+    deaths = headers.get("x-death")
+    newest = deaths[0] if isinstance(deaths, list) and deaths else None
+    reason = newest.get("reason") if isinstance(newest, dict) else headers.get("x-first-death-reason")
+    return reason if isinstance(reason, str) else ""
+
+
+def _headers(message: DeliveredMessage) -> Mapping[str, object]:
+    return message.header.properties.headers or {}
