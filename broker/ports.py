@@ -64,7 +64,10 @@ class Queue(Protocol):
     """Jobs in order of arrival, one queue per function version."""
 
     async def declare(self, version_id: str) -> None:
-        """Make the version's queue exist. Idempotent. Raises Unavailable."""
+        """Make the version's queue exist, and return when a crash of the broker would not lose it. Idempotent.
+
+        Raises Unavailable, or ConfigurationError when the name belongs to something else.
+        """
 
     async def delete(self, version_id: str) -> None:
         """Remove the version's queue and what is in it. Idempotent. Raises Unavailable."""
@@ -76,6 +79,7 @@ class Queue(Protocol):
             PublishRejected: refused; it is not in the queue.
             QueueMissing: the version has no queue; it is not in one.
             PublishUnconfirmed: it may be in the queue. Publishing the same job again is harmless.
+            Unavailable: nothing was sent.
         """
 
     def consume(self, version_id: str, *, prefetch: int) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:

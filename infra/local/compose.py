@@ -44,7 +44,7 @@ class Compose:
         if "rabbitmq" in services:
             found["FNQUEUE_QUEUE_URL"] = f"amqp://{USER}:{self._queue_password}@{self._address('rabbitmq', 5672)}/"
         if "redis" in services:
-            found["FNQUEUE_STORE_URL"] = f"redis://{self._address('redis', 6379)}/0"
+            found["FNQUEUE_STORE_URL"] = f"redis://:{self._store_password}@{self._address('redis', 6379)}/0"
         if "s3" in services:
             credentials = f"{USER}-access:{self._blobs_secret}"
             found["FNQUEUE_BLOBS_URL"] = f"s3://{credentials}@{self._address('s3', 9000)}/{BUCKET}?tls=false"
@@ -61,6 +61,10 @@ class Compose:
         return kept_secret(self._folder / "compose.queue")
 
     @property
+    def _store_password(self) -> str:
+        return kept_secret(self._folder / "compose.store")
+
+    @property
     def _blobs_secret(self) -> str:
         return kept_secret(self._folder / "compose.blobs")
 
@@ -73,6 +77,7 @@ class Compose:
         secrets = {
             "RABBITMQ_USER": USER,
             "RABBITMQ_PASSWORD": self._queue_password,
+            "REDIS_PASSWORD": self._store_password,
             "S3_ACCESS_KEY": f"{USER}-access",
             "S3_SECRET_KEY": self._blobs_secret,
             "S3_BUCKET": BUCKET,
