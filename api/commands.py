@@ -18,7 +18,7 @@ from broker.connect import open_broker
 from broker.errors import BadRequest, ConfigurationError, FnqueueError
 from broker.model import Key
 from broker.ports import Broker
-from broker.settings import ApiSettings, ControllerSettings, Settings, load
+from broker.settings import ApiSettings, ControllerSettings, Settings, load, refuse_memory
 from broker.telemetry import logs
 
 try:
@@ -63,7 +63,7 @@ def api(host: str | None, port: int | None) -> None:
     """
     with _told():
         settings = load(ApiSettings, host=host, port=port)
-        _refuse_memory(settings, "queue_url", "store_url")
+        refuse_memory(settings, "queue_url", "store_url")
         logs.configure(settings.log_level, settings.log_format)
         _run(_serve(settings))
 
@@ -79,15 +79,6 @@ def _on_signals(act: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, act)
-
-
-def _refuse_memory(settings: Settings, *names: str) -> None:
-    for name in names:
-        if getattr(settings, name).get_secret_value().startswith("memory:"):
-            raise ConfigurationError(
-                f"FNQUEUE_{name.upper()} is memory://, which no other process could see; name a server, or use: "
-                "fnqueue dev"
-            )
 
 
 # -- dev ---------------------------------------------------------------------------------------
@@ -189,6 +180,6 @@ def _with_store(work: Callable[[Broker], Coroutine[Any, Any, T]]) -> T:
 
     with _told():
         settings = load(Settings, queue_url="memory://")
-        _refuse_memory(settings, "store_url")
+        refuse_memory(settings, "store_url")
         logs.configure("ERROR", settings.log_format)
         return _run(run(settings))

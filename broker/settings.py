@@ -231,6 +231,13 @@ class SidecarSettings(Settings):
         validation_alias=_either("max_request_concurrency", "MAX_REQUEST_CONCURRENCY"),
         description="Jobs sent to the container at once.",
     )
+    keep_connections: bool = Field(
+        False,
+        description="Keep a connection to the container for the next job, for up to a second: less CPU per job. When "
+        "the container closes it just as a job is sent, that costs an attempt (never the last one). Not for a "
+        "container of several processes that should share the jobs evenly, or of one that serves one connection at "
+        "a time.",
+    )
     run_timeout_s: float = Field(3600, ge=1, le=7 * 86_400, description="Seconds one attempt may run in the container.")
     renew_s: float = Field(
         4, gt=0, le=100, description="Seconds between two renewals of a lease; at most a third of `lease_s`."
@@ -247,6 +254,11 @@ class SidecarSettings(Settings):
     asset_dir: Path = Field(Path("/var/inf/inputAssets"), description="Folder under which a request's assets are laid.")
     response_dir: Path = Field(
         Path("/var/inf/response"), description="Folder under which a container may write a request's files."
+    )
+    scratch_dir: str = Field(
+        "",
+        description="Folder for large bodies and answers under way, closed to the container; empty: the system's "
+        "temporary folder.",
     )
     max_response_bytes: int = Field(
         5 * MIB,
@@ -268,6 +280,20 @@ class SidecarSettings(Settings):
         if self.renew_s * 3 > self.lease_s:
             raise ValueError("renew_s must be at most a third of lease_s")
         return self
+
+
+def refuse_memory(settings: Settings, *names: str) -> None:
+    """For a command that is one of several processes. `names` are the settings that must name a server.
+
+    Raises:
+        ConfigurationError: one of them is `memory://`.
+    """
+    for name in names:
+        if getattr(settings, name).get_secret_value().startswith("memory:"):
+            raise ConfigurationError(
+                f"FNQUEUE_{name.upper()} is memory://, which no other process could see; name a server, or use: "
+                "fnqueue dev"
+            )
 
 
 def load(kind: type[S], **given: Any) -> S:

@@ -7,10 +7,9 @@ import signal
 
 import click
 
-from broker import settings as configuration
 from broker.connect import open_broker
 from broker.errors import ConfigurationError
-from broker.settings import SidecarSettings
+from broker.settings import SidecarSettings, load, refuse_memory
 from broker.telemetry import logs
 from workers.health import NeverReady
 from workers.sidecar import serve
@@ -37,7 +36,8 @@ def sidecar(**given: str | int | None) -> None:
     Every setting can be given in the environment as FNQUEUE_<NAME>; the options here win. SIGTERM drains.
     """
     try:
-        settings = configuration.load(SidecarSettings, **given)
+        settings = load(SidecarSettings, **given)
+        refuse_memory(settings, "queue_url", "store_url")
         logs.configure(settings.log_level, settings.log_format)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(settings))

@@ -1,4 +1,4 @@
-"""The inference container: whether it is healthy, and one POST per job, never followed and never repeated.
+"""The inference container: whether it is healthy, and one POST per attempt, never followed and never repeated.
 
 Everything that the container sends is untrusted (field/security.md): its status line, its headers, its body.
 """
@@ -6,15 +6,17 @@ Everything that the container sends is untrusted (field/security.md): its status
 from __future__ import annotations
 
 import asyncio
+import select
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import aiohttp
 import orjson
+from aiohttp.connector import Connection
 from yarl import URL
 
 from broker.errors import ConfigurationError
@@ -23,6 +25,8 @@ from broker.settings import SidecarSettings
 from workers import loops
 
 CONNECT_TIMEOUT_S = 5.0
+# Shorter than any server's own limit that we know of (gunicorn's 2 s), so that it is seldom first to close.
+KEPT_S = 1.0
 MAX_PARSED_ERROR_BYTES = 256 * 1024
 SPILL_CHUNK_BYTES = 1024 * 1024
 
@@ -115,10 +119,13 @@ class RunTimedOut(AttemptFailed):
 
 
 class Inference:
-    """One session with the container, opened and closed as an async context manager.
+    """The container's HTTP client, opened and closed as an async context manager.
 
-    Each request has its own connection: a kept one may be dead when the next job is sent, and a POST must not
-    be repeated (field/pitfalls.md §3.4).
+    A connection is kept for the next job for `KEPT_S`: to open one costs almost 200 µs of CPU here, and as much in
+    the container. The container may close it at the very moment when a job is sent. Nobody can tell then whether
+    it has seen the job, and a POST must not be repeated (field/pitfalls.md §3.4): an attempt is lost. Therefore only
+    a first attempt goes over a kept connection, and only where it is not the last. Health checks do too, so that a
+    container that serves one connection at a time can answer them.
     """
 
     def __init__(self, settings: SidecarSettings) -> None:
@@ -127,28 +134,24 @@ class Inference:
         self._settings = settings
         self._job_url = _url(settings, settings.inference_port, settings.inference_url)
         self._health_url = _url(settings, settings.health_port or settings.inference_port, settings.health_uri)
-        self._session: aiohttp.ClientSession | None = None
+        self._fresh: aiohttp.ClientSession | None = None
+        self._kept: aiohttp.ClientSession | None = None
         self.fault = f"GET {self._health_url} was not answered yet"
         """Why the last health check failed, '' if it did not."""
         self.silent = False
         """Whether the last health check got no answer in time, rather than a bad one or a refusal."""
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(force_close=True, limit=0),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            auto_decompress=False,
-            # The container sees what the client sent, not what this library would add.
-            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
-        )
+        self._fresh = _client(aiohttp.TCPConnector(force_close=True, limit=0))
+        self._kept = _client(_Kept(keepalive_timeout=KEPT_S, limit=0))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._fresh, self._kept):
+            if session is not None:
+                await session.close()
 
     async def healthy(self) -> bool:
         """Whether the health check answers the one expected status within `health_timeout_s`."""
@@ -156,7 +159,7 @@ class Inference:
         try:
             async with (
                 asyncio.timeout(self._settings.health_timeout_s),
-                self._open().get(self._health_url, allow_redirects=False) as response,
+                self._session().get(self._health_url, allow_redirects=False) as response,
             ):
                 status = response.status
         except TimeoutError:
@@ -170,9 +173,17 @@ class Inference:
         return not self.fault
 
     async def infer(
-        self, job: Job, headers: Iterable[tuple[str, str]], *, body: bytes | Path, spill: Path, budget_s: float
+        self,
+        job: Job,
+        headers: Iterable[tuple[str, str]],
+        *,
+        body: bytes | Path,
+        spill: Path,
+        budget_s: float,
+        attempt: int = 1,
     ) -> Answer:
-        """POST the job once and read the answer. A body above `max_response_bytes` is written to `spill`.
+        """POST the job once and read the answer. A body above `max_response_bytes` is written to `spill`, in a
+        folder that is made if need be. `attempt` decides whether a kept connection will do.
 
         Outside passthrough, an answer of 400 and above comes back as a problem (contract/invocation.md §3.2).
 
@@ -182,18 +193,31 @@ class Inference:
         """
         try:
             async with asyncio.timeout(budget_s):
-                answer = await self._exchange(job, headers, body, spill)
+                answer = await self._exchange(self._session(attempt), job, headers, body, spill)
         except TimeoutError as exc:
             raise RunTimedOut(job) from exc
         return answer if job.passthrough or not answer.failed else _mapped(job, answer)
 
-    async def _exchange(self, job: Job, headers: Iterable[tuple[str, str]], body: bytes | Path, spill: Path) -> Answer:
+    def _session(self, attempt: int = 1) -> aiohttp.ClientSession:
+        kept = self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
+        session = self._kept if kept else self._fresh
+        assert session is not None, "Inference is used outside of its context"
+        return session
+
+    async def _exchange(
+        self,
+        session: aiohttp.ClientSession,
+        job: Job,
+        headers: Iterable[tuple[str, str]],
+        body: bytes | Path,
+        spill: Path,
+    ) -> Answer:
         """One round trip, with the client's errors translated once."""
         try:
             if isinstance(body, bytes):
-                return await self._post(job, headers, body, spill)
+                return await self._post(session, job, headers, body, spill)
             with await loops.in_thread(_opened, body, "rb") as file:
-                return await self._post(job, headers, file, spill)
+                return await self._post(session, job, headers, file, spill)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
             raise ContainerLost("the container refused the connection", sent=False) from exc
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
@@ -201,10 +225,15 @@ class Inference:
         except (aiohttp.ClientError, ValueError) as exc:
             raise AttemptFailed(problem(job, 500, CONNECTION_FAULT, source="inference-connection")) from exc
 
-    async def _post(self, job: Job, headers: Iterable[tuple[str, str]], body: bytes | BinaryIO, spill: Path) -> Answer:
-        async with self._open().post(
-            self._job_url, data=body, headers=list(headers), allow_redirects=False
-        ) as response:
+    async def _post(
+        self,
+        session: aiohttp.ClientSession,
+        job: Job,
+        headers: Iterable[tuple[str, str]],
+        body: bytes | BinaryIO,
+        spill: Path,
+    ) -> Answer:
+        async with session.post(self._job_url, data=body, headers=list(headers), allow_redirects=False) as response:
             if not 200 <= response.status <= 599:
                 raise ValueError(f"the container answered {response.status}")
             spillable = job.passthrough or response.status < 400
@@ -227,6 +256,7 @@ class Inference:
     async def _spill(self, job: Job, response: aiohttp.ClientResponse, head: bytes, path: Path) -> None:
         """Write `head` and the rest of the body to `path`; memory stays flat and the loop free."""
         try:
+            await loops.in_thread(prepare_scratch, path)
             file = await loops.in_thread(_opened, path, "xb")
         except OSError as exc:
             raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
@@ -248,9 +278,40 @@ class Inference:
         except OSError as exc:
             raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
 
-    def _open(self) -> aiohttp.ClientSession:
-        assert self._session is not None, "Inference is used outside of its context"
-        return self._session
+
+class _Kept(aiohttp.TCPConnector):
+    """Hands out a kept connection only if the container has been silent on it since, and has not closed it.
+
+    A server that closes may say why first (408); on this connection that would be read as the answer to the next
+    job. And the loop may not have seen yet that it was closed.
+    """
+
+    async def _get(self, *args: Any) -> Any:  # private, but the only place; a test notices when it is gone
+        while (connection := await super()._get(*args)) is not None:
+            if _silent(connection):
+                break
+            connection.close()
+        return connection
+
+
+def _silent(connection: Connection) -> bool:
+    protocol, transport = connection.protocol, connection.transport
+    if protocol is None or transport is None or protocol.should_close:
+        return False
+    watched = select.poll()
+    watched.register(transport.get_extra_info("socket"), select.POLLIN)
+    return not watched.poll(0)
+
+
+def _client(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        auto_decompress=False,
+        # The container sees what the client sent, not what this library would add.
+        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+    )
 
 
 def problem(job: Job, status: int, detail: str, *, source: str = "nvcf-worker-service") -> Outcome:
@@ -268,9 +329,15 @@ def problem(job: Job, status: int, detail: str, *, source: str = "nvcf-worker-se
 def end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """`headers` without the hop-by-hop ones and without those that `Connection` names (RFC 9110 §7.6.1)."""
     pairs = list(headers)
-    connection = ",".join(value for name, value in pairs if name.lower() == "connection")
-    dropped = HOP_BY_HOP | {name.strip().lower() for name in connection.split(",")}
+    dropped = HOP_BY_HOP
+    if connection := ",".join(value for name, value in pairs if name.lower() == "connection"):
+        dropped = HOP_BY_HOP | {name.strip().lower() for name in connection.split(",")}
     return [(name, value) for name, value in pairs if name.lower() not in dropped]
+
+
+def prepare_scratch(file: Path) -> None:
+    """Make the folder of `file`, ours alone, if it is not there yet."""
+    file.parent.mkdir(mode=0o700, exist_ok=True)
 
 
 def _opened(path: Path, mode: Literal["rb", "xb"]) -> BinaryIO:

@@ -8,9 +8,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from broker import assets
@@ -19,7 +19,7 @@ from broker.model import Job
 from broker.ports import Blobs
 from broker.settings import SidecarSettings
 from workers import loops
-from workers.inference import AttemptFailed, end_to_end, problem
+from workers.inference import AttemptFailed, end_to_end, prepare_scratch, problem
 
 ASSETS_FAULT = "Internal error while downloading assets"
 PREPARE_FAULT = "Internal error while preparing for inference"
@@ -29,19 +29,32 @@ _PARALLEL_DOWNLOADS = 8
 _NEVER_FORWARDED = frozenset({"authorization", "content-length", "cookie", "expect", "host", "nvcf-poll-seconds"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Workspace:
     """One attempt's place on disk. `assets` and `response` are the container's too; `scratch` is ours alone.
-    `body` is the request body, or the file that holds it."""
+
+    `response` is there from the beginning, `assets` if the job has any, `scratch` once somebody needs it
+    (`prepare_scratch`). `body` is the request body, or the file that holds it. `left` is what may have to be removed.
+    """
 
     assets: Path
     response: Path
     scratch: Path
+    clerk: loops.Clerk
     body: bytes | Path = b""
+    left: tuple[Path, ...] = ()
+
+    async def vacate(self) -> bool:
+        """Remove the output directory if nothing is in it, and then the other two; whether it was."""
+        left = await self.clerk.run(_vacate, *self.left)
+        if self.response in left:
+            return False  # its files go to `scratch`, which may not have been there yet
+        self.left = left
+        return True
 
 
 @asynccontextmanager
-async def workspace(blobs: Blobs, settings: SidecarSettings, job: Job) -> AsyncIterator[Workspace]:
+async def workspace(blobs: Blobs, settings: SidecarSettings, job: Job, clerk: loops.Clerk) -> AsyncIterator[Workspace]:
     """Directories made and inputs fetched before the body, everything removed after it, also when cancelled.
 
     Raises:
@@ -52,41 +65,54 @@ async def workspace(blobs: Blobs, settings: SidecarSettings, job: Job) -> AsyncI
         room = Workspace(
             assets=settings.asset_dir / name,
             response=settings.response_dir / name,
-            scratch=Path(tempfile.gettempdir(), f"fnqueue-{uuid.uuid4()}"),
+            scratch=Path(settings.scratch_dir or tempfile.gettempdir(), f"fnqueue-{uuid.uuid4()}"),
+            clerk=clerk,
+            body=job.body,
         )
     except ValueError as exc:
         raise AttemptFailed(problem(job, 500, PREPARE_FAULT)) from exc
+    room.left = (room.response, room.assets, room.scratch)
     try:
         await _make(room, job)
         await _fetch_assets(blobs, job, room.assets)
-        yield replace(room, body=await _fetch_body(blobs, job, room.scratch))
+        if job.body_key:
+            room.body = await _fetch_body(blobs, job, room.scratch)
+        yield room
     finally:
-        await loops.in_thread(_remove, room.assets, room.response, room.scratch)
+        await _clear(room)
 
 
-def container_headers(job: Job, settings: SidecarSettings, budget_s: float) -> list[tuple[str, str]]:
-    """The client's headers that may reach the container, and ours in place of any that claim to be ours.
-
-    `budget_s` is what is left for the attempt; it caps the poll seconds that the container is told.
-    """
-    age_s = max(0.0, time.time() - job.created_at)
-    ours = {
-        "NVCF-REQID": job.id,
-        "NVCF-SUB": job.subject,
-        "NVCF-NCAID": job.account,
+def headers_for_all(settings: SidecarSettings) -> Mapping[str, str]:
+    """What the container is told with every job alike."""
+    return {
         "NVCF-FUNCTION-NAME": settings.function_name,
-        "NVCF-FUNCTION-ID": job.function_id,
-        "NVCF-FUNCTION-VERSION-ID": job.version_id,
-        "NVCF-ASSET-DIR": str(settings.asset_dir / job.id),
-        "NVCF-LARGE-OUTPUT-DIR": str(settings.response_dir / job.id),
         "NVCF-MAX-RESPONSE-SIZE-BYTES": str(settings.max_response_bytes),
         "NVCF-NSPECTID": "",
         "NVCF-BACKEND": settings.backend,
         "NVCF-INSTANCETYPE": settings.instance_type,
         "NVCF-REGION": settings.region,
         "NVCF-ENV": settings.environment,
-        "NVCF-FUNCTION-ASSET-IDS": ",".join(job.assets),
         "NVCF-INVOCATION-REGION": settings.region,
+    }
+
+
+def container_headers(job: Job, room: Workspace, for_all: Mapping[str, str], budget_s: float) -> list[tuple[str, str]]:
+    """The client's headers that may reach the container, and ours in place of any that claim to be ours.
+
+    `for_all` comes from `headers_for_all`. `budget_s` is what is left for the attempt; it caps the poll seconds
+    that the container is told.
+    """
+    age_s = max(0.0, time.time() - job.created_at)
+    ours = {
+        **for_all,
+        "NVCF-REQID": job.id,
+        "NVCF-SUB": job.subject,
+        "NVCF-NCAID": job.account,
+        "NVCF-FUNCTION-ID": job.function_id,
+        "NVCF-FUNCTION-VERSION-ID": job.version_id,
+        "NVCF-ASSET-DIR": str(room.assets),
+        "NVCF-LARGE-OUTPUT-DIR": str(room.response),
+        "NVCF-FUNCTION-ASSET-IDS": ",".join(job.assets),
         "NVCF-POLL-SECONDS": str(int(max(0.0, min(job.poll_s - age_s, budget_s)))),
     }
     # Some servers read `nvcf_sub` and `nvcf-sub` as one name.
@@ -101,23 +127,30 @@ def container_headers(job: Job, settings: SidecarSettings, budget_s: float) -> l
 
 async def _make(room: Workspace, job: Job) -> None:
     try:
-        await loops.in_thread(_make_directories, room, bool(job.assets))
+        try:
+            await room.clerk.run(_make_directories, room, bool(job.assets))
+        except (FileExistsError, FileNotFoundError):
+            await loops.in_thread(_make_way, room)
+            await room.clerk.run(_make_directories, room, bool(job.assets))
     except OSError as exc:
         raise AttemptFailed(problem(job, 500, PREPARE_FAULT)) from exc
 
 
 def _make_directories(room: Workspace, assets_follow: bool) -> None:
-    """`assets_follow`: keep the asset directory closed to the container until they are there; it must not plant
-    a link where a download will be written."""
+    """The asset directory stays closed to the container until the assets are there: it must not plant a link
+    where a download will be written."""
+    os.mkdir(room.response, 0o700)
+    _open_to_all(room.response)
+    if assets_follow:
+        os.mkdir(room.assets, 0o700)
+
+
+def _make_way(room: Workspace) -> None:
+    """For the first job of all; or an earlier attempt that was killed left something, or its container planted a
+    link there."""
     for path in (room.assets, room.response):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # An earlier attempt that was killed left it, or its container planted a link here.
         _remove(path)
-    for path in (room.assets, room.response, room.scratch):
-        path.mkdir(mode=0o700)
-    _open_to_all(room.response)
-    if not assets_follow:
-        _open_to_all(room.assets)
 
 
 async def _fetch_assets(blobs: Blobs, job: Job, directory: Path) -> None:
@@ -146,11 +179,10 @@ def _hand_over(directory: Path) -> None:
     _open_to_all(directory)
 
 
-async def _fetch_body(blobs: Blobs, job: Job, scratch: Path) -> bytes | Path:
-    if not job.body_key:
-        return job.body
+async def _fetch_body(blobs: Blobs, job: Job, scratch: Path) -> Path:
     path = scratch / "body"
     try:
+        await loops.in_thread(prepare_scratch, path)
         await blobs.download(job.body_key, path)
     except (FnqueueError, OSError) as exc:
         raise AttemptFailed(problem(job, 500, PREPARE_FAULT)) from exc
@@ -169,6 +201,31 @@ def _open_to_all(path: Path) -> None:
         os.fchmod(opened, 0o777)
     finally:
         os.close(opened)
+
+
+async def _clear(room: Workspace) -> None:
+    """Most often, the outputs have been collected, and nothing is left."""
+    try:
+        if room.left:
+            await room.vacate()
+    finally:  # also when this is cancelled
+        if room.left:
+            await loops.in_thread(_remove, *room.left)
+
+
+def _vacate(*paths: Path) -> tuple[Path, ...]:
+    """Remove empty directories; which paths are left."""
+    return tuple(path for path in paths if not _removed(path))
+
+
+def _removed(path: Path) -> bool:
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _remove(*paths: Path) -> None:

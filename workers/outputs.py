@@ -22,7 +22,7 @@ from broker.model import Job, Outcome
 from broker.ports import Blobs
 from broker.settings import SidecarSettings
 from workers import loops
-from workers.inference import INFERENCE_FAULT, Answer, AttemptFailed, problem
+from workers.inference import INFERENCE_FAULT, Answer, AttemptFailed, prepare_scratch, problem
 from workers.inputs import Workspace
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ async def collect(
     archive = workspace.scratch / "result.zip"
     packing = _Packing(archive, limit_bytes=settings.max_artifact_bytes)
     try:
-        if not answer.spilled and not (wants_files and await loops.in_thread(_has_artifacts, workspace.response)):
+        if not answer.spilled and not (wants_files and await _has_artifacts(workspace)):
             return answer.outcome()
         await packing.run(f"{job.id}.response", answer, workspace.response if wants_files else None)
     except (_Refused, OSError) as exc:
@@ -108,6 +108,7 @@ class _Packing:
         await loops.in_thread(self._pack, response_name, answer, artifacts, stop=self._stopped.set)
 
     def _pack(self, response_name: str, answer: Answer, artifacts: Path | None) -> None:
+        prepare_scratch(self._archive)
         with zipfile.ZipFile(self._archive, "x", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             if answer.spilled:
                 with answer.spilled.open("rb") as body:
@@ -145,7 +146,12 @@ class _Packing:
         return member
 
 
-def _has_artifacts(directory: Path) -> bool:
+async def _has_artifacts(workspace: Workspace) -> bool:
+    """That it can be removed tells that nothing is in it, for the price of a removal that is due anyway."""
+    return not await workspace.vacate() and await loops.in_thread(_holds_artifacts, workspace.response)
+
+
+def _holds_artifacts(directory: Path) -> bool:
     for _, file in _artifacts(directory):
         file.close()
         return True

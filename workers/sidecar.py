@@ -22,7 +22,7 @@ from broker.settings import SidecarSettings
 from workers import loops
 from workers.health import Gate, status_server
 from workers.inference import INFERENCE_FAULT, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
-from workers.inputs import container_headers, workspace
+from workers.inputs import container_headers, headers_for_all, workspace
 from workers.outputs import collect
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 SHORTEST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 60.0
 FAULT_PAUSE_S = 1.0
+# Bodies being deleted from the blob store at once; more are left there.
+MOST_DISCARDED = 64
 # Beats of an instance that may go missing before it is taken for dead.
 BEATS = 5
 
@@ -83,20 +85,24 @@ async def serve(broker: Broker, settings: SidecarSettings, stop: asyncio.Event) 
         ConfigurationError: a setting that this sidecar cannot serve.
         NeverReady: the container was not healthy within `ready_timeout_s`.
     """
-    async with Inference(settings) as inference:
-        await Sidecar(broker, settings, inference).run(stop)
+    with loops.Clerk() as clerk:
+        async with Inference(settings) as inference:
+            await Sidecar(broker, settings, inference, clerk).run(stop)
 
 
 class Sidecar:
-    def __init__(self, broker: Broker, settings: SidecarSettings, inference: Inference) -> None:
+    def __init__(self, broker: Broker, settings: SidecarSettings, inference: Inference, clerk: loops.Clerk) -> None:
         self._queue, self._results = broker.queue, broker.results
         self._catalog, self._blobs = broker.catalog, broker.blobs
         self._settings = settings
         self._inference = inference
+        self._clerk = clerk
+        self._headers_for_all = headers_for_all(settings)
         self._gate = Gate(inference, settings, full=lambda: self._calls >= settings.max_request_concurrency)
         self._slots = asyncio.Semaphore(settings.max_request_concurrency)
         self._runs: dict[str, _Run] = {}
         self._calls = 0
+        self._discarding = 0
         self._jobs = asyncio.TaskGroup()
         self._id = settings.instance_id or str(uuid.uuid4())
         self._created_at = time.time()
@@ -187,6 +193,7 @@ class Sidecar:
         else:
             stands = await self._settle(run, claim.lease, state, outcome)
             await self._end(run, stands, outcome)
+            self._discard_body(run.job, stands)
 
     async def _claim(self, run: _Run) -> Claim:
         """The store's answer. When another worker has a lease, its end is waited for and the claim repeated."""
@@ -227,11 +234,16 @@ class Sidecar:
 
     async def _answer(self, run: _Run, lease: Lease) -> Outcome:
         job, settings = run.job, self._settings
-        async with workspace(self._blobs, settings, job) as room:
-            headers = container_headers(job, settings, run.left_s())
+        async with workspace(self._blobs, settings, job, self._clerk) as room:
+            headers = container_headers(job, room, self._headers_for_all, run.left_s())
             with self._calling(run):
                 answer = await self._inference.infer(
-                    job, headers, body=room.body, spill=room.scratch / "response", budget_s=run.left_s()
+                    job,
+                    headers,
+                    body=room.body,
+                    spill=room.scratch / "response",
+                    budget_s=run.left_s(),
+                    attempt=lease.attempt,
                 )
             return await collect(self._blobs, settings, job, answer, room, attempt=lease.attempt, left_s=run.left_s)
 
@@ -283,6 +295,22 @@ class Sidecar:
             return await self._results.settle(lease, run.job, state, outcome)
 
         return await loops.insist(settle, on=StoreUnavailable, name="settle")
+
+    def _discard_body(self, job: Job, state: RequestState) -> None:
+        """A body in the blob store is of no use once there is a result. Best effort: what a blob store that is away
+        keeps is left to its own expiry."""
+        ended = state in (RequestState.FULFILLED, RequestState.ERRORED)
+        if job.body_key and ended and self._discarding < MOST_DISCARDED:
+            self._discarding += 1
+            self._jobs.create_task(self._discard(job))
+
+    async def _discard(self, job: Job) -> None:
+        try:
+            with suppress(Unavailable, TimeoutError, loops.Fault):
+                async with asyncio.timeout(self._settings.store_timeout_s):
+                    await loops.guard(self._blobs.delete(job.body_key), expected=(Unavailable,), request_id=job.id)
+        finally:
+            self._discarding -= 1
 
     async def _hand_back(self, run: _Run, lost: ContainerLost) -> None:
         """Give the attempt back when the container is well again, or at the end of the backoff at the latest. The

@@ -7,6 +7,7 @@ during a rolling update.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Mapping
 from enum import Enum
@@ -99,11 +100,17 @@ _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
 }
 
 
+@functools.cache
+def _fields(kind: type) -> Mapping[str, Any]:
+    """Its types by name; a class of `broker.model` never changes, and looking them up costs 100 µs."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
 def _build(kind: Any, value: Any) -> Any:  # noqa: PLR0911  one return per shape reads best
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        names = {f.name for f in dataclasses.fields(kind)}
-        return kind(**{name: _build(hints[name], part) for name, part in value.items() if name in names})
+        fields = _fields(kind)
+        return kind(**{name: _build(fields[name], part) for name, part in value.items() if name in fields})
     origin = get_origin(kind)
     if origin is tuple:
         parts = get_args(kind)

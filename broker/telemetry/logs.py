@@ -5,14 +5,18 @@ Event names are constant; facts are fields given in `extra`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
+from itertools import islice
 from typing import Any, Literal
 
 import orjson
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# A record's own attributes come first, what was given in `extra` after them.
+_OWN = len(vars(logging.makeLogRecord({})))
+_ADDED = frozenset({"message", "asctime"})  # by a formatter that had the record before
 
 
 def configure(level: str, log_format: Literal["json", "text"]) -> None:
@@ -46,8 +50,13 @@ class _Text(logging.Formatter):
 
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:
-    return {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    return {name: value for name, value in islice(vars(record).items(), _OWN, None) if name not in _ADDED}
 
 
 def _timestamp(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
+    return f"{_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+
+
+@functools.lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

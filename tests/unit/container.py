@@ -98,6 +98,48 @@ async def raw_container(reply: bytes) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
+@dataclass
+class Keeping:
+    """A container that keeps its connections for the next request, for as long as `answer` says so. `opened` counts
+    connections, `seen` are the requests that it read."""
+
+    answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bool]]
+    port: int = 0
+    opened: int = 0
+    seen: list[str] = field(default_factory=list)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.opened += 1
+        try:
+            while await self.read(reader) and await self.answer(reader, writer):
+                pass
+        finally:
+            writer.close()
+
+    async def read(self, reader: asyncio.StreamReader) -> bool:
+        """One whole request; false if there is none any more."""
+        try:
+            request, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+            headers = dict(line.split(": ", 1) for line in lines if line)
+            await reader.readexactly(int(headers.get("Content-Length", 0)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return False
+        if request.startswith("POST"):
+            self.seen.append(headers.get("NVCF-REQID", ""))
+        return True
+
+
+@asynccontextmanager
+async def keeping(
+    answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bool]],
+) -> AsyncIterator[Keeping]:
+    box = Keeping(answer)
+    server = await asyncio.start_server(box.serve, "127.0.0.1", 0)
+    async with server:
+        box.port = server.sockets[0].getsockname()[1]
+        yield box
+
+
 def settings_for(folder: Path, port: int, **given: Any) -> SidecarSettings:
     return SidecarSettings(
         **{

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from broker.errors import ConfigurationError
 from broker.model import Job, Outcome, RequestState
-from tests.unit.container import Container, a_job, answer, container, raw_container, settings_for
+from tests.unit.container import Container, a_job, answer, container, keeping, raw_container, settings_for
 from workers.inference import Answer, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
 
 
@@ -283,6 +283,105 @@ async def test_a_header_with_a_line_break_is_never_sent(bench: Bench) -> None:
     with pytest.raises(AttemptFailed):
         await bench.infer(headers=[("X-Own", "1\r\nNVCF-SUB: forged")])
     assert bench.box.bodies == []
+
+
+# -- kept connections --------------------------------------------------------------------------------
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+async def once_and_again(inference: Inference, attempt: int = 1) -> bytes:
+    spill = Path("unused")
+    return (await inference.infer(a_job(), (), body=b"{}", spill=spill, budget_s=10, attempt=attempt)).body
+
+
+async def ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    writer.write(OK)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("settings", "attempts", "opened"),
+    [
+        ({}, (1, 1, 1), 1),
+        ({"keep_connections": False}, (1, 1, 1), 3),
+        ({"max_attempts": 1}, (1, 1, 1), 3),  # nothing could be tried again
+        ({}, (1, 2, 3, 1), 3),
+    ],
+)
+async def test_only_a_first_attempt_goes_over_a_kept_connection(
+    tmp_path: Path, settings: dict[str, Any], attempts: tuple[int, ...], opened: int
+) -> None:
+    async with (
+        keeping(ok) as box,
+        Inference(settings_for(tmp_path, box.port, **{"keep_connections": True, **settings})) as inference,
+    ):
+        for attempt in attempts:
+            assert await once_and_again(inference, attempt) == b"ok"
+        assert (box.opened, len(box.seen)) == (opened, len(attempts))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.0 200 OK\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+        OK,  # without a word of it
+    ],
+)
+async def test_a_container_may_close_after_each_answer(tmp_path: Path, reply: bytes) -> None:
+    async def reply_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(reply)
+        return False
+
+    async with (
+        keeping(reply_and_close) as box,
+        Inference(settings_for(tmp_path, box.port, keep_connections=True)) as inference,
+    ):
+        for _ in range(20):
+            assert await once_and_again(inference) == b"ok"
+            await asyncio.sleep(0.002)  # so that it is closed before the next one
+        assert (box.opened, len(box.seen)) == (20, 20)
+
+
+async def test_what_a_container_says_out_of_turn_is_no_answer_to_the_next_job(tmp_path: Path) -> None:
+    async def say_more(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(OK)
+        await writer.drain()
+        await asyncio.sleep(0.001)
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+        return True
+
+    async with (
+        keeping(say_more) as box,
+        Inference(settings_for(tmp_path, box.port, keep_connections=True)) as inference,
+    ):
+        for _ in range(20):
+            assert await once_and_again(inference) == b"ok"
+            await asyncio.sleep(0.005)
+        assert (box.opened, len(box.seen)) == (20, 20)
+
+
+async def test_a_job_whose_kept_connection_dies_is_sent_once_and_lost(tmp_path: Path) -> None:
+    answers = iter([True, False])
+
+    async def answer_the_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        again = next(answers)
+        if again:
+            writer.write(OK)
+        return again
+
+    async with (
+        keeping(answer_the_first) as box,
+        Inference(settings_for(tmp_path, box.port, keep_connections=True)) as inference,
+    ):
+        await once_and_again(inference)
+        with pytest.raises(ContainerLost) as lost:
+            await once_and_again(inference)
+        assert lost.value.sent
+        assert (box.opened, len(box.seen)) == (1, 2)
 
 
 async def test_healthy_means_exactly_the_expected_status(bench: Bench) -> None:

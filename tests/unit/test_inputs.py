@@ -7,6 +7,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from broker.errors import BlobsUnavailable
 from broker.model import Job
 from broker.settings import Settings, SidecarSettings
 from tests.unit.container import FUNCTION_ID, VERSION_ID, a_job, settings_for
+from workers import loops
 from workers.inference import AttemptFailed
-from workers.inputs import container_headers, workspace
+from workers.inputs import Workspace, container_headers, headers_for_all, workspace
 
 ASSET = "5b9b7d1e-6a0c-4f43-9d57-3f6f1f1d2e44"
 
@@ -38,6 +40,13 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SidecarSettings
     return settings_for(tmp_path, 1, region="eu-1", backend="cluster", environment="test", instance_type="H100")
 
 
+@asynccontextmanager
+async def laid_out(blobs: FileBlobs, settings: SidecarSettings, job: Job) -> AsyncIterator[Workspace]:
+    with loops.Clerk() as clerk:
+        async with workspace(blobs, settings, job, clerk) as room:
+            yield room
+
+
 def left_behind(settings: SidecarSettings) -> list[str]:
     folders = (settings.asset_dir, settings.response_dir, Path(tempfile.gettempdir()))
     return [path.name for folder in folders if folder.exists() for path in folder.iterdir()]
@@ -51,12 +60,39 @@ async def test_directories_are_open_to_the_container_and_gone_afterwards(
     blobs: FileBlobs, settings: SidecarSettings
 ) -> None:
     job = a_job()
-    async with workspace(blobs, settings, job) as room:
+    async with laid_out(blobs, settings, job) as room:
         assert (room.assets, room.response) == (settings.asset_dir / job.id, settings.response_dir / job.id)
-        assert [mode(path) for path in (room.assets, room.response, room.scratch)] == [0o777, 0o777, 0o700]
+        assert mode(room.response) == 0o777
         (room.response / "deep").mkdir()
         (room.response / "deep" / "file").touch()
         assert room.body == job.body
+    assert left_behind(settings) == []
+
+
+async def test_a_job_without_assets_has_its_output_directory_and_no_other(
+    blobs: FileBlobs, settings: SidecarSettings
+) -> None:
+    async with laid_out(blobs, settings, a_job()) as room:
+        assert left_behind(settings) == [room.response.name]
+
+
+async def test_what_a_container_made_where_assets_would_be_is_removed(
+    blobs: FileBlobs, settings: SidecarSettings
+) -> None:
+    settings.asset_dir.mkdir()
+    async with laid_out(blobs, settings, a_job()) as room:
+        room.assets.mkdir()
+        (room.assets / "file").touch()
+    assert left_behind(settings) == []
+
+
+async def test_an_output_directory_in_which_nothing_is_goes_early(blobs: FileBlobs, settings: SidecarSettings) -> None:
+    async with laid_out(blobs, settings, a_job()) as room:
+        assert await room.vacate()
+        assert left_behind(settings) == []
+    async with laid_out(blobs, settings, a_job()) as room:
+        (room.response / "file").touch()
+        assert not await room.vacate()
     assert left_behind(settings) == []
 
 
@@ -64,7 +100,7 @@ async def test_assets_lie_under_their_ids_readable_to_all(blobs: FileBlobs, sett
     ids = [str(uuid.uuid4()) for _ in range(20)]
     for asset_id in ids:
         await blobs.put(assets.key_of("acme", asset_id), asset_id.encode(), content_type="text/plain")
-    async with workspace(blobs, settings, a_job(assets=(*ids, ids[0]))) as room:
+    async with laid_out(blobs, settings, a_job(assets=(*ids, ids[0]))) as room:
         assert {path.name: path.read_text() for path in room.assets.iterdir()} == {name: name for name in ids}
         assert {mode(path) for path in room.assets.iterdir()} == {0o644}
         assert mode(room.assets) == 0o777
@@ -87,9 +123,10 @@ async def test_an_id_that_is_no_uuid_never_becomes_a_path(
 
 async def test_a_body_from_the_blob_store_comes_as_a_file(blobs: FileBlobs, settings: SidecarSettings) -> None:
     await blobs.put("inputs/acme/1", b"large", content_type="application/octet-stream")
-    async with workspace(blobs, settings, a_job(body=b"", body_key="inputs/acme/1")) as room:
+    async with laid_out(blobs, settings, a_job(body=b"", body_key="inputs/acme/1")) as room:
         assert isinstance(room.body, Path)
         assert room.body.read_bytes() == b"large"
+        assert mode(room.scratch) == 0o700
     assert left_behind(settings) == []
 
 
@@ -112,7 +149,7 @@ async def test_what_an_earlier_attempt_left_is_replaced(blobs: FileBlobs, settin
     old = settings.response_dir / job.id
     old.mkdir(parents=True)
     (old / "stale").touch()
-    async with workspace(blobs, settings, job) as room:
+    async with laid_out(blobs, settings, job) as room:
         assert list(room.response.iterdir()) == []
 
 
@@ -125,7 +162,7 @@ async def test_a_planted_link_is_replaced_and_its_target_untouched(
     job = a_job()
     settings.response_dir.mkdir(parents=True)
     (settings.response_dir / job.id).symlink_to(target)
-    async with workspace(blobs, settings, job) as room:
+    async with laid_out(blobs, settings, job) as room:
         assert not room.response.is_symlink()
     assert (target / "precious").exists()
     assert mode(target) == 0o700
@@ -143,11 +180,28 @@ class SlowBlobs(FileBlobs):
         await asyncio.Event().wait()
 
 
+async def test_a_workspace_that_is_cancelled_at_any_step_leaves_nothing_behind(
+    blobs: FileBlobs, settings: SidecarSettings
+) -> None:
+    async def fill() -> None:
+        async with laid_out(blobs, settings, a_job()) as room:
+            (room.response / "file").touch()
+            await room.vacate()
+
+    for steps in range(12):
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(fill())
+            for _ in range(steps):
+                await asyncio.sleep(0.0002)
+            task.cancel()
+        assert left_behind(settings) == []
+
+
 async def test_a_cancelled_download_leaves_nothing_behind(settings: SidecarSettings, tmp_path: Path) -> None:
     blobs = SlowBlobs(tmp_path)
 
     async def prepare() -> None:
-        async with workspace(blobs, settings, a_job(assets=(ASSET,))):
+        async with laid_out(blobs, settings, a_job(assets=(ASSET,))):
             raise AssertionError
 
     async with asyncio.TaskGroup() as group:
@@ -173,7 +227,7 @@ async def test_the_asset_directory_is_closed_while_assets_are_written(
 
 def test_the_container_is_told_everything_it_may_know(settings: SidecarSettings) -> None:
     job = a_job(assets=(ASSET, VERSION_ID), poll_s=60)
-    told = dict(container_headers(job, settings, 3600))
+    told = dict(container_headers(job, room_of(job, settings), headers_for_all(settings), 3600))
     seconds = int(told.pop("NVCF-POLL-SECONDS"))
     assert 58 <= seconds <= 60
     assert told == {
@@ -198,7 +252,17 @@ def test_the_container_is_told_everything_it_may_know(settings: SidecarSettings)
 
 
 def told(settings: SidecarSettings, budget_s: float = 3600, **given: Any) -> list[tuple[str, str]]:
-    return container_headers(a_job(**given), settings, budget_s)
+    job = a_job(**given)
+    return container_headers(job, room_of(job, settings), headers_for_all(settings), budget_s)
+
+
+def room_of(job: Job, settings: SidecarSettings) -> Workspace:
+    return Workspace(
+        assets=settings.asset_dir / job.id,
+        response=settings.response_dir / job.id,
+        scratch=Path("unused"),
+        clerk=loops.Clerk(),
+    )
 
 
 @pytest.mark.parametrize("name", ["nvcf-ncaid", "NVCF-NCAID", "nvcf_ncaid", "NvCf-NcAiD"])
@@ -266,5 +330,5 @@ async def failure(blobs: FileBlobs, settings: SidecarSettings, job: Job) -> str:
 
 
 async def enter(blobs: FileBlobs, settings: SidecarSettings, job: Job) -> None:
-    async with workspace(blobs, settings, job):
+    async with laid_out(blobs, settings, job):
         pass

@@ -149,6 +149,54 @@ async def test_a_cancelled_wait_for_a_thread_ends_after_the_thread() -> None:
     assert finished.is_set()
 
 
+async def test_a_clerk_answers_each_with_what_its_own_work_returned_or_raised() -> None:
+    with loops.Clerk() as clerk:
+        works = [clerk.run(int, text) for text in ("1", "x", "3")]
+        first, second, third = await asyncio.gather(*works, return_exceptions=True)
+    assert (first, third) == (1, 3)
+    assert isinstance(second, ValueError)
+
+
+async def test_a_clerk_takes_what_came_while_it_was_at_work_in_one_turn() -> None:
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    done: list[int] = []
+
+    def slow() -> None:
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(5)
+
+    with loops.Clerk() as clerk:
+        async with loops.together() as group:
+            group.create_task(clerk.run(slow))
+            await begun.wait()
+            for number in range(10):
+                group.create_task(clerk.run(done.append, number))
+            await asyncio.sleep(0)
+            go_on.set()
+    assert done == list(range(10))
+
+
+async def test_a_cancelled_wait_for_a_clerk_ends_after_the_work() -> None:
+    begun, go_on, finished = asyncio.Event(), threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def work() -> None:
+        loop.call_soon_threadsafe(begun.set)
+        assert go_on.wait(5)
+        finished.set()
+
+    with loops.Clerk() as clerk:
+        async with loops.together() as group:
+            task = group.create_task(clerk.run(work))
+            await begun.wait()
+            task.cancel()
+            loop.call_later(0.01, go_on.set)
+        assert task.cancelled()
+        assert finished.is_set()
+        assert await clerk.run(int, "1") == 1
+
+
 async def raising(error: BaseException, cause: Exception | None = None) -> None:
     await asyncio.sleep(0)
     raise error from cause

@@ -17,7 +17,7 @@ from broker.model import Job, Outcome
 from broker.settings import MIB, Settings
 from tests.eventually import eventually
 from tests.unit.container import a_job, settings_for
-from workers import outputs
+from workers import loops, outputs
 from workers.inference import Answer, AttemptFailed
 from workers.inputs import Workspace
 from workers.outputs import collect
@@ -29,7 +29,8 @@ class Room:
     def __init__(self, folder: Path, blobs: FileBlobs, **settings: Any) -> None:
         self.blobs = blobs
         self.job = a_job()
-        self.space = Workspace(assets=folder / "a", response=folder / "r", scratch=folder / "s")
+        self.space = Workspace(assets=folder / "a", response=folder / "r", scratch=folder / "s", clerk=loops.Clerk())
+        self.space.left = (self.space.response,)
         self.out = self.space.response
         for path in (self.space.assets, self.space.response, self.space.scratch):
             path.mkdir()
@@ -83,6 +84,11 @@ async def test_a_small_answer_stays_inline(room: Room) -> None:
     answer = Answer(status=201, headers=(("Content-Type", "text/plain"),), body=b"hi")
     outcome = await room.collect(answer)
     assert outcome == Outcome(status=201, headers=(("Content-Type", "text/plain"),), body=b"hi")
+
+
+async def test_the_output_directory_is_gone_once_it_proved_empty(room: Room) -> None:
+    await room.collect()
+    assert not room.out.exists()
 
 
 async def test_progress_partial_files_and_empty_folders_are_no_artifacts(room: Room) -> None:

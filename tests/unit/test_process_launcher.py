@@ -398,6 +398,17 @@ async def test_only_the_logs_of_the_last_instances_are_kept(launcher: Launcher, 
     assert sorted(path.name for path in (root / instance.instance_id).iterdir()) == ["container.log", "sidecar.log"]
 
 
+async def test_what_a_killed_sidecar_left_of_its_requests_goes_with_the_instance(
+    launcher: Launcher, sidecars: Sidecars, settings: ControllerSettings
+) -> None:
+    instance = await started(launcher)
+    left = fill_request_folders(sidecars.settings[0])
+    os.kill(pids(instance, settings)[1], signal.SIGKILL)
+    await until(lambda: not instance.alive)
+    await launcher.stop(instance.instance_id, grace_s=0.0)
+    assert not any(path.exists() for path in left)
+
+
 # -- a controller that was killed --------------------------------------------------------------------
 
 
@@ -414,6 +425,27 @@ def reap(lost: Launched) -> None:
     """What the system does for the children of a process that is gone."""
     for child in (cast(Any, lost).container, cast(Any, lost).sidecar):
         assert not child.alive
+
+
+async def test_what_was_left_of_requests_goes_when_the_next_controller_takes_over(
+    settings: ControllerSettings, sidecars: Sidecars
+) -> None:
+    """A controller that was killed while it removed an instance, or before it had written down that there is one."""
+    async with process_launcher(settings, sidecars) as launcher:
+        instance = await started(launcher)
+        await launcher.stop(instance.instance_id, grace_s=0.0)
+        left = fill_request_folders(sidecars.settings[0])
+    async with process_launcher(settings, sidecars) as launcher:
+        assert await launcher.launched() == []
+    assert not any(path.exists() for path in left)
+
+
+def fill_request_folders(settings: SidecarSettings) -> list[Path]:
+    folders = [settings.asset_dir, settings.response_dir, Path(settings.scratch_dir)]
+    for folder in folders:
+        (folder / "request").mkdir(parents=True)
+        (folder / "request" / "file").touch()
+    return folders
 
 
 async def test_instances_are_found_again(settings: ControllerSettings, sidecars: Sidecars) -> None:

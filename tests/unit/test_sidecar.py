@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -27,7 +28,7 @@ from broker.model import Draft, InstanceStatus, Job, Lease, Outcome, Record, Req
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from tests.eventually import eventually
-from tests.unit.container import VERSION_ID, Container, Handler, a_job, answer, container, settings_for
+from tests.unit.container import VERSION_ID, Container, Handler, a_job, answer, container, keeping, settings_for
 from workers.health import NeverReady
 from workers.sidecar import serve
 
@@ -143,14 +144,16 @@ class Rig:
     async def nothing_left(self) -> None:
         """Neither a message nor a file of a request remains."""
         assert await self.queue.take(VERSION_ID) is None
-        folders = (self.settings.asset_dir, self.settings.response_dir)
+        folders = (self.settings.asset_dir, self.settings.response_dir, Path(self.settings.scratch_dir))
         assert [path for folder in folders if folder.exists() for path in folder.iterdir()] == []
 
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with container() as box:
-        settings = settings_for(tmp_path, box.port, lease_s=1, drain_s=5)
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        settings = settings_for(tmp_path, box.port, lease_s=1, drain_s=5, scratch_dir=str(scratch))
         async with open_blobs("file://", settings) as blobs:
             queue = LendingQueue()
             await queue.declare(VERSION_ID)
@@ -266,6 +269,43 @@ async def test_a_body_from_the_blob_store_reaches_the_container(rig: Rig) -> Non
     record = await rig.run(body=b"", body_key="inputs/acme/x")
     assert record.state is RequestState.FULFILLED
     assert rig.box.bodies == [b"l" * 1_000_000]
+    await rig.nothing_left()
+
+
+@pytest.mark.parametrize("status", [200, 500])
+async def test_a_body_in_the_blob_store_goes_once_its_request_has_a_result(rig: Rig, status: int) -> None:
+    await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
+    rig.box.handler = lambda _: answer(b"{}", status=status)
+    await rig.run(body=b"", body_key="inputs/acme/x")
+    assert await rig.blobs.head("inputs/acme/x") is None
+
+
+async def test_a_body_in_the_blob_store_stays_for_the_next_attempt(rig: Rig) -> None:
+    await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
+    rig.box.handler = in_turn(crash, lambda _: answer(b"{}"))
+    record = await rig.run(body=b"", body_key="inputs/acme/x")
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 2)
+    assert rig.box.bodies == [b"large", b"large"]
+
+
+async def test_a_blob_store_that_is_slow_to_delete_delays_no_other_job(rig: Rig) -> None:
+    go_on = asyncio.Event()
+
+    class Slow(FileBlobs):
+        async def delete(self, key: str) -> bool:
+            await go_on.wait()
+            return await super().delete(key)
+
+    rig.blobs = Slow(rig.settings.data_dir, secret=b"s")
+    await rig.blobs.ping()
+    await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
+    async with rig.sidecar():
+        for _ in range(5):
+            await rig.ended(await rig.submit(body=b"", body_key="inputs/acme/x"))
+        assert await rig.blobs.head("inputs/acme/x") is not None
+        go_on.set()
+    assert await rig.blobs.head("inputs/acme/x") is None
+    await rig.nothing_left()
 
 
 async def test_artifacts_become_a_zip_in_the_blob_store(rig: Rig) -> None:
@@ -484,6 +524,29 @@ async def test_a_job_that_always_crashes_its_container_is_dead_after_the_last_at
     record = await rig.run()
     assert (record.state, record.attempt) == (RequestState.DEAD, 3)
     assert len(rig.box.bodies) == 3
+    await rig.nothing_left()
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+async def test_a_container_that_closes_idle_connections_at_any_moment_fails_no_request(rig: Rig, slots: int) -> None:
+    """It may close just when the next job is sent, and then nobody can tell whether it saw it: that is an attempt."""
+    chance = random.Random(slots)
+
+    async def ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await asyncio.sleep(chance.choice([0, 0, 0, chance.uniform(0, 0.005)]))
+        return chance.random() < 0.5  # else it closes without looking whether there is another one
+
+    async with keeping(ok) as box:
+        rig.set(inference_port=box.port, max_request_concurrency=slots, crash_backoff_s=0, keep_connections=True)
+        async with rig.sidecar():
+            records = []
+            for _ in range(5):
+                jobs = [await rig.submit() for _ in range(80)]
+                records += [await rig.ended(job) for job in jobs]
+        assert {record.state for record in records} == {RequestState.FULFILLED}
+        assert {record.attempt for record in records} == {1, 2}  # so it did happen, to one job in twenty
+        assert sorted(box.seen) == sorted(record.id for record in records)
     await rig.nothing_left()
 
 

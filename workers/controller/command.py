@@ -10,7 +10,7 @@ import click
 
 from broker.connect import open_broker
 from broker.errors import ConfigurationError
-from broker.settings import ControllerSettings, load
+from broker.settings import ControllerSettings, load, refuse_memory
 from broker.telemetry import logs
 from workers.controller import serve
 from workers.launchers import open_launcher
@@ -26,20 +26,12 @@ def controller() -> None:
     """
     try:
         settings = load(ControllerSettings)
-        _refuse_memory(settings)
+        refuse_memory(settings, "queue_url", "store_url")
         logs.configure(settings.log_level, settings.log_format)
         asyncio.run(_run(settings))
     except ConfigurationError as exc:
         click.echo(f"fnqueue controller: {exc}", err=True)
         sys.exit(2)
-
-
-def _refuse_memory(settings: ControllerSettings) -> None:
-    for name in ("queue_url", "store_url"):
-        if getattr(settings, name).get_secret_value().startswith("memory:"):
-            raise ConfigurationError(
-                f"FNQUEUE_{name.upper()}: memory:// is seen by one process only; name a server, or use `fnqueue dev`"
-            )
 
 
 async def _run(settings: ControllerSettings) -> None:

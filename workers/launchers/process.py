@@ -5,7 +5,7 @@ has died, the instance is not alive. Each instance has a folder, `<data_dir>/ins
 
     state.json       who the two processes are; a controller that was killed finds its instances again by it
     container.log    sidecar.log
-    assets/          responses/       request directories
+    assets/          responses/       scratch/       request directories
 
 Every port that a version names (inference, health) is the one free loopback port that the process is given in PORT.
 There is no isolation: a container here may do what the user who runs the controller may do. It is given none of the
@@ -53,6 +53,7 @@ _PORTS = range(20_000, 32_000)
 _PORT_TRIES = 100
 _CONTAINER_GRACE_S = 5.0
 _KEPT_LOGS = 20
+_REQUEST_FOLDERS = ("assets", "responses", "scratch")
 _DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
 
 
@@ -243,20 +244,27 @@ class ProcessLauncher:
             max_request_concurrency=specification.max_request_concurrency,
             asset_dir=folder / "assets",
             response_dir=folder / "responses",
+            scratch_dir=str(folder / "scratch"),
         )
 
     def _clear(self, folder: Path) -> None:
         """Forget an instance but for its logs, and keep the newest few of those."""
         (folder / "state.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "assets", ignore_errors=True)
-        shutil.rmtree(folder / "responses", ignore_errors=True)
+        _clear_requests(folder)
         over = [path for path in self._root.iterdir() if path.is_dir() and not (path / "state.json").exists()]
         for old in sorted(over, key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _clear_requests(folder: Path) -> None:
+    """On the disk of the data folder, not in memory: they may come to `max_artifact_bytes` a request. What killed
+    processes left there goes with the instance, or when the next launcher takes over."""
+    for name in _REQUEST_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def _spawn_container(image: Image, version: Version, settings: SidecarSettings, folder: Path) -> Child:
-    for path in (folder, settings.asset_dir, settings.response_dir):
+    for path in (folder, settings.asset_dir, settings.response_dir, Path(settings.scratch_dir)):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         arguments = shlex.split(version.container_args)
@@ -303,6 +311,9 @@ def _take_over(root: Path) -> tuple[IO[bytes], dict[str, _Instance]]:
         raise ConfigurationError(
             f"another controller runs instances in {root}; give each its own FNQUEUE_DATA_DIR"
         ) from exc
+    for folder in root.iterdir():
+        if folder.is_dir() and not (folder / "state.json").exists():
+            _clear_requests(folder)
     found = [_adopt(state.parent) for state in root.glob("*/state.json")]
     return lock, {instance.instance_id: instance for instance in found if instance is not None}
 

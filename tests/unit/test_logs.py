@@ -1,0 +1,64 @@
+"""What a log line looks like."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import orjson
+import pytest
+
+from broker.telemetry import logs
+
+
+@pytest.fixture(autouse=True)
+def kept_root() -> Iterator[None]:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    root.handlers, root.level = before, level
+
+
+def a_record(created: float = 0.0, **facts: object) -> logging.LogRecord:
+    record = logging.getLogger("sidecar").makeRecord(
+        "sidecar", logging.INFO, "file.py", 1, "invocation", (), None, None, facts
+    )
+    record.created = created
+    return record
+
+
+def as_json(record: logging.LogRecord) -> str:
+    logs.configure("INFO", "json")
+    [handler] = logging.getLogger().handlers
+    return handler.format(record)
+
+
+def test_a_line_is_an_event_and_its_facts() -> None:
+    assert orjson.loads(as_json(a_record(1700000000.25, status=200, state="fulfilled"))) == {
+        "time": "2023-11-14T22:13:20.250Z",
+        "level": "INFO",
+        "logger": "sidecar",
+        "event": "invocation",
+        "status": 200,
+        "state": "fulfilled",
+    }
+
+
+@pytest.mark.parametrize(
+    ("created", "told"),
+    [(0.0, "1970-01-01T00:00:00.000Z"), (1.999, "1970-01-01T00:00:01.999Z"), (2.0, "1970-01-01T00:00:02.000Z")],
+)
+def test_every_line_has_the_time_of_its_own(created: float, told: str) -> None:
+    assert orjson.loads(as_json(a_record(created)))["time"] == told
+
+
+def test_what_another_formatter_added_is_no_fact() -> None:
+    record = a_record(status=200)
+    logging.Formatter("%(asctime)s %(message)s").format(record)
+    assert set(orjson.loads(as_json(record))) == {"time", "level", "logger", "event", "status"}
+
+
+def test_text_shows_the_same_facts() -> None:
+    logs.configure("INFO", "text")
+    [handler] = logging.getLogger().handlers
+    assert handler.format(a_record(status=200)) == "1970-01-01T00:00:00.000Z INFO    invocation status=200"
