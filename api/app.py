@@ -8,10 +8,10 @@ from functools import partial
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from api.auth import Guarded, guarded
+from api.auth import Guarded, guarded, paced
 from api.front import Front
 from api.middleware import answer_errors, observing, sharing
-from api.routes import assets, deployments, functions, health, invocations, queues, requests
+from api.routes import assets, deployments, functions, health, invocations, limits, queues, requests
 from api.routes.blobs import BlobRoutes
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
@@ -53,11 +53,16 @@ def _invocations(front: Front) -> list[web.RouteDef]:
 
 def _management(front: Front) -> list[web.RouteDef]:
     def scoped(*scopes: str) -> Callable[[Guarded], Handler]:
+        return lambda handler: guarded(front, paced(handler), *scopes)
+
+    def unpaced(*scopes: str) -> Callable[[Guarded], Handler]:
+        """What is asked once an invocation, or oftener."""
         return lambda handler: guarded(front, handler, *scopes)
 
     registers, lists = scoped("register_function"), scoped("list_functions", "list_functions_details")
     deletes, deploys = scoped("delete_function"), scoped("deploy_function")
-    invokes, looks = scoped("invoke_function"), scoped("queue_details")
+    updates, looks = scoped("update_function"), scoped("queue_details")
+    invokes, polls = unpaced("invoke_function"), unpaced("queue_details")
     return [
         web.post(f"{NVCF}/functions", registers(functions.create)),
         web.get(f"{NVCF}/functions", lists(functions.list_functions)),
@@ -66,6 +71,8 @@ def _management(front: Front) -> list[web.RouteDef]:
         web.get(f"{NVCF}{FUNCTION}/versions", lists(functions.list_versions)),
         web.get(f"{NVCF}{VERSION}", lists(functions.get)),
         web.delete(f"{NVCF}{VERSION}", deletes(functions.delete_version)),
+        web.put(f"{NVCF}/ratelimit{VERSION}", updates(limits.replace)),
+        web.delete(f"{NVCF}/ratelimit{VERSION}", updates(limits.clear)),
         web.post(f"{NVCF}/deployments{VERSION}", deploys(deployments.create)),
         web.get(f"{NVCF}/deployments{VERSION}", deploys(deployments.get)),
         web.delete(f"{NVCF}/deployments{VERSION}", deploys(deployments.delete)),
@@ -75,7 +82,7 @@ def _management(front: Front) -> list[web.RouteDef]:
         web.delete(f"{NVCF}{ASSET}", invokes(assets.delete)),
         web.get(f"{NVCF}/queues{FUNCTION}", looks(queues.of_function)),
         web.get(f"{NVCF}/queues{VERSION}", looks(queues.of_version)),
-        web.get(f"{NVCF}/queues/{REQUEST}/position", looks(queues.position)),
+        web.get(f"{NVCF}/queues/{REQUEST}/position", polls(queues.position)),
     ]
 
 

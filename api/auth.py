@@ -41,3 +41,14 @@ def guarded(front: Front, handler: Guarded, *scopes: str) -> Handler:
         return await handler(front, request, await authenticate(front, request, *scopes))
 
     return guard
+
+
+def paced(handler: Guarded) -> Guarded:
+    """`handler`, for callers that keep the pace of management calls."""
+
+    async def pace(front: Front, request: web.Request, principal: Principal) -> web.StreamResponse:
+        named = request.match_info
+        await front.pace.keep(principal.account, about=named.get("version_id") or named.get("function_id", ""))
+        return await handler(front, request, principal)
+
+    return pace

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from api.bodies import Bodies
 from api.calls import Calls
+from api.limits import Pace
 from broker.accounts import Authenticator
 from broker.errors import TryLater
 from broker.functions import CallableVersions
+from broker.limits import RateLimiter
 from broker.ports import Broker
 from broker.settings import ApiSettings
 
@@ -25,6 +27,8 @@ class Front:
     settings: ApiSettings
     authenticator: Authenticator
     versions: CallableVersions
+    rate_limiter: RateLimiter
+    pace: Pace
     calls: Calls
     bodies: Bodies
     health: Health
@@ -38,6 +42,8 @@ class Front:
                 broker, admin_key=settings.admin_key.get_secret_value(), admin_account=settings.admin_account
             ),
             versions=CallableVersions(broker),
+            rate_limiter=RateLimiter(broker),
+            pace=Pace(settings),
             calls=Calls(),
             bodies=Bodies(settings),
             health=Health(broker),

@@ -13,6 +13,8 @@
     ├── RevisionConflict            somebody else wrote first; read again and retry
     ├── TryLater                    carries `retry_after_s`
     │   ├── QueueFull
+    │   ├── RateLimited             the function's rate limit, as its author set it
+    │   ├── SlowDown                too many management calls
     │   ├── Overloaded              this process is at one of its own limits
     │   └── Unavailable             a server behind us is away
     │       ├── QueueMissing        nothing consumes or holds this version's jobs
@@ -87,6 +89,14 @@ class TryLater(FnqueueError):
 
 
 class QueueFull(TryLater):
+    pass
+
+
+class RateLimited(TryLater):
+    pass
+
+
+class SlowDown(TryLater):
     pass
 
 

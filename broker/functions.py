@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from broker.errors import BadRequest, NotFound, StateConflict
-from broker.model import Deployment, FunctionStatus, Health, Principal, Version
+from broker.model import Deployment, FunctionStatus, Health, Principal, RateLimit, Version
 from broker.ports import Broker
 from broker.revisions import edit
 from broker.visibility import UNKNOWN_FUNCTION, UNKNOWN_VERSION, find_version, visible
@@ -42,6 +42,7 @@ class Definition:
     function_type: str = "DEFAULT"
     description: str = ""
     tags: tuple[str, ...] = ()
+    rate_limit: RateLimit | None = None
 
 
 async def create(broker: Broker, principal: Principal, definition: Definition) -> Version:
@@ -170,6 +171,7 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         function_type=definition.function_type,
         description=definition.description or definition.name,
         tags=definition.tags,
+        rate_limit=definition.rate_limit,
     )
     await broker.catalog.versions.put(version)
     return version

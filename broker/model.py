@@ -39,8 +39,32 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """At most `limit` in any span of `window_s` seconds."""
+
+    limit: int
+    window_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateLimit:
+    """How often a version may be invoked (contract/management.md §1.4). All rates of a tuple hold together.
+
+    `rates` count each calling account by itself; `per_account` replaces them for the accounts it names, and
+    `exempted` accounts have none. `per_user` holds beside those, for each credential. `sync_check` is kept and
+    shown only: every check here is the strict one.
+    """
+
+    rates: tuple[Rate, ...] = ()
+    exempted: tuple[str, ...] = ()
+    per_account: tuple[tuple[str, tuple[Rate, ...]], ...] = ()
+    per_user: tuple[Rate, ...] = ()
+    sync_check: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """One immutable definition of a function; only `status` and `tags` change after creation."""
+    """One immutable definition of a function; only `status`, `tags` and `rate_limit` change after creation."""
 
     id: str
     function_id: str
@@ -58,6 +82,7 @@ class Version:
     description: str = ""
     tags: tuple[str, ...] = ()
     status: FunctionStatus = FunctionStatus.INACTIVE
+    rate_limit: RateLimit | None = None
 
 
 # -- deployments -------------------------------------------------------------------------------
@@ -331,3 +356,38 @@ class Principal:
     account: str
     subject: str
     scopes: frozenset[str]
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """One count of who does what: `rate` bounds what `counter` takes. `policy` is the rate's name for the caller."""
+
+    counter: str
+    policy: str
+    rate: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """Where a window stands: `remaining` takes are left, and more come after `reset_s`."""
+
+    policy: str
+    rate: Rate
+    remaining: int
+    reset_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What became of one take. `quotas` are in the order of the windows; a take that was refused counts nowhere,
+    and may succeed after `retry_after_s`."""
+
+    granted: bool
+    quotas: tuple[Quota, ...] = ()
+
+    @property
+    def retry_after_s(self) -> float:
+        return max((quota.reset_s for quota in self.quotas if not quota.remaining), default=0.0)

@@ -29,7 +29,9 @@ from broker.model import (
     Position,
     Record,
     RequestState,
+    Taken,
     Version,
+    Window,
 )
 from broker.settings import Settings
 
@@ -245,6 +247,31 @@ class Catalog(Protocol):
     async def resign(self, holder: str) -> None: ...
 
 
+# -- Counters ----------------------------------------------------------------------------------
+
+WINDOW_PARTS = 50
+
+
+class Counters(Protocol):
+    """Counts what was taken in sliding windows, for all processes that share the store.
+
+    Time is cut into parts of a WINDOW_PARTS-th of a window, by the store's clock, and a window covers the current
+    part and the WINDOW_PARTS before it. So, for a rate of N in W seconds:
+      - never are more than N granted in any span of W seconds, wherever it begins, with any number of processes;
+      - what was taken is given back after W, and at most W / WINDOW_PARTS later; until then a burst may take all N.
+    A log of every take would give back on time, at the price of N entries a window.
+    """
+
+    async def take(self, partition: str, windows: Sequence[Window]) -> Taken:
+        """Take one from every window, or from none when one of them has nothing left.
+
+        Windows of one partition are taken together atomically, and of different ones never. A take whose answer
+        is lost on the way may be counted and not known, or counted twice: the limit holds, and less is granted.
+
+        Raises StoreUnavailable.
+        """
+
+
 # -- Blobs -------------------------------------------------------------------------------------
 
 
@@ -323,5 +350,6 @@ class Broker:
     queue: Queue
     results: Results
     catalog: Catalog
+    counters: Counters
     blobs: Blobs
     settings: Settings

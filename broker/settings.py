@@ -88,6 +88,11 @@ class Settings(BaseSettings):
         le=16 * MIB,
         description="Request bodies above this travel through the blob store instead of the queue.",
     )
+    rate_limit_unreachable: Literal["open", "closed"] = Field(
+        "open",
+        description="What becomes of invocations of rate limited functions while the counters cannot be reached: "
+        "`open` lets them pass uncounted, `closed` answers 503.",
+    )
     blobs_timeout_s: float = Field(30, gt=0, le=600, description="Seconds one answer of the blob store may take.")
 
     @model_validator(mode="after")
@@ -134,6 +139,15 @@ class ApiSettings(Settings):
     asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
     result_url_ttl_s: float = Field(
         86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."
+    )
+    account_calls_per_s: int = Field(
+        200,
+        ge=0,
+        description="Management calls that one front end takes from one account in a second, beyond which it answers "
+        "429; 0 for any number.",
+    )
+    function_calls_per_s: int = Field(
+        200, ge=0, description="The same for the calls of one account about one function or version."
     )
     shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
 

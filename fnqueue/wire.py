@@ -109,6 +109,33 @@ class EnvironmentVariable(Wire):
     value: Annotated[str, Field(max_length=32_768, pattern=r"^[^\x00]*$")]
 
 
+class RateLimitModel(Wire):
+    """How often a version may be invoked. Rates are text such as `100-S, 500-H`: a number, a dash, and one of S, M,
+    H, D. What makes a good rate, and which fields go together, is the server's to say."""
+
+    rate_limit: Annotated[str, Field(max_length=256)] | None = None
+    exempted_nca_ids: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=32)] | None = None
+    per_nca_id_rate: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=128)], Annotated[str, Field(max_length=256)]], Field(max_length=32)
+        ]
+        | None
+    ) = None
+    per_user_rate: Annotated[str, Field(max_length=256)] | None = None
+    sync_check: bool | None = None
+
+
+class SetRateLimit(RateLimitModel):
+    """Body of `PUT /ratelimit/functions/{functionId}/versions/{versionId}`: the object itself, or within
+    `{"rateLimit": …}` as it stands in a function."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unwrap(cls, given: Any) -> Any:
+        inner = given.get("rateLimit") if isinstance(given, Mapping) else None
+        return inner if isinstance(inner, Mapping) else given
+
+
 class CreateFunction(Wire):
     """Body of `POST /functions` and `POST /functions/{functionId}/versions`."""
 
@@ -125,6 +152,7 @@ class CreateFunction(Wire):
     function_type: Annotated[Literal["DEFAULT", "STREAMING", "LLM"], BeforeValidator(_upper)] = "DEFAULT"
     tags: Annotated[list[str], Field(max_length=64), AfterValidator(_tags)] = []
     description: Annotated[str, Field(max_length=256)] = ""
+    rate_limit: RateLimitModel | None = None
 
     @model_validator(mode="after")
     def _can_run_here(self) -> CreateFunction:
@@ -170,6 +198,7 @@ class Function(Wire):
     tags: list[str] | None = None
     description: str
     function_type: str
+    rate_limit: RateLimitModel | None = None
 
 
 class FunctionHealth(Wire):

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from api import headers, payloads
+from api import headers, limits, payloads
 from api.front import Front
 from broker import functions
 from broker.functions import Definition
@@ -97,6 +97,7 @@ def present(version: Version, instances: Iterable[Instance] | None = None) -> wi
         tags=list(version.tags) or None,
         description=version.description,
         function_type=version.function_type,
+        rate_limit=limits.present(version.rate_limit) if version.rate_limit else None,
     )
 
 
@@ -147,6 +148,7 @@ def _definition(asked: wire.CreateFunction) -> Definition:
         function_type=asked.function_type,
         description=asked.description,
         tags=tuple(asked.tags),
+        rate_limit=limits.define(asked.rate_limit) if asked.rate_limit else None,
     )
 
 

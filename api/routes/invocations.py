@@ -12,8 +12,8 @@ from api.answers import Answer
 from api.bodies import Held
 from api.calls import Accepting, Interrupted
 from api.front import Front
-from api.middleware import RECORD
-from broker import invocations
+from api.middleware import RECORD, TAKEN
+from broker import invocations, limits
 from broker.accounts import require
 from broker.errors import Overloaded
 from broker.invocations import Submission
@@ -80,7 +80,10 @@ async def poll(front: Front, request: web.Request) -> web.Response:
 
 
 async def _admit(front: Front, request: web.Request) -> Call:
-    """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read."""
+    """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read.
+
+    The rate limit comes last, so that nothing that could never run counts; a body that then does not come, counts.
+    """
     arrived, named = request.headers, request.match_info
     token = auth.token(arrived)
     function_id = headers.uuid(named["function_id"], field="functionId")
@@ -89,7 +92,7 @@ async def _admit(front: Front, request: web.Request) -> Call:
     principal = await front.authenticator.authenticate(token)
     require(principal, SCOPE)
     version = await front.versions.pick(principal, function_id, version_id)
-    return Call(
+    call = Call(
         principal=principal,
         version=version,
         function_id=function_id,
@@ -100,6 +103,9 @@ async def _admit(front: Front, request: web.Request) -> Call:
         passthrough=headers.passthrough(arrived),
         idempotency_key=headers.idempotency_key(arrived),
     )
+    request[TAKEN] = await front.rate_limiter.take(principal, version)
+    limits.require(request[TAKEN])
+    return call
 
 
 async def _run(front: Front, call: Call, held: Held) -> Record:

@@ -36,7 +36,7 @@ async def catalog(request: pytest.FixtureRequest) -> AsyncIterator[Catalog]:
         yield MemoryCatalog()
         return
     server: Redis = request.getfixturevalue("redis_server")
-    async with open_store(server.url, Settings()) as (_, opened):
+    async with open_store(server.url, Settings()) as (_, opened, _):
         yield opened
 
 
