@@ -14,6 +14,7 @@
     ├── TryLater                    carries `retry_after_s`
     │   ├── QueueFull
     │   ├── Overloaded              this process is at one of its own limits
+    │   ├── NoCapacity              every card that could do it is taken
     │   └── Unavailable             a server behind us is away
     │       ├── QueueMissing        nothing consumes or holds this version's jobs
     │       ├── PublishUnconfirmed  the job may or may not be in the queue
@@ -91,6 +92,10 @@ class QueueFull(TryLater):
 
 
 class Overloaded(TryLater):
+    pass
+
+
+class NoCapacity(TryLater):
     pass
 
 
