@@ -171,15 +171,22 @@ class ClusterState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterType:
-    """One instance type of a registered cluster, and how many instances of it the cluster says it holds and runs."""
+    """One instance type of a registered cluster. `value` is what its nodes call it."""
 
-    gpu: str
     name: str
-    value: str = ""
+    value: str
     description: str = ""
     default: bool = False
     gpu_count: int = 1
-    capacity: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterGpu:
+    """One GPU of a registered cluster: how many of it the cluster has, and how many are in use."""
+
+    name: str
+    capacity: int
+    types: tuple[ClusterType, ...]
     allocated: int = 0
 
 
@@ -204,7 +211,7 @@ class Cluster:
     custom_attributes: tuple[tuple[str, str], ...] = ()
     oidc_issuer: str = ""
     jwks: str = ""
-    types: tuple[ClusterType, ...] = ()
+    gpus: tuple[ClusterGpu, ...] = ()
     state: ClusterState = ClusterState.NOT_READY
     seen_at: float = 0.0
 
