@@ -94,6 +94,11 @@ def test_names_on_the_wire_are_those_of_the_document() -> None:
     assert set(fields["required"]) == {"name", "inferenceUrl"}
 
 
+def test_a_model_that_says_nothing_of_itself_is_described_by_nobody_else() -> None:
+    assert "pydantic" not in json.dumps(DOCUMENT)
+    assert DOCUMENT["paths"]["/v2/nvcf/functions"]["get"]["responses"]["200"]["description"] == "Done."
+
+
 def test_what_is_open_needs_no_key() -> None:
     anyone = open_to_all(cast("Front", None))
     described = document([anyone.get("/x", health.live, "x")])["paths"]["/x"]["get"]
