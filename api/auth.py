@@ -43,7 +43,7 @@ def guarded(front: Front, handler: Guarded, *scopes: str) -> Handler:
     return guard
 
 
-def paced(handler: Guarded) -> Guarded:
+def at_pace(handler: Guarded) -> Guarded:
     """`handler`, for callers that keep the pace of management calls."""
 
     async def pace(front: Front, request: web.Request, principal: Principal) -> web.StreamResponse:

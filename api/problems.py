@@ -101,6 +101,12 @@ def kind_of(error: BaseException) -> Kind:
     return next((_KINDS[base] for base in type(error).__mro__ if base in _KINDS), INTERNAL)
 
 
+def kinds() -> tuple[Kind, ...]:
+    """All that an answer can be, for the documentation."""
+    others = (INTERNAL, NOT_READY, REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED)
+    return (*_KINDS.values(), *others)
+
+
 def body(kind: Kind, detail: str = "", **members: str) -> bytes:
     """The JSON of a problem; empty members are left out."""
     problem = {"type": kind.type, "title": HTTPStatus(kind.status).phrase, "status": kind.status}

@@ -16,6 +16,7 @@
     │   ├── RateLimited             the function's rate limit, as its author set it
     │   ├── SlowDown                too many management calls
     │   ├── Overloaded              this process is at one of its own limits
+    │   ├── NoCapacity              every card that could do it is taken
     │   └── Unavailable             a server behind us is away
     │       ├── QueueMissing        nothing consumes or holds this version's jobs
     │       ├── PublishUnconfirmed  the job may or may not be in the queue
@@ -101,6 +102,10 @@ class SlowDown(TryLater):
 
 
 class Overloaded(TryLater):
+    pass
+
+
+class NoCapacity(TryLater):
     pass
 
 

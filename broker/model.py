@@ -157,12 +157,88 @@ class Instance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU type that a launcher can place instances on; `capacity` counts instances of its default type."""
+    """One instance type on offer. Of one GPU, the first type on offer is its default.
+
+    `capacity` counts the instances of this type that fit when nothing else runs. `gpu_count`, `cpu_cores` and
+    `system_memory_bytes` are what one instance may count on; `gpu_memory_bytes` is that of each card. 0 and '' mean
+    not known, or none.
+    """
 
     name: str
     instance_type: str
     backend: str
     capacity: int
+    gpu_count: int = 0
+    cpu_cores: int = 0
+    system_memory_bytes: int = 0
+    gpu_memory_bytes: int = 0
+    cpu_arch: str = ""
+    os: str = ""
+    driver_version: str = ""
+
+
+# -- clusters ----------------------------------------------------------------------------------
+
+
+class ClusterState(StrEnum):
+    """What an operator can meet (contract/management.md §3.4). UNHEALTHY and ABANDONED follow from silence."""
+
+    READY = "READY"
+    NOT_READY = "NOT_READY"
+    UNHEALTHY = "UNHEALTHY"
+    PAUSED = "PAUSED"
+    FAILED = "FAILED"
+    CORDON = "CORDON"
+    CORDON_AND_DRAIN = "CORDON_AND_DRAIN"
+    ABANDONED = "ABANDONED"
+    DELETED = "DELETED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterType:
+    """One instance type of a registered cluster. `value` is what its nodes call it."""
+
+    name: str
+    value: str
+    description: str = ""
+    default: bool = False
+    gpu_count: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterGpu:
+    """One GPU of a registered cluster: how many of it the cluster has, and how many are in use."""
+
+    name: str
+    capacity: int
+    types: tuple[ClusterType, ...]
+    allocated: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """A cluster as it was registered, and what its agent last said of it. `state` is the agent's own word, at
+    `seen_at`; 0: it has never been heard. `authorized` accounts see its group beside the owner; `*` is everyone."""
+
+    id: str
+    account: str
+    name: str
+    group: str
+    cloud_provider: str
+    region: str
+    created_at: float
+    updated_at: float
+    agent_version: str = ""
+    kubernetes_version: str = ""
+    authorized: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    custom_attributes: tuple[tuple[str, str], ...] = ()
+    oidc_issuer: str = ""
+    jwks: str = ""
+    gpus: tuple[ClusterGpu, ...] = ()
+    state: ClusterState = ClusterState.NOT_READY
+    seen_at: float = 0.0
 
 
 # -- requests ----------------------------------------------------------------------------------

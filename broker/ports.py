@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from broker.model import (
     Blob,
     Claim,
+    Cluster,
     Deployment,
     Draft,
     Epoch,
@@ -228,6 +229,10 @@ class Catalog(Protocol):
     def keys(self) -> Table[Key]:
         """Key: hash. Index: `account`."""
 
+    @property
+    def clusters(self) -> Table[Cluster]:
+        """Key: cluster id. Index: `account`."""
+
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         """Report an instance; it vanishes `ttl_s` after its last beat."""
 
@@ -334,7 +339,7 @@ class Launcher(Protocol):
 
     async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
         """Begin to start an instance; its sidecar reports when it is ready. Raises ConfigurationError when
-        it can never start (an unknown image, say)."""
+        it can never start (an unknown image, say), NoCapacity when only room is missing."""
 
     async def stop(self, instance_id: str, *, grace_s: float) -> None:
         """Drain for at most `grace_s`, then end it and forget it. Idempotent."""

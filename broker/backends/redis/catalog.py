@@ -9,7 +9,7 @@ from broker.backends.codec import pack, unpack
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection
 from broker.errors import RevisionConflict
-from broker.model import Deployment, Gpu, Instance, Key, Version
+from broker.model import Cluster, Deployment, Gpu, Instance, Key, Version
 from broker.ports import Row
 
 T = TypeVar("T")
@@ -69,6 +69,7 @@ class RedisCatalog:
         self.versions = RedisTable(connection, "versions", Version, lambda item: item.id, ("function_id", "account"))
         self.deployments = RedisTable(connection, "deployments", Deployment, lambda item: item.version_id, ("account",))
         self.keys = RedisTable(connection, "keys", Key, lambda item: item.hash, ("account",))
+        self.clusters = RedisTable(connection, "clusters", Cluster, lambda item: item.id, ("account",))
 
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         await self._connection.run(
