@@ -9,10 +9,12 @@
     ├── Forbidden                   a valid credential that lacks the scope
     ├── NotFound                    unknown, or not the caller's: told apart nowhere
     │   ├── RequestExpired          was the caller's, and its time to live has passed
+    ├── AlreadyExists               there is one of that name
     ├── AlreadyFinished             a terminal request cannot be cancelled
     ├── RevisionConflict            somebody else wrote first; read again and retry
     ├── TryLater                    carries `retry_after_s`
     │   ├── QueueFull
+    │   ├── TooManyRequests         the caller comes too fast
     │   ├── Overloaded              this process is at one of its own limits
     │   └── Unavailable             a server behind us is away
     │       ├── QueueMissing        nothing consumes or holds this version's jobs
@@ -72,6 +74,10 @@ class RequestExpired(NotFound):
     pass
 
 
+class AlreadyExists(FnqueueError):
+    pass
+
+
 class AlreadyFinished(FnqueueError):
     pass
 
@@ -87,6 +93,10 @@ class TryLater(FnqueueError):
 
 
 class QueueFull(TryLater):
+    pass
+
+
+class TooManyRequests(TryLater):
     pass
 
 
