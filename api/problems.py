@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from api import headers
 from broker.errors import (
+    AlreadyExists,
     AlreadyFinished,
     BadRequest,
     FnqueueError,
@@ -28,6 +29,7 @@ from broker.errors import (
     RequestExpired,
     RevisionConflict,
     StateConflict,
+    TooManyRequests,
     TryLater,
     Unauthenticated,
     Unavailable,
@@ -76,9 +78,11 @@ _KINDS: dict[type[BaseException], Kind] = {
     RequestExpired: Kind(404, OURS + "result-expired"),
     WrongMethod: Kind(405, OURS + "method-not-allowed"),
     BodyTooSlow: Kind(408, OURS + "body-timeout"),
+    AlreadyExists: Kind(409, UPSTREAM + "conflict"),
     AlreadyFinished: Kind(409, UPSTREAM + "conflict"),
     RevisionConflict: Kind(409, UPSTREAM + "conflict"),
     QueueFull: Kind(429, OURS + "queue-full"),
+    TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
     TryLater: Kind(503, OURS + "unavailable"),
     Overloaded: Kind(503, OURS + "overloaded"),
     Unavailable: Kind(503, OURS + "unavailable"),
