@@ -126,7 +126,9 @@ def acting_for(principal: Principal, account: str) -> Principal:
 
 
 def require_for(principal: Principal, account: str, *scopes: str) -> None:
-    """Raises Forbidden unless it holds one of `scopes` and is of the account, or holds one behind `admin:`."""
+    """Raises Forbidden unless it holds one of `scopes` and is of the account, or holds one behind `admin:`;
+    BadRequest when the account's name can be none."""
+    _valid_account(account)
     if principal.account == account and not principal.scopes.isdisjoint(scopes):
         return
     require(principal, *(ADMIN + scope for scope in scopes))

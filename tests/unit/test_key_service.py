@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import yarl
 
 from broker.accounts import ACCOUNT_SCOPES, SCOPES, create_key
 from tests.unit.test_server import FUNCTION, KEY, NVCF, VERSION, House, opened
@@ -286,6 +287,25 @@ async def test_the_new_routes_ask_for_a_credential_and_a_scope(house: House) -> 
         for method, path in paths:
             assert (await ask(nobody, method, path))[0] == 401, (method, path)
             assert (await ask(somebody, method, path))[0] == 403, (method, path)
+
+
+async def test_names_that_no_account_can_have_are_400(house: House) -> None:
+    for name in ("%ff", "%00", "a%2Fb", "%ED%A0%80", "x" * 65, "*"):
+        for method, path in (
+            ("GET", f"{ACCOUNTS}/{name}"),
+            ("DELETE", f"{ACCOUNTS}/{name}"),
+            ("GET", f"{ACCOUNTS}/{name}/functions"),
+            ("GET", f"{KEYS}?nca_id={name}"),
+        ):
+            async with house.client.request(method, yarl.URL(house.url + path, encoded=True)) as response:
+                assert response.status == 400, (method, path)
+    assert (await ask(house.client, "GET", f"{KEYS}?nca_id="))[0] == 400
+    for body in (wish(nca_id="*"), wish(expires_at="0001-01-01T00:00:00+14:00"), wish(expires_at=9e99)):
+        assert await refused(house.client, body) == 400
+    share = f"{NVCF}/authorizations/functions/{FUNCTION}"
+    for raw in (b'{"authorizedParties":[{"ncaId":"\\ud800"}]}', b'{"authorizedParties":[{"ncaId":"\xff"}]}'):
+        async with house.client.post(share, data=raw) as response:
+            assert response.status == 400
 
 
 async def test_no_rejected_key_is_echoed(house: House) -> None:
