@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from aiohttp import web
 
 from api import headers
 from api.front import Front
 from api.middleware import answer_errors, observing, sharing
-from api.operations import JSON, Facts, Operation, Parameter, Reply, checking_itself, open_to_all, scoped
+from api.operations import FORM, JSON, Facts, Operation, Parameter, Reply, checking_itself, known, open_to_all, scoped
 from api.routes import (
+    accounts,
     assets,
+    authorizations,
     clusters,
     deployments,
     functions,
     health,
     invocations,
+    keys,
     limits,
     queues,
     reference,
@@ -33,20 +38,40 @@ REQUEST = "{request_id:[^/]+}"
 ASSET = "/assets/{asset_id:[^/]+}"
 ACCOUNT = "/accounts/{nca_id:[^/]+}"
 CLUSTER = "/clusters/{cluster_id:[^/]+}"
+KEY = "/v1/keys/{key_id:[^/]+}"
+
+# Where NGC's own clients look (the org is the account), and where a super-admin acts for an account.
+GATEWAYS = ("/v2/orgs/{org:[^/]+}/nvcf", "/v2/orgs/{org:[^/]+}/teams/{team:[^/]+}/nvcf")
+MIRROR = f"{NVCF}/accounts/{{for_account:[^/]+}}"
 
 
 def make_app(front: Front) -> web.Application:
     # From the outside in.
     app = web.Application(middlewares=[observing(front), sharing(front), answer_errors])
+    invoking, managing = _invocations(front), [*_management(front), *_authorizations(front), *_clusters(front)]
     app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])
+    app.add_routes(elsewhere([*invoking, *managing], *GATEWAYS))
+    app.add_routes(elsewhere(managing, MIRROR))
     return app
 
 
 def operations(front: Front) -> list[Operation]:
-    """All that is documented: everything but the signed URLs."""
-    described = [*_open(front), *_invocations(front), *_management(front), *_clusters(front)]
+    """All that is documented: everything but the signed URLs, and what is served elsewhere once more."""
+    described = [*_open(front), *_invocations(front), *_management(front), *_authorizations(front)]
+    described += [*_accounts(front), *_keys(front), *_clusters(front)]
     described += _reference(front, described)
     return described
+
+
+def elsewhere(described: Iterable[Operation], *prefixes: str) -> list[web.RouteDef]:
+    """What is under NVCF and names no account, under other prefixes; `api.auth` reads there for whom it acts."""
+    routes = [operation.route() for operation in described]
+    return [
+        web.RouteDef(route.method, prefix + route.path.removeprefix(NVCF), route.handler, route.kwargs)
+        for prefix in prefixes
+        for route in routes
+        if route.path.startswith(f"{NVCF}/") and not route.path.startswith(f"{NVCF}/accounts")
+    ]
 
 
 def _open(front: Front) -> list[Operation]:
@@ -118,14 +143,117 @@ def _management(front: Front) -> list[Operation]:
     ]
 
 
+def _authorizations(front: Front) -> list[Operation]:
+    authorizes = scoped(front, "authorize_clients")
+    at, one = f"{NVCF}/authorizations", wire.AuthorizationAnswer
+    shares = [
+        authorizes.get(
+            f"{at}{FUNCTION}",
+            authorizations.of_function,
+            "Who may use a function's versions",
+            gives=wire.AuthorizationList,
+        ),
+        authorizes.get(f"{at}{VERSION}", authorizations.of_version, "Who may use a version", gives=one),
+    ]
+    for level, suffix, what in ((FUNCTION, "", "a function"), (VERSION, "_of_version", "a version")):
+        shares += [
+            authorizes.post(
+                at + level,
+                authorizations.replace_all,
+                f"Share {what} with these accounts only",
+                takes=wire.AuthorizeParties,
+                gives=one,
+                name="authorizations_replace_all" + suffix,
+            ),
+            authorizes.delete(
+                at + level,
+                authorizations.clear,
+                f"Share {what} with nobody",
+                gives=one,
+                name="authorizations_clear" + suffix,
+            ),
+            authorizes.patch(
+                f"{at}{level}/add",
+                authorizations.add,
+                f"Share {what} with one more account",
+                takes=wire.AuthorizeParty,
+                gives=one,
+                name="authorizations_add" + suffix,
+            ),
+            authorizes.patch(
+                f"{at}{level}/remove",
+                authorizations.remove,
+                f"Share {what} with one account less",
+                takes=wire.AuthorizeParty,
+                gives=one,
+                name="authorizations_remove" + suffix,
+            ),
+        ]
+    return shares
+
+
+def _accounts(front: Front) -> list[Operation]:
+    """These ask for their scopes themselves, which depend on the account that the path names."""
+    reads, writes = (known(front, *accounts.anyones(scopes)) for scopes in (accounts.READS, accounts.WRITES))
+    at, one = f"{NVCF}{ACCOUNT}", wire.AccountAnswer
+    return [
+        reads.get(f"{NVCF}/accounts", accounts.list_accounts, "List accounts", gives=wire.AccountList),
+        writes.post(at, accounts.create, "Create an account", takes=wire.CreateAccount, gives=one),
+        reads.get(at, accounts.get, "Get an account", gives=one),
+        writes.patch(at, accounts.update, "Update an account", takes=wire.UpdateAccount, gives=one),
+        writes.delete(at, accounts.delete, "Delete an account and its keys"),
+    ]
+
+
+def _keys(front: Front) -> list[Operation]:
+    manages, anyone = scoped(front, *keys.SCOPES), open_to_all(front)
+    one = wire.ApiKey
+    return [
+        manages.post(
+            "/v1/keys", keys.create, "Create a key", takes=wire.CreateKey, gives=one, parameters=[OWNER, ISSUER]
+        ),
+        manages.get("/v1/keys", keys.list_keys, "List keys", gives=wire.ApiKeyList, parameters=[OF_ACCOUNT, OWNER]),
+        manages.get(KEY, keys.get, "Get a key", gives=one),
+        manages.delete(KEY, keys.delete, "Delete a key"),
+        manages.put(
+            f"{KEY}/authorizations",
+            keys.authorize,
+            "Give a key other rights",
+            takes=wire.UpdateKeyAuthorizations,
+            gives=one,
+        ),
+        manages.put(
+            f"{KEY}/status", keys.set_status, "Suspend or activate a key", takes=wire.UpdateKeyStatus, gives=one
+        ),
+        manages.post(
+            "/v1/introspect",
+            keys.introspect,
+            "Tell what a key may do",
+            takes=wire.Introspect,
+            gives=wire.Introspected,
+            errors=[404],
+        ),
+        anyone.post(
+            "/v3/keys/get-caller-info",
+            keys.caller_info,
+            "Tell whose key it is",
+            takes=wire.Credentials,
+            media=FORM,
+            gives=wire.CallerInfo,
+            errors=[401],
+        ),
+    ]
+
+
 def _clusters(front: Front) -> list[Operation]:
     registers, lists = scoped(front, "register_function"), scoped(front, "list_cluster_groups")
     operates = scoped(front, "cluster-management")
+    counts = known(front, *accounts.anyones([clusters.USAGE]))
     one = wire.ClusterAnswer
     return [
         registers.get(f"{NVCF}/supportedGpus", clusters.supported_gpus, "GPUs on offer", gives=wire.SupportedGpus),
         lists.get(f"{NVCF}/clusterGroups", clusters.list_groups, "Instance types on offer", gives=wire.ClusterGroups),
-        lists.get(f"{NVCF}{ACCOUNT}/usage/gpus", clusters.usage, "What deployments take", gives=wire.GpuUsages),
+        counts.get(f"{NVCF}{ACCOUNT}/usage/gpus", clusters.usage, "What deployments take", gives=wire.GpuUsages),
         operates.post(
             f"/v1{ACCOUNT}/clusters",
             clusters.register,
@@ -192,6 +320,21 @@ GRACEFUL = Parameter(
     where="query",
     description="Keep the instances until nothing is queued or running.",
     schema={"type": "boolean", "default": False},
+)
+OF_ACCOUNT = Parameter(
+    name="nca_id", where="query", description="Whose keys. Absent: the caller's account's.", schema={"type": "string"}
+)
+OWNER = Parameter(
+    name=keys.OWNER,
+    where="header",
+    description="Whom the key is for; of a list: whose keys to show.",
+    schema={"type": "string", "maxLength": keys.LONGEST_ID},
+)
+ISSUER = Parameter(
+    name=keys.ISSUER,
+    where="header",
+    description="The service that made the key.",
+    schema={"type": "string", "maxLength": keys.LONGEST_ID},
 )
 _WAIT = [
     Parameter(

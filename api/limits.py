@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broker import limits
 from broker.backends.memory.counters import MemoryCounters
-from broker.errors import SlowDown
+from broker.errors import TooManyRequests
 from broker.model import Rate, RateLimit, Window
 from broker.settings import ApiSettings
 from fnqueue.wire import RateLimitModel
@@ -44,7 +44,7 @@ class Pace:
         self._per_function = settings.function_calls_per_s
 
     async def keep(self, account: str, *, about: str) -> None:
-        """`about` is the ID of a version or function, "" when the call is about none. Raises SlowDown."""
+        """`about` is the ID of a version or function, "" when the call is about none. Raises TooManyRequests."""
         bounds = [("account", "", self._per_account), ("function", about, self._per_function if about else 0)]
         windows = [
             Window(counter=f"{policy}:{counter}", policy=policy, rate=Rate(limit=limit, window_s=1))
@@ -54,7 +54,7 @@ class Pace:
         taken = await self._counters.take(account, windows)
         if not taken.granted:
             spent = next(quota for quota in taken.quotas if not quota.remaining)
-            raise SlowDown(
+            raise TooManyRequests(
                 f"slow down: more than {spent.rate.limit} management calls per second for this {spent.policy}",
                 retry_after_s=taken.retry_after_s,
             )

@@ -21,7 +21,7 @@ RECORD = web.RequestKey("record", Record)
 TAKEN = web.RequestKey("taken", Taken)
 
 # Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
-ABOUT_A_REQUEST = ("/v2/nvcf/pexec/", "/v2/nvcf/requests/")
+ABOUT_A_REQUEST = ("/nvcf/pexec/", "/nvcf/requests/")
 SERVER = "fnqueue"  # and not which versions of what
 _PREFLIGHT_S = "86400"
 
@@ -122,7 +122,7 @@ def _problem(request: web.Request, error: Exception) -> web.Response:
 
 
 def _about_a_request(path: str) -> bool:
-    return path.startswith(ABOUT_A_REQUEST) or path.endswith("/position")
+    return any(part in path for part in ABOUT_A_REQUEST) or path.endswith("/position")
 
 
 def _no_such_path(request: web.Request) -> FnqueueError:

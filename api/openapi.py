@@ -140,7 +140,7 @@ def _body(operation: Operation, schemas: Schemas) -> Json:
         return {}
     if not _is_model(operation.takes):
         return {"content": {JSON: {"schema": {}}, OCTETS: {"schema": {}}}}
-    return {"required": True, "content": {JSON: {"schema": schemas[operation.takes, "validation"]}}}
+    return {"required": True, "content": {operation.media: {"schema": schemas[operation.takes, "validation"]}}}
 
 
 def _reply(reply: Reply, schemas: Schemas) -> Json:

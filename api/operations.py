@@ -22,6 +22,7 @@ from api.front import Front
 
 H = TypeVar("H", bound=Callable[..., Any])
 JSON = "application/json"
+FORM = "application/x-www-form-urlencoded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class Facts(TypedDict, total=False):
     """What an operation says of itself where it is not as most are."""
 
     takes: type[BaseModel] | type[object]
+    media: str  # of the body that is a model, where it is not JSON
     gives: type[BaseModel]
     status: int  # of success, where it is not 200, or 204 without `gives`
     parameters: Sequence[Parameter]
@@ -70,6 +72,7 @@ class Operation:
     description: str
     scopes: tuple[str, ...]
     takes: type[BaseModel] | type[object] | None
+    media: str
     replies: tuple[Reply, ...]
     parameters: tuple[Parameter, ...]
     errors: tuple[int, ...]
@@ -112,6 +115,7 @@ class Door(Generic[H]):
             description=inspect.getdoc(handler) or "",
             scopes=self._scopes,
             takes=facts.get("takes"),
+            media=facts.get("media", JSON),
             replies=tuple(facts.get("replies") or [_success(facts)]),
             parameters=tuple(facts.get("parameters", ())),
             errors=tuple(facts.get("errors", ())),
@@ -129,6 +133,12 @@ def scoped(front: Front, *scopes: str, paced: bool = True) -> Door[Guarded]:
     """For callers that hold one of `scopes`; their principal is the handler's third argument. `paced`: and that keep
     the pace of management calls."""
     return Door(lambda handler: guarded(front, at_pace(handler) if paced else handler, *scopes), *scopes)
+
+
+def known(front: Front, *scopes: str) -> Door[Guarded]:
+    """For any good credential that keeps the pace of management calls, where the handler asks for one of `scopes`
+    itself: which, depends on the account that it is about."""
+    return Door(lambda handler: guarded(front, at_pace(handler)), *scopes)
 
 
 def checking_itself(front: Front, *scopes: str) -> Door[Unguarded]:

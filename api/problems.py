@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from api import headers
 from broker.errors import (
+    AlreadyExists,
     AlreadyFinished,
     BadRequest,
     FnqueueError,
@@ -28,8 +29,8 @@ from broker.errors import (
     RateLimited,
     RequestExpired,
     RevisionConflict,
-    SlowDown,
     StateConflict,
+    TooManyRequests,
     TryLater,
     Unauthenticated,
     Unavailable,
@@ -78,11 +79,12 @@ _KINDS: dict[type[BaseException], Kind] = {
     RequestExpired: Kind(404, OURS + "result-expired"),
     WrongMethod: Kind(405, OURS + "method-not-allowed"),
     BodyTooSlow: Kind(408, OURS + "body-timeout"),
+    AlreadyExists: Kind(409, UPSTREAM + "conflict"),
     AlreadyFinished: Kind(409, UPSTREAM + "conflict"),
     RevisionConflict: Kind(409, UPSTREAM + "conflict"),
     QueueFull: Kind(429, OURS + "queue-full"),
     RateLimited: Kind(429, OURS + "rate-limited"),
-    SlowDown: Kind(429, UPSTREAM + "too-many-requests"),
+    TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
     TryLater: Kind(503, OURS + "unavailable"),
     Overloaded: Kind(503, OURS + "overloaded"),
     Unavailable: Kind(503, OURS + "unavailable"),

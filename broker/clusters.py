@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from broker.deployments import gone
 from broker.errors import BadRequest, Forbidden, NotFound, RevisionConflict, StateConflict
-from broker.model import Cluster, ClusterGpu, ClusterState, Gpu, Principal
+from broker.model import EVERYONE, Cluster, ClusterGpu, ClusterState, Gpu, Principal
 from broker.ports import Broker
 from broker.revisions import edit
 
@@ -20,7 +20,6 @@ from broker.revisions import edit
 SILENT_S = 180.0
 HEARTBEAT_S = 60.0
 ABANDONED_S = 7 * 86_400.0
-EVERYONE = "*"
 
 _UNKNOWN = "no such cluster"
 _NAMES = uuid.UUID("6f7ac7b5-3f1e-4f7b-9a55-0f0a2d1c6b10")

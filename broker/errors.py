@@ -9,12 +9,13 @@
     ├── Forbidden                   a valid credential that lacks the scope
     ├── NotFound                    unknown, or not the caller's: told apart nowhere
     │   ├── RequestExpired          was the caller's, and its time to live has passed
+    ├── AlreadyExists               there is one of that name
     ├── AlreadyFinished             a terminal request cannot be cancelled
     ├── RevisionConflict            somebody else wrote first; read again and retry
     ├── TryLater                    carries `retry_after_s`
     │   ├── QueueFull
     │   ├── RateLimited             the function's rate limit, as its author set it
-    │   ├── SlowDown                too many management calls
+    │   ├── TooManyRequests         too many management calls, or changes of a key
     │   ├── Overloaded              this process is at one of its own limits
     │   ├── NoCapacity              every card that could do it is taken
     │   └── Unavailable             a server behind us is away
@@ -75,6 +76,10 @@ class RequestExpired(NotFound):
     pass
 
 
+class AlreadyExists(FnqueueError):
+    pass
+
+
 class AlreadyFinished(FnqueueError):
     pass
 
@@ -97,7 +102,7 @@ class RateLimited(TryLater):
     pass
 
 
-class SlowDown(TryLater):
+class TooManyRequests(TryLater):
     pass
 
 

@@ -74,7 +74,7 @@ async def set_rate_limit(
 ) -> Version:
     """Replace the rate limit of a version of one's own, or take it away; what was counted so far stays counted.
 
-    Every front end follows within a second. Raises NotFound.
+    Every front end follows within a second. Raises NotFound, Forbidden, StateConflict.
     """
     await find_version(broker, principal, function_id, version_id)
 

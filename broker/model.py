@@ -85,6 +85,34 @@ class Version:
     rate_limit: RateLimit | None = None
 
 
+EVERYONE = "*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """The accounts beside its owner's that may see and invoke a function: `parties` all its versions, future ones
+    included, and in `versions` those of one version only. EVERYONE makes it public."""
+
+    function_id: str
+    account: str
+    parties: tuple[str, ...] = ()
+    versions: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def shared_with(self) -> tuple[str, ...]:
+        """Everybody named on any level, once."""
+        named = (*self.parties, *(party for _, parties in self.versions for party in parties))
+        return tuple(dict.fromkeys(named))
+
+    def level(self, version_id: str) -> tuple[str, ...]:
+        """The parties of one version alone, or those of the function for ""."""
+        return dict(self.versions).get(version_id, ()) if version_id else self.parties
+
+    def of(self, version_id: str) -> tuple[str, ...]:
+        """Who may use a version: the function's parties and its own."""
+        return tuple(dict.fromkeys((*self.parties, *self.level(version_id))))
+
+
 # -- deployments -------------------------------------------------------------------------------
 
 
@@ -410,10 +438,29 @@ class Asset:
     created_at: float
 
 
+ALL_RESOURCES = ("account-functions/*", "authorized-functions/*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """The limits of one account, in numbers of things that it may have."""
+
+    id: str
+    name: str
+    max_functions: int
+    max_tasks: int
+    max_telemetries: int
+    max_registry_credentials: int
+    created_at: float
+    updated_at: float
+    client_ids: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
     """A bearer key. `hash` is SHA-256 of the secret, in hex; the secret itself is kept nowhere.
-    `expires_at` 0 means that it does not expire."""
+    `expires_at` 0 means that it does not expire. `resources` says which functions it is good for
+    (contract/management.md §4.4); `owner` is whom it was made for, `changed_at` when its rights last changed."""
 
     hash: str
     id: str
@@ -423,15 +470,24 @@ class Key:
     scopes: tuple[str, ...]
     created_at: float
     expires_at: float = 0.0
+    resources: tuple[str, ...] = ALL_RESOURCES
+    suspended: bool = False
+    owner: str = ""
+    issuer: str = ""
+    audiences: tuple[str, ...] = ()
+    changed_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Who is calling. `subject` is stable per credential and reaches the container as NVCF-SUB."""
+    """Who is calling. `subject` is stable per credential and reaches the container as NVCF-SUB.
+    `super_admin` acts for `account` without being of it."""
 
     account: str
     subject: str
     scopes: frozenset[str]
+    resources: frozenset[str] = frozenset(ALL_RESOURCES)
+    super_admin: bool = False
 
 
 # -- limits ------------------------------------------------------------------------------------

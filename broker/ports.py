@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from broker.model import (
+    Account,
     Blob,
     Claim,
     Cluster,
@@ -30,6 +31,7 @@ from broker.model import (
     Position,
     Record,
     RequestState,
+    Sharing,
     Taken,
     Version,
     Window,
@@ -204,7 +206,8 @@ class Table(Protocol[T]):
     async def get(self, key: str) -> Row[T] | None: ...
 
     async def list(self, index: str = "", value: str = "") -> list[Row[T]]:
-        """All rows, or those whose `index` equals `value`; oldest key first. Unknown indexes are a bug."""
+        """All rows, or those whose `index` equals `value`, or holds it if it is a tuple; oldest key first.
+        Unknown indexes are a bug."""
 
     async def put(self, item: T, *, revision: int = 0) -> int:
         """Write if the stored revision is `revision` (0: if there is none); returns the new revision.
@@ -232,6 +235,14 @@ class Catalog(Protocol):
     @property
     def clusters(self) -> Table[Cluster]:
         """Key: cluster id. Index: `account`."""
+
+    @property
+    def accounts(self) -> Table[Account]:
+        """Key: account id."""
+
+    @property
+    def sharing(self) -> Table[Sharing]:
+        """Key: function id. Index: `shared_with`."""
 
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         """Report an instance; it vanishes `ttl_s` after its last beat."""

@@ -94,6 +94,16 @@ class Settings(BaseSettings):
         "`open` lets them pass uncounted, `closed` answers 503.",
     )
     blobs_timeout_s: float = Field(30, gt=0, le=600, description="Seconds one answer of the blob store may take.")
+    max_functions: int = Field(
+        50,
+        ge=0,
+        le=2**31 - 1,
+        description="Function versions an account may have when another function is created, unless its record says "
+        "otherwise.",
+    )
+    keys_per_owner: int = Field(
+        8, ge=1, le=10_000, description="Valid API keys that one owner in an account may have through `POST /v1/keys`."
+    )
 
     @model_validator(mode="after")
     def _a_key_never_outlives_its_result(self) -> Self:

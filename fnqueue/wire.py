@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     AliasChoices,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -571,6 +572,206 @@ class Position(Wire):
 class Cancelled(Wire):
     request_id: str
     status: str
+
+
+# -- accounts and sharing ----------------------------------------------------------------------
+
+AccountName = Annotated[str, Field(min_length=4, max_length=36, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Quota = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class CreateAccount(Wire):
+    """Body of `POST /accounts/{ncaId}`."""
+
+    name: AccountName
+    admin_client_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    max_functions_allowed: Quota | None = None
+    max_tasks_allowed: Quota | None = None
+    max_telemetries_allowed: Annotated[int, Field(ge=0, le=25)] | None = None
+    max_registry_credentials_allowed: Annotated[int, Field(ge=0, le=25)] | None = None
+
+
+class UpdateAccount(Wire):
+    """Body of `PATCH /accounts/{ncaId}`: something of it is needed."""
+
+    name: AccountName | None = None
+    max_functions_allowed: Quota | None = None
+    max_tasks_allowed: Quota | None = None
+    max_telemetries_allowed: Annotated[int, Field(ge=0, le=50)] | None = None
+    max_registry_credentials_allowed: Annotated[int, Field(ge=0, le=50)] | None = None
+
+
+class Account(Wire):
+    nca_id: str
+    name: str
+    client_ids: list[str] | None = None
+    admin_client_ids: list[str] | None = None
+    max_functions_allowed: int
+    max_tasks_allowed: int
+    max_telemetries_allowed: int
+    max_registry_credentials_allowed: int
+    current_number_functions: int | None = None
+    last_updated_at: datetime | None = None
+
+
+class AccountAnswer(Wire):
+    account: Account
+
+
+class AccountList(Wire):
+    cloud_accounts: list[Account]
+
+
+class AuthorizedParty(Wire):
+    """Here is no client to be shared with alone: a `client_id` is refused."""
+
+    nca_id: Annotated[str, Field(min_length=1, max_length=64)]
+    client_id: str | None = None
+
+    @model_validator(mode="after")
+    def _is_an_account(self) -> AuthorizedParty:
+        if self.client_id:
+            raise ValueError("clientId: no such client; share with the account")
+        return self
+
+
+class AuthorizeParties(Wire):
+    """Body of `POST /authorizations/functions/{functionId}[/versions/{versionId}]`."""
+
+    authorized_parties: Annotated[list[AuthorizedParty], Field(min_length=1, max_length=512)]
+
+
+class AuthorizeParty(Wire):
+    """Body of the `PATCH …/add` and `PATCH …/remove` of the same paths."""
+
+    authorized_party: AuthorizedParty
+
+
+class Authorization(Wire):
+    """Who may use a function, or the one version that is named."""
+
+    id: str
+    nca_id: str
+    version_id: str | None = None
+    authorized_parties: list[AuthorizedParty]
+
+
+class AuthorizationAnswer(Wire):
+    function: Authorization
+
+
+class AuthorizationList(Wire):
+    functions: list[Authorization]
+
+
+# -- keys --------------------------------------------------------------------------------------
+
+
+class Snake(Wire):
+    """The key service alone speaks snake_case."""
+
+    model_config = ConfigDict(alias_generator=None)
+
+
+class KeyResource(Snake):
+    """`account-functions` or `authorized-functions` with the id `*`, or `function` with `<id>/*` or
+    `<id>/<version id>`."""
+
+    id: Annotated[str, Field(min_length=1, max_length=128)]
+    type: Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class KeyPolicy(Snake):
+    """Without `resources` it is about every function that the account sees; with none of them, about none."""
+
+    scopes: list[str]
+    resources: list[KeyResource] | None = None
+    aud: Annotated[str, Field(max_length=256)] | None = None
+    auds: list[Annotated[str, Field(max_length=256)]] | None = None
+    product: Annotated[str, Field(max_length=256)] | None = None
+
+
+class KeyAuthorizations(Snake):
+    policies: Annotated[list[KeyPolicy], Field(min_length=1, max_length=1)]
+
+    @model_validator(mode="after")
+    def _is_short(self) -> KeyAuthorizations:
+        if len(self.to_json()) > 2048:
+            raise ValueError("must not be longer than 2048 characters")
+        return self
+
+
+class CreateKey(Snake):
+    """Body of `POST /v1/keys`. `nca_id` is for who may make keys of another account."""
+
+    description: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 _-]+$")] | None = None
+    expires_at: AwareDatetime | None = None
+    authorizations: KeyAuthorizations
+    audience_service_ids: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=16)] = []
+    nca_id: str | None = None
+
+
+class UpdateKeyAuthorizations(Snake):
+    authorizations: KeyAuthorizations
+
+
+class UpdateKeyStatus(Snake):
+    status: Annotated[Literal["ACTIVE", "SUSPENDED"], BeforeValidator(_upper)]
+
+
+class ApiKey(Snake):
+    """`value` is the key itself, once; `hint` is enough to tell it from others."""
+
+    id: str
+    status: str
+    value: str | None = None
+    hint: str
+    nca_id: str
+    owner_type: str = "USER"
+    owner_id: str
+    issuer_service_id: str | None = None
+    audience_service_ids: list[str]
+    description: str | None = None
+    created_at: datetime
+    expires_at: datetime | None = None
+    authorizations: KeyAuthorizations | None = None
+
+
+class ApiKeyList(Snake):
+    keys: list[ApiKey]
+
+
+class Introspect(Snake):
+    """Body of `POST /v1/introspect`."""
+
+    key: Annotated[str, Field(min_length=1, max_length=512)]
+    audience_service_id: str | None = None
+
+
+class Introspected(Snake):
+    key_id: str
+    nca_id: str
+    owner_type: str = "USER"
+    owner_id: str
+    issuer_service_id: str | None = None
+    authorizations: KeyAuthorizations
+    expires_at: datetime | None = None
+
+
+class Credentials(Wire):
+    """The form of `POST /v3/keys/get-caller-info`; without it the Authorization header counts."""
+
+    credentials: str | None = None
+
+
+class CallerInfo(Wire):
+    """What NGC's SDK and CLI ask of a key: a SERVICE_KEY belongs to an org and to no user."""
+
+    type: str = "SERVICE_KEY"
+    org_name: str
+    key_id: str | None = None
+    products: list[str]
+    roles: list[str] = []
 
 
 Function.model_rebuild()

@@ -10,12 +10,14 @@ from api import headers, payloads
 from api.front import Front
 from api.routes.functions import instant
 from broker import clusters
+from broker.accounts import acting_for, require_for
 from broker.clusters import Group, Usage
 from broker.errors import BadRequest
-from broker.model import Cluster, ClusterGpu, ClusterState, ClusterType, Gpu, Principal
+from broker.model import EVERYONE, Cluster, ClusterGpu, ClusterState, ClusterType, Gpu, Principal
 from fnqueue import wire
 
 GIB = 1024**3
+USAGE = "list_cluster_groups"
 
 
 # -- what is on offer ----------------------------------------------------------------------------
@@ -33,7 +35,10 @@ async def list_groups(front: Front, request: web.Request, principal: Principal) 
 
 
 async def usage(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    clusters.own(principal, request.match_info["nca_id"])
+    account = request.match_info["nca_id"]
+    require_for(principal, account, USAGE)
+    if account != principal.account:
+        principal = acting_for(principal, account)
     groups = {group.name: group for group in await clusters.groups(front.broker, principal)}
     used: dict[tuple[str, str], list[Usage]] = {}
     for part in await clusters.usage(front.broker, principal):
@@ -59,7 +64,7 @@ def _group(group: Group, owner: str) -> wire.ClusterGroup:
         id=group.id,
         name=group.name,
         nca_id=owner,
-        authorized_nca_ids=[clusters.EVERYONE],
+        authorized_nca_ids=[EVERYONE],
         gpus=[
             wire.OfferedGpu(
                 name=name,

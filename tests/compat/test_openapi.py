@@ -31,7 +31,7 @@ from api import payloads
 from api.app import make_app, operations
 from api.front import Front
 from api.openapi import document
-from api.operations import Operation
+from api.operations import FORM, JSON, Operation
 from broker.backends.files import FileBlobs
 from broker.connect import open_broker
 from broker.model import FunctionStatus, Gpu, Version
@@ -44,6 +44,7 @@ KEY = "admin-key"
 FUNCTION = "5636b912-ecc0-493d-ab0c-1f702b96d75c"
 VERSION = "65721e80-9b32-4396-9bec-8c08256297cf"
 KNOWN = {"functionId": FUNCTION, "versionId": VERSION, "ncaId": "default"}
+RIGHTS = {"policies": [{"scopes": ["invoke_function"]}]}
 GPU = Gpu(name="H100", instance_type="NCP.GPU.H100_1x", backend="local", capacity=8, gpu_count=1)
 CHECKS = [
     not_a_server_error,
@@ -107,6 +108,7 @@ class Server:
             created_at=1.0,
             status=FunctionStatus.ACTIVE,
         )
+        await self.broker.catalog.accounts.delete("default")  # or the limits that a case set for it would hold
         row = await self.broker.catalog.versions.get(VERSION)
         await self.broker.catalog.versions.put(version, revision=row.revision if row else 0)
 
@@ -204,9 +206,17 @@ def answer(case: Case[Any], server: Server, client: requests.Session, *, headers
 def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, client: requests.Session) -> None:
     server.run(server.seed())
 
-    def call(operation: str, body: Any = None, *, headers: dict[str, str] | None = None, **named: str) -> Any:
+    def call(
+        operation: str,
+        body: Any = None,
+        *,
+        headers: dict[str, str] | None = None,
+        query: dict[str, str] | None = None,
+        media: str = JSON,
+        **named: str,
+    ) -> Any:
         found = API.find_operation_by_id(operation)
-        facts: dict[str, Any] = {} if body is None else {"body": body, "media_type": "application/json"}
+        facts: dict[str, Any] = {"query": query or {}} | ({} if body is None else {"body": body, "media_type": media})
         case = found.Case(path_parameters=named, headers=headers or {}, **facts)
         response = answer(case, server, client, headers={"Authorization": f"Bearer {KEY}"})
         assert response.status_code < 300, (operation, response.content)
@@ -247,6 +257,32 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     assert call("assets_list_assets")["assets"]
     assert call("assets_get", assetId=asset["assetId"])["asset"]["contentType"] == "text/plain"
     call("assets_delete", assetId=asset["assetId"])
+    # Shared, with an account that has a record
+    account = call("accounts_create", {"name": "partner"}, ncaId="partner")["account"]
+    assert account in call("accounts_list_accounts")["cloudAccounts"]
+    assert call("accounts_update", {"maxFunctionsAllowed": 1}, ncaId="partner")["account"]["maxFunctionsAllowed"] == 1
+    assert call("accounts_get", ncaId="partner")["account"]["currentNumberFunctions"] == 0
+    partner, other = {"ncaId": "partner"}, {"ncaId": "other"}
+    key = call("keys_create", {"authorizations": RIGHTS, "nca_id": "other"})
+    for level, named in (("", {"functionId": function}), ("_of_version", of)):
+        shared = call(f"authorizations_replace_all{level}", {"authorizedParties": [partner]}, **named)["function"]
+        assert shared["authorizedParties"] == [partner]
+        added = call(f"authorizations_add{level}", {"authorizedParty": other}, **named)["function"]
+        assert added["authorizedParties"] == [partner, other]
+        call(f"authorizations_remove{level}", {"authorizedParty": other}, **named)
+    assert call("authorizations_of_version", **of)["function"]["authorizedParties"] == [partner]
+    assert len(call("authorizations_of_function", functionId=function)["functions"]) == 2
+    call("authorizations_clear", functionId=function)
+    call("authorizations_clear_of_version", **of)
+    call("accounts_delete", ncaId="partner")
+    # Keys
+    assert call("keys_introspect", {"key": key["value"]})["key_id"] == key["id"]
+    assert key["id"] in [each["id"] for each in call("keys_list_keys", query={"nca_id": "other"})["keys"]]
+    assert call("keys_authorize", {"authorizations": RIGHTS}, keyId=key["id"])["status"] == "ACTIVE"
+    assert call("keys_caller_info", {"credentials": key["value"]}, media=FORM)["orgName"] == "other"
+    assert call("keys_set_status", {"status": "SUSPENDED"}, keyId=key["id"])["status"] == "SUSPENDED"
+    assert call("keys_get", keyId=key["id"])["hint"] == key["hint"]
+    call("keys_delete", keyId=key["id"])
     # And removed
     assert call("deployments_delete", **of)["function"]["status"] == "INACTIVE"
     call("functions_delete_version", **of)

@@ -13,6 +13,7 @@ from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.redis.store import open_store
 from broker.errors import RevisionConflict
 from broker.model import (
+    Account,
     Cluster,
     ClusterGpu,
     ClusterState,
@@ -26,6 +27,7 @@ from broker.model import (
     Instance,
     InstanceStatus,
     Key,
+    Sharing,
     Version,
 )
 from broker.ports import Catalog
@@ -191,6 +193,40 @@ async def test_clusters_are_kept_whole(catalog: Catalog) -> None:
     assert row is not None
     assert row.item == cluster
     assert [row.item for row in await catalog.clusters.list("account", cluster.account)] == [cluster]
+
+
+async def test_an_index_of_many_values_follows_the_row(catalog: Catalog) -> None:
+    first, second, third = (str(uuid.uuid4()) for _ in range(3))
+    sharing = Sharing(function_id=str(uuid.uuid4()), account="acme", parties=(first,), versions=(("v", (second,)),))
+    revision = await catalog.sharing.put(sharing)
+    for party in (first, second):
+        assert [row.item for row in await catalog.sharing.list("shared_with", party)] == [sharing]
+    changed = replace(sharing, parties=(first, third), versions=())
+    await catalog.sharing.put(changed, revision=revision)
+    assert [row.item for row in await catalog.sharing.list("shared_with", third)] == [changed]
+    assert await catalog.sharing.list("shared_with", second) == []
+    assert await catalog.sharing.delete(sharing.function_id)
+    assert await catalog.sharing.list("shared_with", first) == []
+    assert await catalog.sharing.list("shared_with", second) == []
+
+
+async def test_accounts_are_kept_by_id(catalog: Catalog) -> None:
+    account = Account(
+        id=str(uuid.uuid4()),
+        name="acme-corp",
+        max_functions=0,
+        max_tasks=1,
+        max_telemetries=2,
+        max_registry_credentials=3,
+        created_at=1.0,
+        updated_at=2.0,
+        client_ids=("c",),
+    )
+    await catalog.accounts.put(account)
+    row = await catalog.accounts.get(account.id)
+    assert row is not None
+    assert row.item == account
+    assert account in [row.item for row in await catalog.accounts.list()]
 
 
 async def test_an_instance_lives_by_its_beat(catalog: Catalog) -> None:

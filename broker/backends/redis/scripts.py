@@ -349,13 +349,13 @@ return redis.call('HDEL', KEYS[1], ARGV[1])
 """
 )
 
-# KEYS table index · returns the items of the index, oldest first
+# KEYS table index · returns the items of the index, oldest first; drops what an item no longer stored left behind
 LIST = Script(
     """
 local items = {}
 for _, key in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
   local item = redis.call('HGET', KEYS[1], key)
-  if item then items[#items + 1] = item end
+  if item then items[#items + 1] = item else redis.call('ZREM', KEYS[2], key) end
 end
 return items
 """
