@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from api.bodies import Bodies
 from api.calls import Calls
+from api.connections import Newcomers
 from broker.accounts import Authenticator
 from broker.errors import TryLater
 from broker.functions import CallableVersions
@@ -26,6 +27,7 @@ class Front:
     authenticator: Authenticator
     versions: CallableVersions
     calls: Calls
+    newcomers: Newcomers
     bodies: Bodies
     health: Health
 
@@ -39,6 +41,7 @@ class Front:
             ),
             versions=CallableVersions(broker),
             calls=Calls(),
+            newcomers=Newcomers(),
             bodies=Bodies(settings),
             health=Health(broker),
         )
