@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from api.bodies import Bodies
 from api.calls import Calls
+from api.connections import Newcomers
 from api.limits import Pace
 from broker.accounts import Authenticator
 from broker.errors import TryLater
@@ -30,6 +31,7 @@ class Front:
     rate_limiter: RateLimiter
     pace: Pace
     calls: Calls
+    newcomers: Newcomers
     bodies: Bodies
     health: Health
 
@@ -45,6 +47,7 @@ class Front:
             rate_limiter=RateLimiter(broker),
             pace=Pace(settings),
             calls=Calls(),
+            newcomers=Newcomers(),
             bodies=Bodies(settings),
             health=Health(broker),
         )

@@ -32,6 +32,7 @@ def observing(front: Front) -> Middleware:
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         started_at = time.perf_counter()
+        front.newcomers.met(request.protocol)
         try:
             response = await handler(request)
         except BaseException:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from api.app import make_app
 from api.front import Front
@@ -46,13 +47,16 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     runner = web.AppRunner(
         app,
         access_log=None,
+        logger=_http_logger(),
         handler_cancellation=True,
         shutdown_timeout=max(0.1, settings.shutdown_grace_s),
         keepalive_timeout=KEEPALIVE_S,
         auto_decompress=False,
     )
     await runner.setup()
+    assert runner.server is not None, "it was set up"
     try:
+        front.newcomers.watch(runner.server)
         url = await _listen(runner, settings, reuse_port=reuse_port)
         if isinstance(broker.blobs, FileBlobs):
             broker.blobs.set_base_url(settings.public_url or url)
@@ -60,8 +64,20 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
         yield url
         logger.info("api_stopping")
     finally:
+        front.newcomers.stop()
         await runner.cleanup()
         await front.calls.finish(grace_s=settings.shutdown_grace_s)
+
+
+def _http_logger() -> logging.Logger:
+    """aiohttp's own, but for requests that are not HTTP: anybody can send those, and they may hold credentials."""
+
+    def is_ours(line: logging.LogRecord) -> bool:
+        return not (line.exc_info and isinstance(line.exc_info[1], HttpProcessingError))
+
+    found = logging.getLogger(f"{__name__}.http")
+    found.filters[:] = [is_ours]
+    return found
 
 
 async def _listen(runner: web.AppRunner, settings: ApiSettings, *, reuse_port: bool) -> str:

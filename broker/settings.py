@@ -264,7 +264,10 @@ class SidecarSettings(Settings):
     )
     run_timeout_s: float = Field(3600, ge=1, le=7 * 86_400, description="Seconds one attempt may run in the container.")
     renew_s: float = Field(
-        4, gt=0, le=100, description="Seconds between two renewals of a lease; at most a third of `lease_s`."
+        0,
+        ge=0,
+        le=100,
+        description="Seconds between two renewals of a lease, at most a third of `lease_s`; 0: a quarter of it.",
     )
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds to finish running jobs after SIGTERM before they are handed back."
@@ -304,6 +307,10 @@ class SidecarSettings(Settings):
         if self.renew_s * 3 > self.lease_s:
             raise ValueError("renew_s must be at most a third of lease_s")
         return self
+
+    @property
+    def renew_every_s(self) -> float:
+        return self.renew_s or self.lease_s / 4
 
 
 def refuse_memory(settings: Settings, *names: str) -> None:

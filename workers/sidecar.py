@@ -264,7 +264,7 @@ class Sidecar:
         """
         async with self._results.watch(run.job.id) as watch:
             while True:
-                await watch.changed(min(self._settings.renew_s, run.left_s()))
+                await watch.changed(min(self._settings.renew_every_s, run.left_s()))
                 if not run.left_s():
                     raise RunTimedOut(run.job)
                 with suppress(StoreUnavailable):

@@ -1,0 +1,85 @@
+"""A container for tests: it answers what it is told to, and tells what it got.
+
+Any method and path. The header X-Mirror holds a JSON object, every field optional:
+    delay_s     wait that long first
+    files       {name: text}: write these into the output directory
+    raw         base64: send just these bytes, then close the connection
+    status      of the answer; 200 otherwise
+    headers     [[name, value], ...] of the answer
+    body        base64 of the answer; otherwise the request's own body comes back with its Content-Type
+    size_bytes  answer with so many bytes
+    tell        true: answer with JSON of what came: method, path, headers, body (base64), assets ({name: sha256})
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+
+async def mirror(request: web.Request) -> web.StreamResponse:
+    order: dict[str, Any] = json.loads(request.headers.get("X-Mirror", "{}"))
+    body = await request.read()
+    await asyncio.sleep(order.get("delay_s", 0))
+    write(Path(request.headers.get("NVCF-LARGE-OUTPUT-DIR", "/nowhere")), order.get("files", {}))
+    if "raw" in order:
+        assert request.transport is not None
+        request.transport.write(base64.b64decode(order["raw"]))
+        request.transport.close()
+        return web.Response()
+    return answer(request, order, body)
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def answer(request: web.Request, order: dict[str, Any], body: bytes) -> web.Response:
+    if order.get("tell"):
+        return web.json_response(tell(request, body))
+    content = base64.b64decode(order["body"]) if "body" in order else body
+    if "size_bytes" in order:
+        content = b"m" * order["size_bytes"]
+    response = web.Response(status=order.get("status", 200), body=content)
+    response.headers["Content-Type"] = request.headers.get("Content-Type", "application/octet-stream")
+    for name, value in order.get("headers", []):
+        if name.lower() == "content-type":
+            response.headers.popall(name)
+        response.headers.add(name, value)
+    return response
+
+
+def tell(request: web.Request, body: bytes) -> dict[str, Any]:
+    folder = Path(request.headers.get("NVCF-ASSET-DIR", "/nowhere"))
+    return {
+        "method": request.method,
+        "path": request.path_qs,
+        "headers": [[name.decode("latin-1"), value.decode("latin-1")] for name, value in request.raw_headers],
+        "body": base64.b64encode(body).decode(),
+        "assets": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*")},
+    }
+
+
+async def health(_: web.Request) -> web.Response:
+    return web.Response()
+
+
+def main() -> None:
+    app = web.Application(client_max_size=64 * 1024 * 1024, handler_args={"auto_decompress": False})
+    app.router.add_get("/health", health)
+    app.router.add_route("*", "/{path:.*}", mirror)
+    web.run_app(app, host=os.environ["HOST"], port=int(os.environ["PORT"]), print=lambda _: None)
+
+
+if __name__ == "__main__":
+    main()
