@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler
 from api.auth import Guarded, guarded
 from api.front import Front
 from api.middleware import answer_errors, observing, sharing
-from api.routes import assets, deployments, functions, health, invocations, queues, requests
+from api.routes import assets, deployments, functions, health, invocations, queues, registries, requests, secrets
 from api.routes.blobs import BlobRoutes
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
@@ -22,6 +22,7 @@ FUNCTION = "/functions/{function_id:[^/]+}"
 VERSION = FUNCTION + "/versions/{version_id:[^/]+}"
 REQUEST = "{request_id:[^/]+}"
 ASSET = "/assets/{asset_id:[^/]+}"
+CREDENTIAL = "/registry-credentials/{credential_id:[^/]+}"
 
 
 def make_app(front: Front) -> web.Application:
@@ -58,6 +59,7 @@ def _management(front: Front) -> list[web.RouteDef]:
     registers, lists = scoped("register_function"), scoped("list_functions", "list_functions_details")
     deletes, deploys = scoped("delete_function"), scoped("deploy_function")
     invokes, looks = scoped("invoke_function"), scoped("queue_details")
+    hides, logs_in = scoped("update_secrets"), scoped("manage_registry_credentials")
     return [
         web.post(f"{NVCF}/functions", registers(functions.create)),
         web.get(f"{NVCF}/functions", lists(functions.list_functions)),
@@ -69,6 +71,13 @@ def _management(front: Front) -> list[web.RouteDef]:
         web.post(f"{NVCF}/deployments{VERSION}", deploys(deployments.create)),
         web.get(f"{NVCF}/deployments{VERSION}", deploys(deployments.get)),
         web.delete(f"{NVCF}/deployments{VERSION}", deploys(deployments.delete)),
+        web.put(f"{NVCF}/secrets{VERSION}", hides(secrets.put)),
+        web.post(f"{NVCF}/registry-credentials", logs_in(registries.create)),
+        web.get(f"{NVCF}/registry-credentials", logs_in(registries.list_credentials)),
+        web.get(f"{NVCF}{CREDENTIAL}", logs_in(registries.get)),
+        web.patch(f"{NVCF}{CREDENTIAL}", logs_in(registries.update)),
+        web.delete(f"{NVCF}{CREDENTIAL}", logs_in(registries.delete)),
+        web.get(f"{NVCF}/recognized-registries", logs_in(registries.list_recognized)),
         web.post(f"{NVCF}/assets", invokes(assets.create)),
         web.get(f"{NVCF}/assets", invokes(assets.list_assets)),
         web.get(f"{NVCF}{ASSET}", invokes(assets.get)),

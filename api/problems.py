@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from api import headers
 from broker.errors import (
+    AlreadyExists,
     AlreadyFinished,
     BadRequest,
     FnqueueError,
@@ -76,6 +77,7 @@ _KINDS: dict[type[BaseException], Kind] = {
     RequestExpired: Kind(404, OURS + "result-expired"),
     WrongMethod: Kind(405, OURS + "method-not-allowed"),
     BodyTooSlow: Kind(408, OURS + "body-timeout"),
+    AlreadyExists: Kind(409, UPSTREAM + "conflict"),
     AlreadyFinished: Kind(409, UPSTREAM + "conflict"),
     RevisionConflict: Kind(409, UPSTREAM + "conflict"),
     QueueFull: Kind(429, OURS + "queue-full"),

@@ -23,6 +23,8 @@ SCOPES = (
     "delete_function",
     "deploy_function",
     "queue_details",
+    "update_secrets",
+    "manage_registry_credentials",
 )
 
 _ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

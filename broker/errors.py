@@ -4,11 +4,13 @@
     ├── BadRequest                  the caller sent something that can never work; names the field
     │   ├── PayloadTooLarge
     │   ├── IdempotencyKeyReused    same key, other body
+    │   ├── NotConfigured           this server is not set up for it; says what its operator has to set
     │   └── StateConflict           the object is not in a state that allows this
     ├── Unauthenticated             no credential, or one that is not valid
     ├── Forbidden                   a valid credential that lacks the scope
     ├── NotFound                    unknown, or not the caller's: told apart nowhere
     │   ├── RequestExpired          was the caller's, and its time to live has passed
+    ├── AlreadyExists               there is one of that name
     ├── AlreadyFinished             a terminal request cannot be cancelled
     ├── RevisionConflict            somebody else wrote first; read again and retry
     ├── TryLater                    carries `retry_after_s`
@@ -52,6 +54,10 @@ class IdempotencyKeyReused(BadRequest):
     pass
 
 
+class NotConfigured(BadRequest):
+    pass
+
+
 class StateConflict(BadRequest):
     pass
 
@@ -69,6 +75,10 @@ class NotFound(FnqueueError):
 
 
 class RequestExpired(NotFound):
+    pass
+
+
+class AlreadyExists(FnqueueError):
     pass
 
 

@@ -15,6 +15,9 @@ from broker.errors import BadRequest, NotFound, StateConflict
 from broker.model import Deployment, FunctionStatus, Health, Principal, Version
 from broker.ports import Broker
 from broker.revisions import edit
+from broker.secrets import Plain
+from broker.secrets import begin as begin_secrets
+from broker.secrets import delete as delete_secrets
 from broker.visibility import UNKNOWN_FUNCTION, UNKNOWN_VERSION, find_version, visible
 
 VISIBILITIES = frozenset({"private", "authorized", "public"})
@@ -42,6 +45,7 @@ class Definition:
     function_type: str = "DEFAULT"
     description: str = ""
     tags: tuple[str, ...] = ()
+    secrets: tuple[Plain, ...] = ()
 
 
 async def create(broker: Broker, principal: Principal, definition: Definition) -> Version:
@@ -87,7 +91,7 @@ async def list_versions(broker: Broker, principal: Principal, function_id: str) 
 
 
 async def delete_version(broker: Broker, principal: Principal, function_id: str, version_id: str) -> None:
-    """Remove a version in whatever status, its deployment with it; the last one takes the function along.
+    """Remove a version in whatever status, with deployment and secrets; the last one takes the function along.
 
     The controller then ends what is queued, stops the instances and removes the queue. Raises NotFound.
     """
@@ -99,6 +103,7 @@ async def delete_version(broker: Broker, principal: Principal, function_id: str,
     await edit(broker.catalog.deployments, version_id, undeploy)
     if not await broker.catalog.versions.delete(version_id):
         raise NotFound(UNKNOWN_VERSION)
+    await delete_secrets(broker, version_id)
 
 
 async def pick_callable(broker: Broker, principal: Principal, function_id: str, version_id: str = "") -> Version:
@@ -171,6 +176,8 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         description=definition.description or definition.name,
         tags=definition.tags,
     )
+    # First, so that no version is ever seen without the secrets it was made with.
+    await begin_secrets(broker, version, definition.secrets)
     await broker.catalog.versions.put(version)
     return version
 

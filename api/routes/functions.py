@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from api import headers, payloads
+from api import headers, payloads, queries
 from api.front import Front
-from broker import functions
+from api.routes.secrets import plains
+from broker import functions, secrets
 from broker.functions import Definition
 from broker.model import Health, Instance, InstanceStatus, Principal, Version
 from fnqueue import wire
@@ -43,12 +44,16 @@ async def list_versions(front: Front, request: web.Request, principal: Principal
 
 
 async def get(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    """With its instances, for who may see details."""
+    """With its instances and the names of its secrets, for who may see details."""
     function_id, version_id = ids(request)
+    named = queries.boolean(request, "includeSecrets", default=True)
     version = await functions.get(front.broker, principal, function_id, version_id)
     if "list_functions_details" not in principal.scopes:
         return _one(version)
-    return _one(version, await front.broker.catalog.instances(version.id))
+    own = named and version.account == principal.account
+    shown = present(version, await front.broker.catalog.instances(version.id))
+    names = await secrets.names(front.broker, version.id) if own else []
+    return payloads.answer(wire.FunctionAnswer(function=shown.model_copy(update={"secrets": names or None})))
 
 
 async def delete_version(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -147,6 +152,7 @@ def _definition(asked: wire.CreateFunction) -> Definition:
         function_type=asked.function_type,
         description=asked.description,
         tags=tuple(asked.tags),
+        secrets=plains(asked.secrets),
     )
 
 

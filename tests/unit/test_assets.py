@@ -12,6 +12,7 @@ import pytest
 from broker import assets
 from broker.backends import files
 from broker.errors import BadRequest, NotFound
+from broker.keyring import Keyring
 from broker.model import Principal
 from broker.ports import Broker, Catalog, Queue, Results
 from broker.settings import Settings, load
@@ -37,6 +38,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
             catalog=cast(Catalog, nothing),
             blobs=blobs,
             settings=settings,
+            keyring=Keyring({}),
         )
 
 

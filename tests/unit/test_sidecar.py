@@ -23,6 +23,7 @@ from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.errors import ConfigurationError, StoreUnavailable
+from broker.keyring import Keyring
 from broker.model import Draft, InstanceStatus, Job, Lease, Outcome, Record, RequestState, Verdict
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
@@ -89,7 +90,12 @@ class Rig:
     @property
     def broker(self) -> Broker:
         return Broker(
-            queue=self.queue, results=self.results, catalog=self.catalog, blobs=self.blobs, settings=self.settings
+            queue=self.queue,
+            results=self.results,
+            catalog=self.catalog,
+            blobs=self.blobs,
+            settings=self.settings,
+            keyring=Keyring({}),
         )
 
     def set(self, **given: Any) -> None:

@@ -6,6 +6,7 @@ has died, the instance is not alive. Each instance has a folder, `<data_dir>/ins
     state.json       who the two processes are; a controller that was killed finds its instances again by it
     container.log    sidecar.log
     assets/          responses/       request directories
+    secrets/         the secrets file, if the version has secrets; gone with the instance
 
 Every port that a version names (inference, health) is the one free loopback port that the process is given in PORT.
 There is no isolation: a container here may do what the user who runs the controller may do. It is given none of the
@@ -24,6 +25,7 @@ import shlex
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +37,7 @@ from broker.errors import ConfigurationError
 from broker.model import Gpu, GpuSpecification, Version
 from broker.ports import Launched
 from broker.settings import ControllerSettings, Settings, SidecarSettings, load
+from workers.launchers import secrets as secrets_file
 from workers.launchers.children import Child, Identity
 from workers.launchers.images import Image, find_image, read_images
 
@@ -91,8 +94,9 @@ async def start_sidecar_process(settings: SidecarSettings, *, log: Path) -> Chil
 
 
 def sidecar_environment(settings: SidecarSettings) -> dict[str, str]:
-    """This process's environment, with every setting of the sidecar in it and no other word for any of them."""
-    environment = dict(os.environ)
+    """This process's environment, with every setting of the sidecar in it and no other word for any of them; nothing
+    else of our settings, which may be keys."""
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("FNQUEUE_")}
     for name, field in SidecarSettings.model_fields.items():
         spellings = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else ()
         words = {name.upper(), *(str(spelling).upper() for spelling in spellings)} if spellings else set()
@@ -157,21 +161,24 @@ class ProcessLauncher:
         self._images = read_images(settings.images_file)
         self._instances: dict[str, _Instance] = {}
         self._lock: IO[bytes] | None = None
+        self._secrets_lock = asyncio.Lock()
 
     async def gpus(self) -> list[Gpu]:
         """One instance type, `CPU`; NVIDIA cards are not looked for yet. Its capacity is not enforced."""
         return [Gpu(name="CPU", instance_type="CPU", backend=BACKEND, capacity=os.cpu_count() or 1)]
 
-    async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
+    async def start(
+        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+    ) -> None:
         await self._open()
         image = find_image(self._images, version.container_image)
         port = _free_port({instance.port for instance in self._instances.values()})
         folder = self._root / instance_id
         settings = self._sidecar_settings(instance_id, version, specification, port=port, folder=folder)
         try:
-            container = await asyncio.to_thread(_spawn_container, image, version, settings, folder)
+            container = await asyncio.to_thread(_spawn_container, image, version, settings, folder, secrets)
         except BaseException:
-            await asyncio.to_thread(self._clear, folder)
+            await self._clear(folder)
             raise
         instance = _Instance(
             instance_id=instance_id,
@@ -196,9 +203,17 @@ class ProcessLauncher:
         if instance.sidecar is not None:
             await instance.sidecar.stop(grace_s=grace_s)
         await instance.container.stop(grace_s=_CONTAINER_GRACE_S)
-        await asyncio.to_thread(self._clear, instance.folder)
+        await self._clear(instance.folder)
         self._instances.pop(instance_id, None)
         logger.info("instance_stopped", extra={"instance_id": instance_id, "version_id": instance.version_id})
+
+    async def deliver(self, instance_id: str, secrets: bytes) -> None:
+        await self._open()
+        instance = self._instances.get(instance_id)
+        if instance is not None:
+            async with self._secrets_lock:  # not while its folder is being cleared
+                with suppress(FileNotFoundError):
+                    await asyncio.to_thread(secrets_file.replace, instance.folder / "secrets", secrets)
 
     async def launched(self) -> list[Launched]:
         await self._open()
@@ -245,8 +260,13 @@ class ProcessLauncher:
             response_dir=folder / "responses",
         )
 
-    def _clear(self, folder: Path) -> None:
+    async def _clear(self, folder: Path) -> None:
+        async with self._secrets_lock:
+            await asyncio.to_thread(self._remove, folder)
+
+    def _remove(self, folder: Path) -> None:
         """Forget an instance but for its logs, and keep the newest few of those."""
+        secrets_file.remove(folder / "secrets")
         (folder / "state.json").unlink(missing_ok=True)
         shutil.rmtree(folder / "assets", ignore_errors=True)
         shutil.rmtree(folder / "responses", ignore_errors=True)
@@ -255,7 +275,9 @@ class ProcessLauncher:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _spawn_container(image: Image, version: Version, settings: SidecarSettings, folder: Path) -> Child:
+def _spawn_container(
+    image: Image, version: Version, settings: SidecarSettings, folder: Path, secrets: bytes | None
+) -> Child:
     for path in (folder, settings.asset_dir, settings.response_dir):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -263,10 +285,14 @@ def _spawn_container(image: Image, version: Version, settings: SidecarSettings, 
     except ValueError as exc:
         raise ConfigurationError(f"containerArgs cannot be split into words: {exc}") from exc
     command = image.command_for(settings.inference_port) + arguments
+    environment = _container_environment(image, version, settings)
+    if secrets is not None:
+        secrets_file.lay(folder / "secrets", secrets)
+        environment[secrets_file.PATH_VARIABLE] = str(folder / "secrets" / secrets_file.FILE)
     try:
         return Child.spawn(
             command,
-            environment=_container_environment(image, version, settings),
+            environment=environment,
             folder=image.folder,
             log=folder / "container.log",
         )
@@ -303,6 +329,9 @@ def _take_over(root: Path) -> tuple[IO[bytes], dict[str, _Instance]]:
         raise ConfigurationError(
             f"another controller runs instances in {root}; give each its own FNQUEUE_DATA_DIR"
         ) from exc
+    for leftover in root.glob("*/secrets"):  # of one whose controller was killed before it was written down
+        if not (leftover.parent / "state.json").exists():
+            secrets_file.remove(leftover)
     found = [_adopt(state.parent) for state in root.glob("*/state.json")]
     return lock, {instance.instance_id: instance for instance in found if instance is not None}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from broker.errors import RevisionConflict
-from broker.model import Deployment, Gpu, Instance, Key, Version
+from broker.model import Deployment, Gpu, Instance, Key, RegistryCredentials, Secrets, Version
 from broker.ports import Row
 
 T = TypeVar("T")
@@ -44,6 +44,8 @@ class MemoryCatalog:
         self.versions: MemoryTable[Version] = MemoryTable(lambda version: version.id, ("function_id", "account"))
         self.deployments: MemoryTable[Deployment] = MemoryTable(lambda deployment: deployment.version_id, ("account",))
         self.keys: MemoryTable[Key] = MemoryTable(lambda key: key.hash, ("account",))
+        self.secrets: MemoryTable[Secrets] = MemoryTable(lambda secrets: secrets.version_id, ())
+        self.registry_credentials: MemoryTable[RegistryCredentials] = MemoryTable(lambda item: item.account, ())
         self._instances: dict[tuple[str, str], tuple[Instance, float]] = {}
         self._gpus: tuple[list[Gpu], float] = ([], 0.0)
         self._leader = ("", 0.0)

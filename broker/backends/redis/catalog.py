@@ -9,7 +9,7 @@ from broker.backends.codec import pack, unpack
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection
 from broker.errors import RevisionConflict
-from broker.model import Deployment, Gpu, Instance, Key, Version
+from broker.model import Deployment, Gpu, Instance, Key, RegistryCredentials, Secrets, Version
 from broker.ports import Row
 
 T = TypeVar("T")
@@ -69,6 +69,10 @@ class RedisCatalog:
         self.versions = RedisTable(connection, "versions", Version, lambda item: item.id, ("function_id", "account"))
         self.deployments = RedisTable(connection, "deployments", Deployment, lambda item: item.version_id, ("account",))
         self.keys = RedisTable(connection, "keys", Key, lambda item: item.hash, ("account",))
+        self.secrets = RedisTable(connection, "secrets", Secrets, lambda item: item.version_id, ())
+        self.registry_credentials = RedisTable(
+            connection, "registry_credentials", RegistryCredentials, lambda item: item.account, ()
+        )
 
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         await self._connection.run(
