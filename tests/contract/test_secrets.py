@@ -156,9 +156,9 @@ async def test_what_a_crash_left_without_its_version_is_swept_after_an_hour(shop
     await shop.broker.catalog.versions.delete(version.id)
     await secrets.sweep(shop.broker)
     assert await shop.revealed(version) == {"A": "v"}
+    past = time.time() - ORPHAN_S - 1
     for item in (version, alive):
-        past = time.time() - ORPHAN_S - 1
-        await edit(shop.broker.catalog.secrets, item.id, lambda stored, past=past: replace(stored, updated_at=past))
+        await edit(shop.broker.catalog.secrets, item.id, lambda stored: replace(stored, updated_at=past))
     assert await secrets.sweep(shop.broker) == 1
     assert await shop.revealed(version) is None
     assert await shop.revealed(alive) == {"A": "v"}

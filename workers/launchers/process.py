@@ -329,11 +329,12 @@ def _take_over(root: Path) -> tuple[IO[bytes], dict[str, _Instance]]:
         raise ConfigurationError(
             f"another controller runs instances in {root}; give each its own FNQUEUE_DATA_DIR"
         ) from exc
-    for leftover in root.glob("*/secrets"):  # of one whose controller was killed before it was written down
-        if not (leftover.parent / "state.json").exists():
+    adopted = [_adopt(state.parent) for state in root.glob("*/state.json")]
+    found = {instance.instance_id: instance for instance in adopted if instance is not None}
+    for leftover in root.glob("*/secrets"):
+        if leftover.parent.name not in found:  # its controller was killed before it had written the instance down
             secrets_file.remove(leftover)
-    found = [_adopt(state.parent) for state in root.glob("*/state.json")]
-    return lock, {instance.instance_id: instance for instance in found if instance is not None}
+    return lock, found
 
 
 def _adopt(folder: Path) -> _Instance | None:
