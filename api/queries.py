@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aiohttp import web
+from multidict import MultiMapping
 
 from broker.errors import BadRequest
 
@@ -10,15 +10,14 @@ _YES = frozenset({"true", "1", "yes", "on"})
 _NO = frozenset({"false", "0", "no", "off"})
 
 
-def boolean(request: web.Request, name: str, *, default: bool) -> bool:
-    """In the usual spellings and any case; absent or empty is `default`. Raises BadRequest."""
-    word = request.query.get(name, "").strip().lower()
+def words(query: MultiMapping[str], name: str) -> list[str]:
+    """Both spellings of a list: `?name=a,b` and `?name=a&name=b`."""
+    return [word.strip() for value in query.getall(name, []) for word in value.split(",") if word.strip()]
+
+
+def boolean(query: MultiMapping[str], name: str, *, absent: bool) -> bool:
+    """In any of the usual spellings; given without a value it counts as absent. Raises BadRequest."""
+    word = query.get(name, "").strip().lower()
     if word and word not in _YES | _NO:
         raise BadRequest(f"{name}: must be true or false", field=name)
-    return word in _YES if word else default
-
-
-def words(request: web.Request, name: str) -> list[str]:
-    """Both spellings of a list: `?name=a,b` and `?name=a&name=b`."""
-    values = request.query.getall(name, [])
-    return [word.strip() for value in values for word in value.split(",") if word.strip()]
+    return word in _YES if word else absent

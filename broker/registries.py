@@ -14,11 +14,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from broker.errors import AlreadyExists, BadRequest, ConfigurationError, NotFound, RevisionConflict, StateConflict
+from broker.errors import AlreadyExists, BadRequest, ConfigurationError, NotFound, StateConflict
 from broker.keyring import Rotation, Sealed
 from broker.model import Principal, RegistryCredential, RegistryCredentials
 from broker.ports import Broker
-from broker.revisions import TRIES, edit
+from broker.revisions import edit
 
 CONTAINER = "CONTAINER"
 ARTIFACT_TYPES = (CONTAINER, "HELM", "MODEL", "RESOURCE")
@@ -283,20 +283,13 @@ async def _stored(broker: Broker, account: str) -> tuple[RegistryCredential, ...
 
 async def _edit(
     broker: Broker, account: str, change: Callable[[Sequence[RegistryCredential]], Sequence[RegistryCredential]]
-) -> tuple[RegistryCredential, ...]:
-    """`revisions.edit`, for a row that may not be there yet."""
-    table = broker.catalog.registry_credentials
-    for _ in range(TRIES):
-        row = await table.get(account)
-        changed = tuple(change(row.item.credentials if row else ()))
-        try:
-            await table.put(
-                RegistryCredentials(account=account, credentials=changed), revision=row.revision if row else 0
-            )
-        except RevisionConflict:
-            continue
-        return changed
-    raise RevisionConflict("the account's registry credentials keep being changed by others; try again")
+) -> Sequence[RegistryCredential]:
+    def changed(stored: RegistryCredentials) -> RegistryCredentials:
+        return replace(stored, credentials=tuple(change(stored.credentials)))
+
+    none_yet = RegistryCredentials(account=account, credentials=())
+    stored = await edit(broker.catalog.registry_credentials, account, changed, missing=none_yet)
+    return stored.credentials if stored else ()
 
 
 async def _deployed_hosts(broker: Broker, account: str) -> set[str]:

@@ -1,7 +1,7 @@
 """The secrets of a function version: written by their owner, merged by name, read by its containers only.
 
 They are sealed before they are stored (`broker.keyring`) and opened by the controller alone, for the launcher
-(contract/management.md §6; docs/decisions/0002-secrets.md).
+(contract/management.md §6; docs/decisions/0004-secrets.md).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict
+from broker.errors import BadRequest, NotFound, StateConflict
 from broker.keyring import Rotation, Sealed
 from broker.model import FunctionStatus, Principal, Secret, Secrets, Version
-from broker.ports import Broker, Row
-from broker.revisions import TRIES, edit
+from broker.ports import Broker
+from broker.revisions import edit
 from broker.visibility import UNKNOWN_VERSION, find_version
 
 MAX_SECRETS = 256
@@ -108,26 +108,18 @@ def _seal(broker: Broker, version: Version, plains: Sequence[Plain]) -> Secrets:
 
 
 async def _merge(broker: Broker, version: Version, added: Secrets) -> None:
-    for _ in range(TRIES):
-        row = await broker.catalog.secrets.get(version.id)
-        if row is None and version.status is not FunctionStatus.INACTIVE:
-            raise StateConflict(
-                f"the version has no secrets and is {version.status.value}: its first ones can be added only while it "
-                "is INACTIVE; undeploy it first"
-            )
-        try:
-            await broker.catalog.secrets.put(_merged(row, added), revision=row.revision if row else 0)
-        except RevisionConflict:
-            continue
-        return
-    raise RevisionConflict("the version's secrets keep being changed by others; try again")
+    def merge(stored: Secrets) -> Secrets:
+        by_name = {secret.name: secret for secret in (*stored.secrets, *added.secrets)}
+        if len(by_name) > MAX_SECRETS:
+            raise BadRequest(f"secrets: a version may have {MAX_SECRETS}", field=_FIELD)
+        return replace(added, secrets=tuple(by_name.values()))
 
-
-def _merged(row: Row[Secrets] | None, added: Secrets) -> Secrets:
-    by_name = {secret.name: secret for secret in (*(row.item.secrets if row else ()), *added.secrets)}
-    if len(by_name) > MAX_SECRETS:
-        raise BadRequest(f"secrets: a version may have {MAX_SECRETS}", field=_FIELD)
-    return replace(added, secrets=tuple(by_name.values()))
+    none_yet = replace(added, secrets=()) if version.status is FunctionStatus.INACTIVE else None
+    if await edit(broker.catalog.secrets, version.id, merge, missing=none_yet) is None:
+        raise StateConflict(
+            f"the version has no secrets and is {version.status.value}: its first ones can be added only while it is "
+            "INACTIVE; undeploy it first"
+        )
 
 
 async def _rotate(broker: Broker, version_id: str) -> Rotation:

@@ -46,7 +46,7 @@ async def list_versions(front: Front, request: web.Request, principal: Principal
 async def get(front: Front, request: web.Request, principal: Principal) -> web.Response:
     """With its instances and the names of its secrets, for who may see details."""
     function_id, version_id = ids(request)
-    named = queries.boolean(request, "includeSecrets", default=True)
+    named = queries.boolean(request.query, "includeSecrets", absent=True)
     version = await functions.get(front.broker, principal, function_id, version_id)
     if "list_functions_details" not in principal.scopes:
         return _one(version)

@@ -32,8 +32,8 @@ async def list_credentials(front: Front, request: web.Request, principal: Princi
     found = await registries.list_credentials(
         front.broker,
         principal,
-        artifact_types=queries.words(request, "artifactType"),
-        provisioned_by=queries.words(request, "provisionedBy"),
+        artifact_types=queries.words(request.query, "artifactType"),
+        provisioned_by=queries.words(request.query, "provisionedBy"),
     )
     return payloads.answer(
         wire.RegistryCredentialList(registry_credentials=[_present(principal, one) for one in found])
