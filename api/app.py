@@ -23,11 +23,14 @@ from api.routes import (
     limits,
     queues,
     reference,
+    registries,
     requests,
+    secrets,
 )
 from api.routes.blobs import BlobRoutes
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
+from broker.registries import ARTIFACT_TYPES, PROVISIONERS
 from fnqueue import wire
 
 NVCF = "/v2/nvcf"
@@ -39,6 +42,7 @@ ASSET = "/assets/{asset_id:[^/]+}"
 ACCOUNT = "/accounts/{nca_id:[^/]+}"
 CLUSTER = "/clusters/{cluster_id:[^/]+}"
 KEY = "/v1/keys/{key_id:[^/]+}"
+CREDENTIAL = "/registry-credentials/{credential_id:[^/]+}"
 
 # Where NGC's own clients look (the org is the account), and where a super-admin acts for an account.
 GATEWAYS = ("/v2/orgs/{org:[^/]+}/nvcf", "/v2/orgs/{org:[^/]+}/teams/{team:[^/]+}/nvcf")
@@ -101,9 +105,10 @@ def _management(front: Front) -> list[Operation]:
     lists = scoped(front, "list_functions", "list_functions_details")
     deletes, deploys = scoped(front, "delete_function"), scoped(front, "deploy_function")
     updates, looks = scoped(front, "update_function"), scoped(front, "queue_details")
+    hides, logs_in = scoped(front, "update_secrets"), scoped(front, "manage_registry_credentials")
     # What is asked once an invocation, or oftener, keeps no pace.
     invokes, polls = scoped(front, "invoke_function", paced=False), scoped(front, "queue_details", paced=False)
-    one, many = wire.FunctionAnswer, wire.FunctionList
+    one, many, credential = wire.FunctionAnswer, wire.FunctionList, wire.RegistryCredentialAnswer
     return [
         registers.post(
             f"{NVCF}/functions", functions.create, "Create a function", takes=wire.CreateFunction, gives=one
@@ -116,7 +121,7 @@ def _management(front: Front) -> list[Operation]:
             f"{NVCF}{FUNCTION}/versions", functions.add_version, "Add a version", takes=wire.CreateFunction, gives=one
         ),
         lists.get(f"{NVCF}{FUNCTION}/versions", functions.list_versions, "List versions", gives=many),
-        lists.get(f"{NVCF}{VERSION}", functions.get, "Get a version", gives=one),
+        lists.get(f"{NVCF}{VERSION}", functions.get, "Get a version", gives=one, parameters=[INCLUDE_SECRETS]),
         deletes.delete(f"{NVCF}{VERSION}", functions.delete_version, "Delete a version"),
         updates.put(f"{NVCF}/ratelimit{VERSION}", limits.replace, "Set a rate limit", takes=wire.SetRateLimit),
         updates.delete(f"{NVCF}/ratelimit{VERSION}", limits.clear, "Lift a rate limit"),
@@ -130,6 +135,36 @@ def _management(front: Front) -> list[Operation]:
         deploys.get(f"{NVCF}/deployments{VERSION}", deployments.get, "Get a deployment", gives=wire.DeploymentAnswer),
         deploys.delete(
             f"{NVCF}/deployments{VERSION}", deployments.delete, "Undeploy a version", gives=one, parameters=[GRACEFUL]
+        ),
+        hides.put(f"{NVCF}/secrets{VERSION}", secrets.put, "Set secrets of a version", takes=wire.PutSecrets),
+        logs_in.post(
+            f"{NVCF}/registry-credentials",
+            registries.create,
+            "Add a registry credential",
+            takes=wire.CreateRegistryCredential,
+            gives=credential,
+        ),
+        logs_in.get(
+            f"{NVCF}/registry-credentials",
+            registries.list_credentials,
+            "List registry credentials",
+            gives=wire.RegistryCredentialList,
+            parameters=[ARTIFACT_TYPE, PROVISIONED_BY],
+        ),
+        logs_in.get(f"{NVCF}{CREDENTIAL}", registries.get, "Get a registry credential", gives=credential),
+        logs_in.patch(
+            f"{NVCF}{CREDENTIAL}",
+            registries.update,
+            "Change a registry credential",
+            takes=wire.UpdateRegistryCredential,
+            gives=credential,
+        ),
+        logs_in.delete(f"{NVCF}{CREDENTIAL}", registries.delete, "Delete a registry credential"),
+        logs_in.get(
+            f"{NVCF}/recognized-registries",
+            registries.list_recognized,
+            "Registries that credentials may be for",
+            gives=wire.RecognizedRegistries,
         ),
         invokes.post(
             f"{NVCF}/assets", assets.create, "Create an asset", takes=wire.CreateAsset, gives=wire.AssetUpload
@@ -320,6 +355,24 @@ GRACEFUL = Parameter(
     where="query",
     description="Keep the instances until nothing is queued or running.",
     schema={"type": "boolean", "default": False},
+)
+INCLUDE_SECRETS = Parameter(
+    name="includeSecrets",
+    where="query",
+    description="Whether to name the version's secrets, to those of its account who may see details.",
+    schema={"type": "boolean", "default": True},
+)
+ARTIFACT_TYPE = Parameter(
+    name="artifactType",
+    where="query",
+    description="Those for any of these. Absent: all.",
+    schema={"type": "array", "items": {"type": "string", "enum": list(ARTIFACT_TYPES)}},
+)
+PROVISIONED_BY = Parameter(
+    name="provisionedBy",
+    where="query",
+    description="Those added by any of these. Absent: all.",
+    schema={"type": "array", "items": {"type": "string", "enum": list(PROVISIONERS)}},
 )
 OF_ACCOUNT = Parameter(
     name="nca_id", where="query", description="Whose keys. Absent: the caller's account's.", schema={"type": "string"}

@@ -1,11 +1,11 @@
-"""`fnqueue api`, `fnqueue dev` and `fnqueue keys`, plugged in by the entry point group `fnqueue.commands`."""
+"""`fnqueue api`, `dev`, `keys` and `secrets`, plugged in by the entry point group `fnqueue.commands`."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +14,14 @@ import click
 
 from api import embedded
 from api.server import serving
-from broker import accounts
+from broker import accounts, registries
+from broker import secrets as function_secrets
 from broker.connect import open_broker
 from broker.errors import BadRequest, ConfigurationError, FnqueueError
+from broker.keyring import SETTING, Rotation
 from broker.model import ALL_RESOURCES, Key
 from broker.ports import Broker
-from broker.settings import ApiSettings, ControllerSettings, Settings, load, refuse_memory
+from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings, load, refuse_memory
 from broker.telemetry import logs
 
 try:
@@ -226,15 +228,45 @@ def _set_suspended(key_id: str, suspended: bool) -> None:
     _with_store(change)
 
 
-def _with_store(work: Callable[[Broker], Coroutine[Any, Any, T]]) -> T:
-    """What `work` returns. Only the store is used: the queue need not be reachable."""
+# -- secrets -----------------------------------------------------------------------------------
+
+
+@click.group()
+def secrets() -> None:
+    """Secrets and registry credentials of the store that FNQUEUE_STORE_URL names."""
+
+
+@secrets.command("rotate")
+def rotate_secrets() -> None:
+    """Seal everything with the first of FNQUEUE_ENCRYPTION_KEYS, so that the others can be dropped.
+
+    Before, give every api and controller the new key as a second one, then as the first. Safe to repeat and to
+    interrupt. What none of the keys opens is named, left as it is, and makes the exit status 1.
+    """
+
+    async def rotate(broker: Broker) -> Rotation:
+        return await function_secrets.rotate(broker) + await registries.rotate(broker)
+
+    done = _with_store(rotate, SecretSettings, needs=("encryption_keys",))
+    click.echo(f"{done.resealed} sealed again, {done.current} were already")
+    if done.unopened:
+        raise click.ClickException(f"{SETTING} does not open {', '.join(done.unopened)}")
+
+
+def _with_store(
+    work: Callable[[Broker], Coroutine[Any, Any, T]], kind: type[Settings] = Settings, *, needs: Sequence[str] = ()
+) -> T:
+    """What `work` returns. Only the store is used: the queue need not be reachable. `needs` must not be empty."""
 
     async def run(settings: Settings) -> T:
         async with open_broker(settings) as broker:
             return await work(broker)
 
     with _told():
-        settings = load(Settings, queue_url="memory://")
+        settings = load(kind, queue_url="memory://")
+        for name in needs:
+            if not getattr(settings, name).get_secret_value():
+                raise ConfigurationError(f"FNQUEUE_{name.upper()} is not set")
         refuse_memory(settings, "store_url")
         logs.configure("ERROR", settings.log_format)
         return _run(run(settings))

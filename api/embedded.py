@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,7 +45,9 @@ async def run(settings: ApiSettings, workers: ControllerSettings, *, announce: C
         ConfigurationError: a setting, the address or the data folder is of no use.
         NotWelcome: the sample function does not run here.
     """
-    settings = settings.model_copy(update={"admin_key": SecretStr(_key(settings))})
+    settings = settings.model_copy(
+        update={"admin_key": SecretStr(_key(settings)), "encryption_keys": SecretStr(_encryption_keys(settings))}
+    )
     quick = {"drain_s": DRAIN_S, "reconcile_s": RECONCILE_S}
     workers = workers.model_copy(update={name: quick[name] for name in quick.keys() - workers.model_fields_set})
     stop = asyncio.Event()
@@ -94,13 +97,19 @@ async def _welcome(url: str, key: str, announce: Callable[[str], object]) -> str
 
 def _key(settings: ApiSettings) -> str:
     """The key that was given, else the data folder's own, so that it is the same after a restart."""
-    key = settings.admin_key.get_secret_value() or _kept_key(settings.data_dir / "dev-key")
+    key = settings.admin_key.get_secret_value() or _kept(settings.data_dir / "dev-key", new_token)
     if _KEY.fullmatch(key) is None:
         raise ConfigurationError("the API key must have 1 to 512 printable ASCII characters, and no blanks")
     return key
 
 
-def _kept_key(path: Path) -> str:
+def _encryption_keys(settings: ApiSettings) -> str:
+    """As `_key`."""
+    path = settings.data_dir / "dev-encryption-keys"
+    return settings.encryption_keys.get_secret_value() or _kept(path, lambda: f"dev:{secrets.token_hex(32)}")
+
+
+def _kept(path: Path, new: Callable[[], str]) -> str:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -108,7 +117,7 @@ def _kept_key(path: Path) -> str:
         return _read_key(path)
     except OSError as exc:
         raise ConfigurationError(f"the data folder {path.parent} cannot be used: {exc.strerror}") from exc
-    key = new_token()
+    key = new()
     with os.fdopen(descriptor, "w") as file:
         file.write(key + "\n")
     return key

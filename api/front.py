@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from api.bodies import Bodies
@@ -15,6 +16,7 @@ from broker.errors import TryLater
 from broker.functions import CallableVersions
 from broker.limits import RateLimiter
 from broker.ports import Broker
+from broker.registries import Registry, recognized
 from broker.settings import ApiSettings
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,11 @@ class Front:
     newcomers: Newcomers
     bodies: Bodies
     health: Health
+    registries: Sequence[Registry]
 
     @classmethod
     def over(cls, broker: Broker, settings: ApiSettings) -> Front:
+        """Raises ConfigurationError: the list of registries cannot be read."""
         return cls(
             broker=broker,
             settings=settings,
@@ -50,6 +54,7 @@ class Front:
             newcomers=Newcomers(),
             bodies=Bodies(settings),
             health=Health(broker),
+            registries=recognized(settings.recognized_registries, settings.custom_registries),
         )
 
 

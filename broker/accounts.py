@@ -352,8 +352,8 @@ async def update_account(broker: Broker, account: str, limits: Limits) -> Accoun
 
 
 async def delete_account(broker: Broker, account: str) -> None:
-    """Its keys go first, so that a call that was cut short can be repeated. Raises NotFound, or StateConflict while
-    it has functions or others share theirs with it."""
+    """Its keys and registry credentials go first, so that a call that was cut short can be repeated. Raises NotFound,
+    or StateConflict while it has functions or others share theirs with it."""
     if await broker.catalog.accounts.get(account) is None:
         raise NotFound(NO_ACCOUNT)
     if await broker.catalog.versions.list("account", account):
@@ -363,6 +363,7 @@ async def delete_account(broker: Broker, account: str) -> None:
             raise StateConflict("functions of other accounts are shared with the account; that must end first")
     for key in await list_keys(broker, account):
         await broker.catalog.keys.delete(key.hash)
+    await broker.catalog.registry_credentials.delete(account)
     if not await broker.catalog.accounts.delete(account):
         raise NotFound(NO_ACCOUNT)
 

@@ -17,8 +17,9 @@ from broker.backends.memory.results import MemoryResults
 from broker.backends.rabbitmq import queue as rabbitmq
 from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
+from broker.keyring import Keyring
 from broker.ports import Blobs, Broker, Catalog, Counters, Queue, Results
-from broker.settings import ApiSettings, Settings
+from broker.settings import ApiSettings, SecretSettings, Settings
 
 T = TypeVar("T")
 Opener = Callable[[str, Settings], AbstractAsyncContextManager[T]]
@@ -36,11 +37,20 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
         ConfigurationError: an unknown scheme or a bad URL.
     """
     settings = _with_secret(settings)
+    keyring = Keyring.parse(_encryption_keys(settings))
     async with AsyncExitStack() as stack:
         queue = await stack.enter_async_context(_opener("queue_url", settings, QUEUES))
         results, catalog, counters = await stack.enter_async_context(_opener("store_url", settings, STORES))
         blobs = await stack.enter_async_context(_opener("blobs_url", settings, BLOBS))
-        yield Broker(queue=queue, results=results, catalog=catalog, counters=counters, blobs=blobs, settings=settings)
+        yield Broker(
+            queue=queue,
+            results=results,
+            catalog=catalog,
+            counters=counters,
+            blobs=blobs,
+            settings=settings,
+            keyring=keyring,
+        )
 
 
 @asynccontextmanager
@@ -73,6 +83,10 @@ def _opener(name: str, settings: Settings, table: Mapping[str, Opener[T]]) -> Ab
         known = ", ".join(f"{known}://" for known in table)
         raise ConfigurationError(f"FNQUEUE_{name.upper()}: unknown scheme {scheme[:20]!r}; known are {known}")
     return table[scheme](url, settings)
+
+
+def _encryption_keys(settings: Settings) -> str:
+    return settings.encryption_keys.get_secret_value() if isinstance(settings, SecretSettings) else ""
 
 
 def _with_secret(settings: Settings) -> Settings:

@@ -4,6 +4,7 @@
     ├── BadRequest                  the caller sent something that can never work; names the field
     │   ├── PayloadTooLarge
     │   ├── IdempotencyKeyReused    same key, other body
+    │   ├── NotConfigured           this server is not set up for it; says what its operator has to set
     │   └── StateConflict           the object is not in a state that allows this
     ├── Unauthenticated             no credential, or one that is not valid
     ├── Forbidden                   a valid credential that lacks the scope
@@ -53,6 +54,10 @@ class PayloadTooLarge(BadRequest):
 
 
 class IdempotencyKeyReused(BadRequest):
+    pass
+
+
+class NotConfigured(BadRequest):
     pass
 
 

@@ -16,6 +16,9 @@ from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
 from broker.model import EVERYONE, Deployment, FunctionStatus, Health, Principal, RateLimit, Sharing, Version
 from broker.ports import Broker
 from broker.revisions import edit
+from broker.secrets import Plain
+from broker.secrets import begin as begin_secrets
+from broker.secrets import delete as delete_secrets
 from broker.visibility import (
     NOT_COVERED,
     OWN,
@@ -57,6 +60,7 @@ class Definition:
     description: str = ""
     tags: tuple[str, ...] = ()
     rate_limit: RateLimit | None = None
+    secrets: tuple[Plain, ...] = ()
 
 
 async def create(broker: Broker, principal: Principal, definition: Definition) -> Version:
@@ -119,7 +123,7 @@ async def list_versions(broker: Broker, principal: Principal, function_id: str) 
 
 
 async def delete_version(broker: Broker, principal: Principal, function_id: str, version_id: str) -> None:
-    """Remove a version in whatever status, its deployment with it; the last one takes the function along.
+    """Remove a version in whatever status, with deployment and secrets; the last one takes the function along.
 
     The controller then ends what is queued, stops the instances and removes the queue. Raises NotFound, Forbidden.
     """
@@ -132,6 +136,7 @@ async def delete_version(broker: Broker, principal: Principal, function_id: str,
     if not await broker.catalog.versions.delete(version_id):
         raise NotFound(UNKNOWN_VERSION)
     await _unshare(broker, function_id, version_id)
+    await delete_secrets(broker, version_id)
 
 
 async def pick_callable(broker: Broker, principal: Principal, function_id: str, version_id: str = "") -> Version:
@@ -206,6 +211,8 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         tags=definition.tags,
         rate_limit=definition.rate_limit,
     )
+    # First, so that no version is ever seen without the secrets it was made with.
+    await begin_secrets(broker, version, definition.secrets)
     await broker.catalog.versions.put(version)
     return version
 

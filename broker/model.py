@@ -416,6 +416,52 @@ class Load:
     oldest_age_s: float
 
 
+# -- secrets -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secret:
+    """A named value, sealed by `broker.keyring`; bound to its account, version and name."""
+
+    name: str
+    sealed: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secrets:
+    """All secrets of one version, in the order in which they were first given."""
+
+    version_id: str
+    account: str
+    secrets: tuple[Secret, ...]
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryCredential:
+    """How to log in to a registry. `sealed` holds `user:password`, bound to the account, this id and the hostname."""
+
+    id: str
+    name: str
+    registry: str
+    hostname: str
+    artifact_types: tuple[str, ...]
+    sealed: str
+    created_at: float
+    updated_at: float
+    tags: tuple[str, ...] = ()
+    description: str = ""
+    provisioned_by: str = "USER"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryCredentials:
+    """All registry credentials of one account: one row, so that names are unique and limits exact."""
+
+    account: str
+    credentials: tuple[RegistryCredential, ...]
+
+
 # -- assets and accounts -----------------------------------------------------------------------
 
 

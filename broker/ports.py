@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from broker.keyring import Keyring
 from broker.model import (
     Account,
     Blob,
@@ -30,7 +31,9 @@ from broker.model import (
     Outcome,
     Position,
     Record,
+    RegistryCredentials,
     RequestState,
+    Secrets,
     Sharing,
     Taken,
     Version,
@@ -244,6 +247,14 @@ class Catalog(Protocol):
     def sharing(self) -> Table[Sharing]:
         """Key: function id. Index: `shared_with`."""
 
+    @property
+    def secrets(self) -> Table[Secrets]:
+        """Key: version id."""
+
+    @property
+    def registry_credentials(self) -> Table[RegistryCredentials]:
+        """Key: account."""
+
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         """Report an instance; it vanishes `ttl_s` after its last beat."""
 
@@ -348,9 +359,15 @@ class Launcher(Protocol):
 
     async def gpus(self) -> list[Gpu]: ...
 
-    async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
-        """Begin to start an instance; its sidecar reports when it is ready. Raises ConfigurationError when
-        it can never start (an unknown image, say), NoCapacity when only room is missing."""
+    async def start(
+        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+    ) -> None:
+        """Begin to start an instance; its sidecar reports when it is ready. `secrets` is the content of its secrets
+        file, there before the container starts; None for a version without. Raises ConfigurationError when it can
+        never start (an unknown image, say), NoCapacity when only room is missing."""
+
+    async def deliver(self, instance_id: str, secrets: bytes) -> None:
+        """Replace an instance's secrets file in one step. Nothing, if the instance is gone or started without."""
 
     async def stop(self, instance_id: str, *, grace_s: float) -> None:
         """Drain for at most `grace_s`, then end it and forget it. Idempotent."""
@@ -369,3 +386,4 @@ class Broker:
     counters: Counters
     blobs: Blobs
     settings: Settings
+    keyring: Keyring

@@ -112,7 +112,18 @@ class Settings(BaseSettings):
         return self
 
 
-class ApiSettings(Settings):
+class SecretSettings(Settings):
+    """Of those that seal or open secrets: front ends and controllers. A sidecar runs beside its user's code and is
+    given no key."""
+
+    encryption_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Keys for secrets and registry credentials at rest: `id:hex,id:hex`, 64 hex digits each. The first "
+        "seals, all open; the same on every front end and controller. Empty: secrets are refused.",
+    )
+
+
+class ApiSettings(SecretSettings):
     """`fnqueue api` and `fnqueue dev`."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -159,10 +170,25 @@ class ApiSettings(Settings):
     function_calls_per_s: int = Field(
         200, ge=0, description="The same for the calls of one account about one function or version."
     )
+    recognized_registries: str = Field(
+        "NGC=nvcr.io/CONTAINER, NGC Helm=helm.ngc.nvidia.com/HELM, NGC Models=api.ngc.nvidia.com/MODEL+RESOURCE, "
+        "Docker Hub=docker.io/CONTAINER+HELM, GitHub=ghcr.io/CONTAINER+HELM, Quay=quay.io/CONTAINER+HELM, "
+        "GitLab=registry.gitlab.com/CONTAINER+HELM, Amazon ECR=*.dkr.ecr.*.amazonaws.com/CONTAINER+HELM, "
+        "Azure=*.azurecr.io/CONTAINER+HELM, Google=*.pkg.dev/CONTAINER+HELM, "
+        "Hugging Face=huggingface.co/MODEL+RESOURCE",
+        description="Registries that credentials may be for: `name=hostname/TYPE+TYPE`, separated by commas. Types are "
+        "`CONTAINER`, `HELM`, `MODEL`, `RESOURCE`, all when left out; `*` stands for any part of a hostname.",
+    )
+    custom_registries: str = Field(
+        "", description="Further hostnames that credentials may be for, separated by commas; `*` for any."
+    )
+    max_registry_credentials: int = Field(
+        25, ge=0, le=50, description="Registry credentials that an account may have, unless its record says otherwise."
+    )
     shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
 
 
-class ControllerSettings(Settings):
+class ControllerSettings(SecretSettings):
     """`fnqueue controller`, and the controller inside `fnqueue dev`."""
 
     images_file: Path | None = Field(

@@ -6,6 +6,7 @@ What upstream has and this server does not is accepted and ignored, unless it co
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -21,13 +22,16 @@ from pydantic import (
     ConfigDict,
     Field,
     RootModel,
+    SecretStr,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.alias_generators import to_camel
 
 MAX_INSTANCES = 1_000_000
+MAX_SECRET_CHARACTERS = 32_768
 
 _TAG = re.compile(r"[A-Za-z0-9_:=-]{1,128}", re.ASCII)
 _DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
@@ -86,6 +90,22 @@ def _duration(value: str) -> str:
     if seconds <= 0:
         raise ValueError("must be an ISO-8601 duration above zero, as PT10S")
     return value
+
+
+def _secret(value: Any) -> str:
+    """The JSON text of a string or an object; says nothing of what it was."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if not isinstance(value, str | dict):
+        raise ValueError("must be a string or a JSON object")
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=isinstance(value, str), separators=(",", ":"))
+        text.encode()
+    except ValueError:
+        raise ValueError("must hold nothing that JSON in UTF-8 cannot") from None
+    if not 1 <= len(value if isinstance(value, str) else text) <= MAX_SECRET_CHARACTERS:
+        raise ValueError(f"must have 1 to {MAX_SECRET_CHARACTERS} characters as JSON")
+    return text
 
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
@@ -158,6 +178,28 @@ class SetRateLimit(RateLimitModel):
         return inner if isinstance(inner, Mapping) else given
 
 
+SecretName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,47}$")]
+
+
+class Secret(Wire):
+    """`value` is a string or a JSON object on the wire, and its JSON text here."""
+
+    name: SecretName
+    value: Annotated[
+        SecretStr,
+        BeforeValidator(_secret),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string", "minLength": 1, "maxLength": MAX_SECRET_CHARACTERS},
+                    {"type": "object"},
+                ],
+                "writeOnly": True,
+            }
+        ),
+    ]
+
+
 class CreateFunction(Wire):
     """Body of `POST /functions` and `POST /functions/{functionId}/versions`."""
 
@@ -175,6 +217,7 @@ class CreateFunction(Wire):
     tags: Annotated[list[str], Field(max_length=64), AfterValidator(_tags)] = []
     description: Annotated[str, Field(max_length=256)] = ""
     rate_limit: RateLimitModel | None = None
+    secrets: list[Secret] = []
 
     @model_validator(mode="after")
     def _can_run_here(self) -> CreateFunction:
@@ -221,6 +264,7 @@ class Function(Wire):
     description: str
     function_type: str
     rate_limit: RateLimitModel | None = None
+    secrets: list[str] | None = None
 
 
 class FunctionHealth(Wire):
@@ -243,6 +287,90 @@ class FunctionList(Wire):
 
 class FunctionIds(Wire):
     function_ids: list[str]
+
+
+# -- secrets and registry credentials ----------------------------------------------------------
+
+
+class PutSecrets(Wire):
+    """Body of `PUT /secrets/functions/{functionId}/versions/{versionId}`: merged by name."""
+
+    secrets: list[Secret]
+
+
+ArtifactType = Annotated[Literal["CONTAINER", "HELM", "MODEL", "RESOURCE"], BeforeValidator(_upper)]
+
+
+class RegistrySecret(Wire):
+    """`value` is the base64 of `user:password`."""
+
+    name: SecretName
+    value: Annotated[SecretStr, Field(min_length=1, max_length=MAX_SECRET_CHARACTERS)]
+
+
+class CreateRegistryCredential(Wire):
+    """Body of `POST /registry-credentials`."""
+
+    registry_hostname: Annotated[
+        str, Field(max_length=253, pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?$")
+    ]
+    secret: RegistrySecret
+    artifact_types: Annotated[list[ArtifactType], Field(min_length=1, max_length=16)]
+    tags: Annotated[list[str], Field(max_length=64), AfterValidator(_tags)] = []
+    description: Annotated[str, Field(max_length=256)] = ""
+
+
+class UpdateRegistryCredential(Wire):
+    """Body of `PATCH /registry-credentials/{registryCredentialId}`. Artifact types, by either name, are added."""
+
+    secret: RegistrySecret | None = None
+    artifact_types: Annotated[list[ArtifactType], Field(max_length=16)] = []
+    artifact_type_enums: Annotated[list[ArtifactType], Field(max_length=16)] = []
+    tags: Annotated[list[str], Field(max_length=64), AfterValidator(_tags)] | None = None
+    description: Annotated[str, Field(max_length=256)] | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> UpdateRegistryCredential:
+        if not (self.secret or self.artifact_types or self.artifact_type_enums) and (
+            self.tags is None and self.description is None
+        ):
+            raise ValueError("give one of secret, artifactTypes, tags and description")
+        return self
+
+
+class RegistryCredential(Wire):
+    registry_credential_id: str
+    nca_id: str
+    registry_credential_name: str
+    registry_name: str
+    registry_hostname: str
+    artifact_types: list[str]
+    tags: list[str] | None = None
+    description: str | None = None
+    provisioned_by: str
+    last_updated_at: datetime
+    created_at: datetime
+
+
+class RegistryCredentialAnswer(Wire):
+    registry_credential: RegistryCredential
+
+
+class RegistryCredentialList(Wire):
+    registry_credentials: list[RegistryCredential]
+
+
+class RecognizedRegistry(Wire):
+    """`*` in `hostname` stands for any part of one."""
+
+    name: str
+    hostname: str
+
+
+class RecognizedRegistries(Wire):
+    """By artifact type."""
+
+    recognized_registries: dict[str, list[RecognizedRegistry]]
 
 
 # -- deployments -------------------------------------------------------------------------------

@@ -215,6 +215,7 @@ class House:
             **servers,
             "FNQUEUE_DATA_DIR": str(folder / "data"),
             "FNQUEUE_SECRET_KEY": secrets.token_hex(32),
+            "FNQUEUE_ENCRYPTION_KEYS": f"test:{secrets.token_hex(32)}",
             "FNQUEUE_IMAGES_FILE": str(images),
             "FNQUEUE_LEASE_S": "3",
             "FNQUEUE_RENEW_S": "0.5",

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from api import headers, limits, payloads
+from api import headers, limits, payloads, queries
 from api.front import Front
-from broker import functions
+from api.routes.secrets import plains
+from broker import functions, secrets
 from broker.functions import Definition
 from broker.model import Health, Instance, InstanceStatus, Principal, Version
 from fnqueue import wire
@@ -59,14 +60,17 @@ async def list_versions(front: Front, request: web.Request, principal: Principal
 
 
 async def get(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    """With its instances, for those of its account who may see details."""
+    """With its instances and the names of its secrets, for those of its account who may see details."""
     function_id, version_id = ids(request)
+    named = queries.boolean(request.query, "includeSecrets", absent=True)
     version = await functions.get(front.broker, principal, function_id, version_id)
     if version.account != principal.account:
         return payloads.answer(wire.FunctionAnswer(function=present_to(principal, version)))
     if "list_functions_details" not in principal.scopes:
         return _one(version)
-    return _one(version, await front.broker.catalog.instances(version.id))
+    shown = present(version, await front.broker.catalog.instances(version.id))
+    names = await secrets.names(front.broker, version.id) if named else []
+    return payloads.answer(wire.FunctionAnswer(function=shown.model_copy(update={"secrets": names or None})))
 
 
 async def delete_version(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -132,8 +136,8 @@ def instant(unix_s: float) -> datetime:
     return datetime.fromtimestamp(unix_s, UTC)
 
 
-def _one(version: Version, instances: Iterable[Instance] | None = None) -> web.Response:
-    return payloads.answer(wire.FunctionAnswer(function=present(version, instances)))
+def _one(version: Version) -> web.Response:
+    return payloads.answer(wire.FunctionAnswer(function=present(version)))
 
 
 def _shown(instance: Instance) -> bool:
@@ -156,9 +160,7 @@ def _instance(instance: Instance) -> wire.Instance:
 
 
 def _visibility(request: web.Request) -> list[str]:
-    """Both spellings of a list: `?visibility=a,b` and `?visibility=a&visibility=b`."""
-    values = request.query.getall("visibility", [])
-    return [word.strip() for value in values for word in value.split(",") if word.strip()]
+    return queries.words(request.query, "visibility")
 
 
 def _definition(asked: wire.CreateFunction) -> Definition:
@@ -176,6 +178,7 @@ def _definition(asked: wire.CreateFunction) -> Definition:
         description=asked.description,
         tags=tuple(asked.tags),
         rate_limit=limits.define(asked.rate_limit) if asked.rate_limit else None,
+        secrets=plains(asked.secrets),
     )
 
 

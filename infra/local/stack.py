@@ -125,6 +125,7 @@ class Stack(Daemon):
             "FNQUEUE_LAUNCHER_URL": os.environ.get("FNQUEUE_LAUNCHER_URL", "process://"),
             "FNQUEUE_DATA_DIR": os.environ.get("FNQUEUE_DATA_DIR", str(self.folder / "data")),
             "FNQUEUE_SECRET_KEY": kept_secret(self.folder / "secret.key"),
+            "FNQUEUE_ENCRYPTION_KEYS": f"stack:{kept_secret(self.folder / 'encryption.key')}",
             **{name: server.url for name, server in servers.items()},
         }
         front = {

@@ -123,7 +123,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         return asyncio.run_coroutine_threadsafe(work, loop).result(10)
 
     async def serve() -> None:
-        chosen = ApiSettings(port=0, data_dir=tmp_path_factory.mktemp("blobs"), admin_key=SecretStr(KEY))
+        chosen = ApiSettings(
+            port=0,
+            data_dir=tmp_path_factory.mktemp("blobs"),
+            admin_key=SecretStr(KEY),
+            encryption_keys=SecretStr(f"test:{'5e' * 32}"),
+        )
         async with open_broker(chosen) as broker:
             app = make_app(Front.over(broker, chosen))
             serving = Server(url="", broker=broker, run=run)
@@ -230,6 +235,19 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     assert len(call("functions_list_versions", functionId=function)["functions"]) == 2
     assert function in call("functions_list_ids")["functionIds"]
     assert call("functions_list_functions")["functions"]
+    # With a secret, and a credential for its image's registry
+    call("secrets_put", {"secrets": [{"name": "TOKEN", "value": {"any": "thing"}}]}, **of)
+    assert call("functions_get", **of)["function"]["secrets"] == ["TOKEN"]
+    assert "secrets" not in call("functions_get", query={"includeSecrets": "false"}, **of)["function"]
+    hidden = {"name": "pull", "value": "dXNlcjpwYXNz"}
+    login = {"registryHostname": "ghcr.io", "secret": hidden, "artifactTypes": ["CONTAINER"]}
+    credential = call("registries_create", login)["registryCredential"]["registryCredentialId"]
+    changed = call("registries_update", {"description": "d"}, credentialId=credential)["registryCredential"]
+    assert call("registries_get", credentialId=credential)["registryCredential"] == changed
+    listed = call("registries_list_credentials", query={"artifactType": "CONTAINER"})["registryCredentials"]
+    assert changed in listed
+    assert call("registries_list_recognized")["recognizedRegistries"]["CONTAINER"]
+    call("registries_delete", credentialId=credential)
     # Deployed from zero, so that it is ACTIVE at once
     (group,) = call("clusters_list_groups")["clusterGroups"]
     (gpu,) = group["gpus"]

@@ -5,12 +5,15 @@ POST / with JSON, every field optional:
     delay_s  answer only then; a caller that leaves meanwhile is written down as `aborted`
     die      true: exit in the middle of the answer
     gate     path of a file: answer only when it exists
+    secret   name of a secret: answer with a digest of its value as `secret`
 Written to the file RECORD, one line each: `start <id>`, `done <id>`, `aborted <id>`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -44,7 +47,15 @@ async def run(request: web.Request) -> web.StreamResponse:
         write(f"aborted {name}")
         raise
     write(f"done {name}")
-    return web.json_response({"id": name, "pid": os.getpid(), "headers": dict(request.headers)})
+    told = {"id": name, "pid": os.getpid(), "headers": dict(request.headers)}
+    if order.get("secret"):
+        told["secret"] = digest(order["secret"])
+    return web.json_response(told)
+
+
+def digest(name: str) -> str:
+    value = json.loads(Path(os.environ["NVCF_SECRETS_FILE"]).read_bytes()).get(name)
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 async def opened(gate: str) -> None:

@@ -27,6 +27,10 @@ from broker.model import (
     Instance,
     InstanceStatus,
     Key,
+    RegistryCredential,
+    RegistryCredentials,
+    Secret,
+    Secrets,
     Sharing,
     Version,
 )
@@ -227,6 +231,43 @@ async def test_accounts_are_kept_by_id(catalog: Catalog) -> None:
     assert row is not None
     assert row.item == account
     assert account in [row.item for row in await catalog.accounts.list()]
+
+
+async def test_secrets_are_kept_by_version(catalog: Catalog) -> None:
+    sealed = (Secret(name="A", sealed="1:k:AA=="), Secret(name="b.c", sealed="1:k:BB=="))
+    secrets = Secrets(version_id=str(uuid.uuid4()), account="acme", secrets=sealed, updated_at=1.5)
+    revision = await catalog.secrets.put(secrets)
+    changed = replace(secrets, secrets=sealed[:1])
+    await catalog.secrets.put(changed, revision=revision)
+    with pytest.raises(RevisionConflict):
+        await catalog.secrets.put(secrets, revision=revision)
+    row = await catalog.secrets.get(secrets.version_id)
+    assert row is not None
+    assert row.item == changed
+    assert changed in [row.item for row in await catalog.secrets.list()]
+    assert await catalog.secrets.delete(secrets.version_id)
+    assert await catalog.secrets.get(secrets.version_id) is None
+
+
+async def test_registry_credentials_are_kept_by_account(catalog: Catalog) -> None:
+    credential = RegistryCredential(
+        id=str(uuid.uuid4()),
+        name="pull",
+        registry="GitHub",
+        hostname="ghcr.io",
+        artifact_types=("CONTAINER",),
+        sealed="1:k:AA==",
+        created_at=1.0,
+        updated_at=2.0,
+        tags=("t",),
+    )
+    credentials = RegistryCredentials(account=str(uuid.uuid4()), credentials=(credential,))
+    await catalog.registry_credentials.put(credentials)
+    with pytest.raises(RevisionConflict):
+        await catalog.registry_credentials.put(replace(credentials, credentials=()))
+    row = await catalog.registry_credentials.get(credentials.account)
+    assert row is not None
+    assert row.item == credentials
 
 
 async def test_an_instance_lives_by_its_beat(catalog: Catalog) -> None:

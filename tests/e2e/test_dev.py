@@ -447,11 +447,13 @@ def test_a_data_folder_in_use_is_one_line(dev: Dev, tmp_path_factory: pytest.Tem
         (["dev", "--key", "two words"], {}, "key"),
         (["dev"], {"FNQUEUE_PORT": "many"}, "FNQUEUE_PORT"),
         (["dev"], {"FNQUEUE_MAX_BODY_BYTES": "1"}, "FNQUEUE_MAX_BODY_BYTES"),
+        (["dev"], {"FNQUEUE_ENCRYPTION_KEYS": "k1:short"}, "FNQUEUE_ENCRYPTION_KEYS"),
+        (["dev"], {"FNQUEUE_RECOGNIZED_REGISTRIES": "nameless"}, "FNQUEUE_RECOGNIZED_REGISTRIES"),
         (["api"], {}, "FNQUEUE_QUEUE_URL"),
         (["api"], {"FNQUEUE_QUEUE_URL": "carrier-pigeon://x", "FNQUEUE_STORE_URL": "redis://x"}, "SECRET_KEY"),
         (["keys", "list"], {}, "FNQUEUE_STORE_URL"),
         (["keys", "create", "--scope", "rule_the_world"], {}, "rule_the_world"),
-        (["nonsense"], {}, "known are api, controller, dev, keys, sidecar, welcome"),
+        (["nonsense"], {}, "known are api, controller, dev, keys"),
         (["welcome"], {}, "--key"),
     ],
 )
@@ -478,14 +480,16 @@ def test_help_and_version_are_there() -> None:
         assert name in told
 
 
-def test_the_key_stays_the_same_and_belongs_to_its_owner(tmp_path: Path) -> None:
+def test_the_keys_stay_the_same_and_belong_to_their_owner(tmp_path: Path) -> None:
+    kept, encryption = tmp_path / "data" / "dev-key", tmp_path / "data" / "dev-encryption-keys"
     with running(tmp_path) as first:
+        sealed_with = encryption.read_text()
         assert first.stop() == 0
     with running(tmp_path) as second:
         assert second.key == first.key
-        kept = tmp_path / "data" / "dev-key"
         assert kept.read_text().strip() == second.key
-        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        assert encryption.read_text() == sealed_with
+        assert [stat.S_IMODE(file.stat().st_mode) for file in (kept, encryption)] == [0o600, 0o600]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -21,6 +21,7 @@ class FakeInstance:
     specification_id: str
     alive: bool = True
     error: str = ""
+    secrets: bytes | None = None
 
 
 class FakeLauncher:
@@ -36,19 +37,26 @@ class FakeLauncher:
     async def gpus(self) -> list[Gpu]:
         return [CPU]
 
-    async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
+    async def start(
+        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+    ) -> None:
         if version.container_image != KNOWN_IMAGE:
             raise ConfigurationError(
                 f"no command is known for the image {version.container_image!r}; known images: {KNOWN_IMAGE}"
             )
         if self.room is not None and len(self.instances) >= self.room:
             raise NoCapacity("1 H100 needed: 0 of 1 are free on this machine")
-        self.instances[instance_id] = FakeInstance(instance_id, version.id, specification.id)
+        self.instances[instance_id] = FakeInstance(instance_id, version.id, specification.id, secrets=secrets)
         self.started.set()
 
     async def stop(self, instance_id: str, *, grace_s: float) -> None:
         if self.instances.pop(instance_id, None) is not None:
             self.stopped.append((instance_id, grace_s))
+
+    async def deliver(self, instance_id: str, secrets: bytes) -> None:
+        instance = self.instances.get(instance_id)
+        if instance is not None and instance.secrets is not None:
+            instance.secrets = secrets
 
     async def launched(self) -> list[Launched]:
         return list(self.instances.values())

@@ -12,6 +12,7 @@ import pytest
 from broker import assets
 from broker.backends import files
 from broker.errors import BadRequest, NotFound
+from broker.keyring import Keyring
 from broker.model import Principal
 from broker.ports import Broker, Catalog, Counters, Queue, Results
 from broker.settings import Settings, load
@@ -38,6 +39,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
             counters=cast(Counters, nothing),
             blobs=blobs,
             settings=settings,
+            keyring=Keyring({}),
         )
 
 

@@ -32,6 +32,8 @@ def body_of(response: web.Response) -> dict[str, Any]:
         (errors.Forbidden("x"), 403, UPSTREAM + "forbidden"),
         (errors.NotFound("x"), 404, UPSTREAM + "not-found"),
         (errors.RequestExpired("x"), 404, OURS + "result-expired"),
+        (errors.NotConfigured("x"), 400, UPSTREAM + "bad-request"),
+        (errors.AlreadyExists("x"), 409, UPSTREAM + "conflict"),
         (errors.AlreadyFinished("x"), 409, UPSTREAM + "conflict"),
         (errors.RevisionConflict("x"), 409, UPSTREAM + "conflict"),
         (errors.QueueFull("x"), 429, OURS + "queue-full"),

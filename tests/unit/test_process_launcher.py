@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import sys
 import time
 import uuid
@@ -332,6 +333,106 @@ async def test_what_can_never_start_leaves_nothing_behind(
     with pytest.raises(ConfigurationError):
         await started(launcher, version)
     assert await launcher.launched() == []
+
+
+# -- secrets -----------------------------------------------------------------------------------------
+
+
+def secrets_folder(instance_id: str, settings: ControllerSettings) -> Path:
+    return settings.data_dir.resolve() / "instances" / instance_id / "secrets"
+
+
+async def started_with_secrets(launcher: Launcher, content: bytes = b'{"A": "one"}') -> str:
+    instance_id = str(uuid.uuid4())
+    await launcher.start(instance_id, VERSION, SPECIFICATION, secrets=content)
+    return instance_id
+
+
+async def test_secrets_are_a_file_of_the_instance_and_nobody_elses(
+    launcher: Launcher, settings: ControllerSettings
+) -> None:
+    folder = secrets_folder(await started_with_secrets(launcher), settings)
+    assert (await told(settings))["environ"]["NVCF_SECRETS_FILE"] == str(folder / "secrets.json")
+    assert (folder / "secrets.json").read_bytes() == b'{"A": "one"}'
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "secrets.json")] == [0o700, 0o600]
+
+
+async def test_a_delivery_replaces_the_file_in_one_step(launcher: Launcher, settings: ControllerSettings) -> None:
+    instance_id = await started_with_secrets(launcher)
+    file = secrets_folder(instance_id, settings) / "secrets.json"
+    with file.open("rb") as opened_before:
+        await launcher.deliver(instance_id, b'{"A": "two"}')
+        assert opened_before.read() == b'{"A": "one"}'
+    assert file.read_bytes() == b'{"A": "two"}'
+    written_at = file.stat().st_ino
+    await launcher.deliver(instance_id, b'{"A": "two"}')
+    assert (file.stat().st_ino, stat.S_IMODE(file.stat().st_mode)) == (written_at, 0o600)
+    assert [path.name for path in file.parent.iterdir()] == ["secrets.json"]
+
+
+async def test_a_link_where_the_file_goes_is_replaced_and_not_followed(
+    launcher: Launcher, settings: ControllerSettings, tmp_path: Path
+) -> None:
+    instance_id = await started_with_secrets(launcher)
+    folder = secrets_folder(instance_id, settings)
+    target = tmp_path / "target"
+    target.write_text("untouched")
+    (folder / "secrets.json").unlink()
+    for name in ("secrets.json", "secrets.json.new"):
+        (folder / name).symlink_to(target)
+    await launcher.deliver(instance_id, b"{}")
+    assert target.read_text() == "untouched"
+    assert not (folder / "secrets.json").is_symlink()
+
+
+async def test_without_secrets_there_is_no_file_and_none_comes_later(
+    launcher: Launcher, settings: ControllerSettings
+) -> None:
+    instance = await started(launcher)
+    assert "NVCF_SECRETS_FILE" not in (await told(settings))["environ"]
+    await launcher.deliver(instance.instance_id, b"{}")
+    await launcher.deliver("nobody", b"{}")
+    assert not secrets_folder(instance.instance_id, settings).exists()
+
+
+async def test_secrets_go_with_their_instance(launcher: Launcher, settings: ControllerSettings) -> None:
+    instance_id = await started_with_secrets(launcher)
+    await asyncio.gather(launcher.stop(instance_id, grace_s=0.0), launcher.deliver(instance_id, b'{"A": "late"}'))
+    assert not secrets_folder(instance_id, settings).exists()
+
+
+async def test_what_cannot_start_leaves_no_secrets(launcher: Launcher, settings: ControllerSettings) -> None:
+    with pytest.raises(ConfigurationError):
+        await launcher.start("x", replace(VERSION, container_image="test/missing:1"), SPECIFICATION, secrets=b"{}")
+    assert not secrets_folder("x", settings).exists()
+
+
+async def test_secrets_outlive_a_killed_controller_only_with_their_instance(
+    settings: ControllerSettings, sidecars: Sidecars
+) -> None:
+    first = ProcessLauncher(settings, start_sidecar=sidecars)
+    instance_id = await started_with_secrets(first)
+    (lost,) = await first.launched()
+    await first.close()
+    for unknown in ("never-written-down", "unreadable"):
+        secrets_folder(unknown, settings).mkdir(parents=True)
+        (secrets_folder(unknown, settings) / "secrets.json").write_text("{}")
+    (secrets_folder("unreadable", settings).parent / "state.json").write_text("{")
+    async with process_launcher(settings, sidecars) as launcher:
+        await launcher.deliver(instance_id, b'{"A": "two"}')
+        assert (secrets_folder(instance_id, settings) / "secrets.json").read_bytes() == b'{"A": "two"}'
+        assert not any(secrets_folder(name, settings).exists() for name in ("never-written-down", "unreadable"))
+        await launcher.stop(instance_id, grace_s=0.0)
+        assert not secrets_folder(instance_id, settings).exists()
+    reap(lost)
+
+
+def test_a_sidecar_process_is_given_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FNQUEUE_ENCRYPTION_KEYS", "k1:hidden-value")
+    monkeypatch.setenv("fnqueue_encryption_keys", "k1:hidden-value")
+    monkeypatch.setenv("FNQUEUE_ADMIN_KEY", "hidden-value")
+    settings = load(SidecarSettings, function_id="f", function_version_id="v", data_dir=tmp_path)
+    assert "hidden-value" not in str(sidecar_environment(settings))
 
 
 # -- life and death ----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.errors import ConfigurationError, StoreUnavailable
+from broker.keyring import Keyring
 from broker.model import Draft, InstanceStatus, Job, Lease, Outcome, Record, RequestState, Verdict
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
@@ -97,6 +98,7 @@ class Rig:
             counters=MemoryCounters(),
             blobs=self.blobs,
             settings=self.settings,
+            keyring=Keyring({}),
         )
 
     def set(self, **given: Any) -> None:

@@ -14,11 +14,13 @@ from functools import partial
 
 from broker.errors import FnqueueError
 from broker.ports import Broker, Launcher
+from broker.secrets import sweep as sweep_secrets
 from broker.settings import ControllerSettings
 from workers.controller import undertaker
 from workers.controller.chores import Chores
 from workers.controller.leadership import RENEW_S, Leadership
 from workers.controller.reconcile import Reconciler
+from workers.controller.secrets import REFRESH_S, SWEEP_S, Refresher
 from workers.loops import beside, every
 
 logger = logging.getLogger(__name__)
@@ -89,9 +91,12 @@ async def _lead(
         async with asyncio.TaskGroup() as group:
             chores = Chores(group)
             reconciler = Reconciler(broker, settings, launcher, chores)
+            refresher = Refresher(broker, launcher)
             async with beside(
                 every(OFFER_S, leadership.only(offer), name="offer"),
                 every(settings.reconcile_s, leadership.only(reconciler.step), name="reconcile"),
+                every(REFRESH_S, leadership.only(refresher.step), name="secrets"),
+                every(SWEEP_S, leadership.only(lambda: sweep_secrets(broker)), name="secrets_sweep"),
                 every(settings.sweep_s, leadership.only(reconciler.ensure_queues), name="queues"),
                 every(settings.sweep_s, leadership.only(lambda: undertaker.sweep(broker)), name="sweep"),
                 every(1.0, leadership.only(lambda: undertaker.serve(broker)), name="undertaker"),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from broker import deployments
+from broker import deployments, secrets
 from broker.deployments import Sight
 from broker.errors import ConfigurationError, NoCapacity, RevisionConflict
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
@@ -209,7 +209,9 @@ class Reconciler:
             return
         instance_id = str(uuid.uuid4())
         try:
-            await self.launcher.start(instance_id, version, specification)
+            row = await self.broker.catalog.secrets.get(version.id)
+            content = secrets.reveal(self.broker, row.item) if row else None
+            await self.launcher.start(instance_id, version, specification, secrets=content)
         except NoCapacity as exc:
             streak.waits(str(exc))
             return

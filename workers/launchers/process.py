@@ -6,6 +6,7 @@ has died, the instance is not alive. Each instance has a folder, `<data_dir>/ins
     state.json       who the two processes are; a controller that was killed finds its instances again by it
     container.log    sidecar.log
     assets/          responses/       scratch/       request directories
+    secrets/         the secrets file, if the version has secrets; gone with the instance
 
 Every port that a version names (inference, health) is the one free loopback port that the process is given in PORT.
 An instance of a GPU type has that many cards to itself: CUDA_VISIBLE_DEVICES shows it those and no others, and where
@@ -27,6 +28,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +41,7 @@ from broker.errors import ConfigurationError
 from broker.model import Gpu, GpuSpecification, Version
 from broker.ports import Launched
 from broker.settings import ControllerSettings, Settings, SidecarSettings, load
+from workers.launchers import secrets as secrets_file
 from workers.launchers.cards import CPU, Card, Cards, Nvml, choose, device_environment, inventory
 from workers.launchers.children import Child, Identity
 from workers.launchers.images import Image, find_image, read_images
@@ -97,8 +100,9 @@ async def start_sidecar_process(settings: SidecarSettings, *, log: Path) -> Chil
 
 
 def sidecar_environment(settings: SidecarSettings) -> dict[str, str]:
-    """This process's environment, with every setting of the sidecar in it and no other word for any of them."""
-    environment = dict(os.environ)
+    """This process's environment, with every setting of the sidecar in it and no other word for any of them; nothing
+    else of our settings, which may be keys."""
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("FNQUEUE_")}
     for name, field in SidecarSettings.model_fields.items():
         spellings = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else ()
         words = {name.upper(), *(str(spelling).upper() for spelling in spellings)} if spellings else set()
@@ -172,12 +176,15 @@ class ProcessLauncher:
         self._instances: dict[str, _Instance] = {}
         self._lock: IO[bytes] | None = None
         self._cards = Cards(nvml, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        self._secrets_lock = asyncio.Lock()
 
     async def gpus(self) -> list[Gpu]:
         """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
         return inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
 
-    async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
+    async def start(
+        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+    ) -> None:
         await self._open()
         image = find_image(self._images, version.container_image)
         cards = await self._choose(specification)
@@ -185,9 +192,9 @@ class ProcessLauncher:
         folder = self._root / instance_id
         settings = self._sidecar_settings(instance_id, version, specification, port=port, folder=folder)
         try:
-            container = await asyncio.to_thread(_spawn_container, image, version, settings, folder, cards)
+            container = await asyncio.to_thread(_spawn_container, image, version, settings, folder, cards, secrets)
         except BaseException:
-            await asyncio.to_thread(self._clear, folder)
+            await self._clear(folder)
             raise
         instance = _Instance(
             instance_id=instance_id,
@@ -213,9 +220,17 @@ class ProcessLauncher:
         if instance.sidecar is not None:
             await instance.sidecar.stop(grace_s=grace_s)
         await instance.container.stop(grace_s=_CONTAINER_GRACE_S)
-        await asyncio.to_thread(self._clear, instance.folder)
+        await self._clear(instance.folder)
         self._instances.pop(instance_id, None)
         logger.info("instance_stopped", extra={"instance_id": instance_id, "version_id": instance.version_id})
+
+    async def deliver(self, instance_id: str, secrets: bytes) -> None:
+        await self._open()
+        instance = self._instances.get(instance_id)
+        if instance is not None:
+            async with self._secrets_lock:  # not while its folder is being cleared
+                with suppress(FileNotFoundError):
+                    await asyncio.to_thread(secrets_file.replace, instance.folder / "secrets", secrets)
 
     async def launched(self) -> list[Launched]:
         await self._open()
@@ -272,8 +287,13 @@ class ProcessLauncher:
             scratch_dir=str(folder / "scratch"),
         )
 
-    def _clear(self, folder: Path) -> None:
+    async def _clear(self, folder: Path) -> None:
+        async with self._secrets_lock:
+            await asyncio.to_thread(self._remove, folder)
+
+    def _remove(self, folder: Path) -> None:
         """Forget an instance but for its logs, and keep the newest few of those."""
+        secrets_file.remove(folder / "secrets")
         (folder / "state.json").unlink(missing_ok=True)
         _clear_requests(folder)
         over = [path for path in self._root.iterdir() if path.is_dir() and not (path / "state.json").exists()]
@@ -289,7 +309,12 @@ def _clear_requests(folder: Path) -> None:
 
 
 def _spawn_container(
-    image: Image, version: Version, settings: SidecarSettings, folder: Path, cards: Sequence[Card]
+    image: Image,
+    version: Version,
+    settings: SidecarSettings,
+    folder: Path,
+    cards: Sequence[Card],
+    secrets: bytes | None,
 ) -> Child:
     for path in (folder, settings.asset_dir, settings.response_dir, Path(settings.scratch_dir)):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -298,10 +323,14 @@ def _spawn_container(
     except ValueError as exc:
         raise ConfigurationError(f"containerArgs cannot be split into words: {exc}") from exc
     command = image.command_for(settings.inference_port) + arguments
+    environment = _container_environment(image, version, settings) | device_environment(cards)
+    if secrets is not None:
+        secrets_file.lay(folder / "secrets", secrets)
+        environment[secrets_file.PATH_VARIABLE] = str(folder / "secrets" / secrets_file.FILE)
     try:
         return Child.spawn(
             command,
-            environment=_container_environment(image, version, settings) | device_environment(cards),
+            environment=environment,
             folder=image.folder,
             log=folder / "container.log",
         )
@@ -341,8 +370,12 @@ def _take_over(root: Path) -> tuple[IO[bytes], dict[str, _Instance]]:
     for folder in root.iterdir():
         if folder.is_dir() and not (folder / "state.json").exists():
             _clear_requests(folder)
-    found = [_adopt(state.parent) for state in root.glob("*/state.json")]
-    return lock, {instance.instance_id: instance for instance in found if instance is not None}
+    adopted = [_adopt(state.parent) for state in root.glob("*/state.json")]
+    found = {instance.instance_id: instance for instance in adopted if instance is not None}
+    for leftover in root.glob("*/secrets"):
+        if leftover.parent.name not in found:  # its controller was killed before it had written the instance down
+            secrets_file.remove(leftover)
+    return lock, found
 
 
 def _adopt(folder: Path) -> _Instance | None:

@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from broker.errors import RevisionConflict
-from broker.model import Account, Cluster, Deployment, Gpu, Instance, Key, Sharing, Version
+from broker.model import (
+    Account,
+    Cluster,
+    Deployment,
+    Gpu,
+    Instance,
+    Key,
+    RegistryCredentials,
+    Secrets,
+    Sharing,
+    Version,
+)
 from broker.ports import Row
 
 T = TypeVar("T")
@@ -47,6 +58,8 @@ class MemoryCatalog:
         self.clusters: MemoryTable[Cluster] = MemoryTable(lambda cluster: cluster.id, ("account",))
         self.accounts: MemoryTable[Account] = MemoryTable(lambda account: account.id, ())
         self.sharing: MemoryTable[Sharing] = MemoryTable(lambda sharing: sharing.function_id, ("shared_with",))
+        self.secrets: MemoryTable[Secrets] = MemoryTable(lambda secrets: secrets.version_id, ())
+        self.registry_credentials: MemoryTable[RegistryCredentials] = MemoryTable(lambda item: item.account, ())
         self._instances: dict[tuple[str, str], tuple[Instance, float]] = {}
         self._gpus: tuple[list[Gpu], float] = ([], 0.0)
         self._leader = ("", 0.0)

@@ -9,7 +9,18 @@ from broker.backends.codec import pack, unpack
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection
 from broker.errors import RevisionConflict
-from broker.model import Account, Cluster, Deployment, Gpu, Instance, Key, Sharing, Version
+from broker.model import (
+    Account,
+    Cluster,
+    Deployment,
+    Gpu,
+    Instance,
+    Key,
+    RegistryCredentials,
+    Secrets,
+    Sharing,
+    Version,
+)
 from broker.ports import Row
 
 T = TypeVar("T")
@@ -74,6 +85,10 @@ class RedisCatalog:
         self.clusters = RedisTable(connection, "clusters", Cluster, lambda item: item.id, ("account",))
         self.accounts = RedisTable(connection, "accounts", Account, lambda item: item.id, ())
         self.sharing = RedisTable(connection, "sharing", Sharing, lambda item: item.function_id, ("shared_with",))
+        self.secrets = RedisTable(connection, "secrets", Secrets, lambda item: item.version_id, ())
+        self.registry_credentials = RedisTable(
+            connection, "registry_credentials", RegistryCredentials, lambda item: item.account, ()
+        )
 
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         await self._connection.run(

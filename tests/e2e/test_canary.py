@@ -1,0 +1,235 @@
+"""Secrets planted in every input are found in the secrets file of their instance, and nowhere else at all."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+
+from infra.local.servers import S3, RabbitMQ, Redis
+from tests.eventually import eventually
+from tests.house import RECORDER, Caller, Function, House, Reply, running
+
+NVCF = "/v2/nvcf"
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+DEFINITION = {
+    "name": "under-test",
+    "inferenceUrl": "/",
+    "containerImage": RECORDER,
+    "health": {"protocol": "HTTP", "uri": "/health", "port": 8000, "timeout": "PT10S", "expectedStatusCode": 200},
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Planter:
+    """Sends canaries, and keeps every answer."""
+
+    caller: Caller
+    canaries: list[str] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+
+    def canary(self, *, password: bool = False) -> str:
+        made = f"canary{secrets.token_hex(12)}"
+        self.canaries.append(made)
+        if not password:
+            return made
+        encoded = base64.b64encode(f"user:{made}".encode()).decode()
+        self.canaries.append(encoded)
+        return encoded
+
+    def secret(self, name: str = "A") -> dict[str, Any]:
+        return {"name": name, "value": self.canary()}
+
+    async def send(self, status: int, method: str, path: str, *, key: str = "", **sent: Any) -> Reply:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        reply = await self.caller.call(method, NVCF + path, headers=headers, **sent)
+        self.replies.append(reply)
+        assert reply.status == status, (method, path, reply)
+        return reply
+
+    async def create(self, *given: dict[str, Any]) -> Function:
+        made = await self.send(200, "POST", "/functions", data={**DEFINITION, "secrets": list(given)})
+        function = made.json["function"]
+        return Function(self.caller, function["id"], function["versionId"])
+
+    async def seen(self, function: Function, name: str) -> tuple[str, int]:
+        """Digest of the secret that the container reads, and the container's process."""
+        reply = await self.caller.invoke(function.id, {"secret": name})
+        self.replies.append(reply)
+        assert reply.status == 200, reply
+        return reply.json["secret"], reply.json["pid"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grounds:
+    house: House
+    rabbitmq: RabbitMQ
+    redis: Redis
+    keys: str
+
+
+@pytest.fixture
+def grounds(rabbitmq: RabbitMQ, new_redis: Callable[[], Redis], s3: S3, tmp_path: Path) -> Iterator[Grounds]:
+    store = new_redis()
+    servers = {"FNQUEUE_QUEUE_URL": rabbitmq.url, "FNQUEUE_STORE_URL": store.url, "FNQUEUE_BLOBS_URL": s3.url}
+    keys = secrets.token_hex(32)
+    house = House(tmp_path, servers, FNQUEUE_LOG_LEVEL="DEBUG", FNQUEUE_ENCRYPTION_KEYS=f"k1:{keys}")
+    with running(house):
+        yield Grounds(house=house, rabbitmq=rabbitmq, redis=store, keys=keys)
+
+
+@pytest.fixture
+async def planter(grounds: Grounds) -> AsyncIterator[Planter]:
+    async with grounds.house.caller() as caller:
+        yield Planter(caller=caller)
+
+
+def digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+def stored(url: str) -> Iterator[bytes]:
+    """Everything that a Redis holds, keys and values, as it is kept."""
+    with redis.Redis.from_url(url) as client:
+        for key in client.scan_iter():
+            yield key
+            read: dict[bytes, Any] = {
+                b"string": lambda key: [client.get(key)],
+                b"hash": lambda key: [part for pair in client.hgetall(key).items() for part in pair],
+                b"zset": lambda key: client.zrange(key, 0, -1),
+                b"set": client.smembers,
+                b"list": lambda key: client.lrange(key, 0, -1),
+                b"stream": lambda key: [str(client.xrange(key)).encode()],
+            }
+            yield from read[client.type(key)](key)
+
+
+def environments() -> dict[str, bytes]:
+    """What the processes of the house were started with, sidecars and containers included."""
+    told = {}
+    for process in psutil.Process().children(recursive=True):
+        folder = Path("/proc", str(process.pid))
+        words = folder.joinpath("cmdline").read_bytes()
+        told[f"{process.pid} {words[:200]!r}"] = words + folder.joinpath("environ").read_bytes()
+    return told
+
+
+def found(needles: list[str], haystack: bytes) -> list[str]:
+    return [needle for needle in needles if needle.encode() in haystack]
+
+
+async def plant(planter: Planter) -> tuple[Function, dict[str, Any]]:
+    """A deployed function, and what its containers should read. All other inputs are refused, or of its siblings."""
+    p = planter
+    first, deep = p.secret("A"), {"name": "B", "value": {p.canary(): [{"deep": p.canary()}]}}
+    function = await p.create(first, deep)
+    at = f"/functions/{function.id}/versions"
+    await p.send(200, "POST", at, data={**DEFINITION, "secrets": [p.secret()]})
+    await function.deploy(instances=1, concurrency=1)
+    late = p.secret("C")
+    await p.send(204, "PUT", f"/secrets{at}/{function.version_id}", data={"secrets": [late]})
+    for bad in (
+        [],
+        [p.secret(), p.secret()],
+        [{"name": "no good", "value": p.canary()}],
+        [{"name": p.canary() * 9, "value": p.canary()}],
+        [{"name": "A", "value": p.canary() * 2000}],
+        [{"name": "A", "value": [p.canary()]}],
+        [{"name": "A", "value": {p.canary(): float("nan")}}],
+        [{"name": "A", "value": {"k": p.canary() * 2000}}],
+        [{"name": "A"}, {"value": p.canary()}],
+        [p.canary()],
+        {"A": p.canary()},
+    ):
+        await p.send(400, "PUT", f"/secrets{at}/{function.version_id}", data={"secrets": bad})
+        if bad:
+            await p.send(400, "POST", "/functions", data={**DEFINITION, "secrets": bad})
+    cut = f'{{"secrets": [{{"name": "A", "value": "{p.canary()}'.encode()
+    await p.send(400, "PUT", f"/secrets{at}/{function.version_id}", body=cut)
+    await p.send(404, "PUT", f"/secrets{at}/{UNKNOWN}", data={"secrets": [p.secret()]})
+    await p.send(401, "PUT", f"/secrets{at}/{UNKNOWN}", key="nvapi-wrong", data={"secrets": [p.secret()]})
+    return function, {"A": first["value"], "B": deep["value"], "C": late["value"]}
+
+
+async def plant_credentials(planter: Planter) -> None:
+    p, path = planter, "/registry-credentials"
+
+    def credential(secret: str, **given: Any) -> dict[str, Any]:
+        pull = {"registryHostname": "ghcr.io", "artifactTypes": ["CONTAINER"], "secret": {"name": "n", "value": secret}}
+        return pull | given
+
+    made = await p.send(200, "POST", path, data=credential(p.canary(password=True)))
+    one = f"{path}/{made.json['registryCredential']['registryCredentialId']}"
+    await p.send(200, "PATCH", one, data={"secret": {"name": "n", "value": p.canary(password=True)}})
+    await p.send(409, "POST", path, data=credential(p.canary(password=True)))
+    await p.send(400, "POST", path, data=credential(p.canary(password=True), registryHostname="evil.example"))
+    await p.send(400, "POST", path, data=credential(p.canary()))
+    await p.send(400, "PATCH", one, data={"secret": {"name": "n", "value": p.canary() + "%"}})
+    await p.send(400, "PATCH", one, data={"secret": {"name": "n", "value": {"user": p.canary()}}})
+    await p.send(404, "PATCH", f"{path}/{UNKNOWN}", data={"secret": {"name": "n", "value": p.canary(password=True)}})
+    await p.send(200, "GET", path)
+    await p.send(200, "GET", one)
+
+
+@pytest.mark.timeout(240)
+async def test_secrets_are_where_they_belong_and_nowhere_else(grounds: Grounds, planter: Planter) -> None:
+    house = grounds.house
+    function, expected = await plant(planter)
+    await plant_credentials(planter)
+
+    async def look() -> tuple[str, int]:
+        return await planter.seen(function, "C")
+
+    _, pid = await planter.seen(function, "B")
+    seen = await eventually(look, lambda told: told[0] == digest(expected["C"]), within_s=15)
+    assert seen[1] == pid, "the container was started again"
+    submitted = [await planter.caller.submit(function.id, {"delay_s": 0.2}) for _ in range(5)]
+
+    shown = await planter.send(200, "GET", f"/functions/{function.id}/versions/{function.version_id}")
+    assert shown.json["function"]["secrets"] == ["A", "B", "C"]
+    hidden = await planter.send(
+        200, "GET", f"/functions/{function.id}/versions/{function.version_id}?includeSecrets=false"
+    )
+    assert "secrets" not in hidden.json["function"]
+    await planter.send(200, "GET", "/functions")
+
+    (file,) = house.folder.rglob("secrets.json")
+    assert json.loads(file.read_text()) == expected
+    needles = [*planter.canaries, grounds.keys]
+    folders = (house.folder, grounds.rabbitmq.folder, grounds.redis.folder)
+    leaks = {path: found(needles, path.read_bytes()) for folder in folders for path in files(folder) if path != file}
+    assert [(path, leaked) for path, leaked in leaks.items() if leaked] == []
+    assert [leaked for value in stored(grounds.redis.url) for leaked in found(needles, value)] == []
+    answers = (str(dict(reply.headers)).encode() + reply.body for reply in planter.replies)
+    assert [leaked for answer in answers for leaked in found(needles, answer)] == []
+    started_with = environments()
+    assert [told for told, words in started_with.items() if found(planter.canaries, words)] == []
+    holders = [told for told, words in started_with.items() if found([grounds.keys], words)]
+    assert len(holders) == 2, "the api and the controller, and no sidecar and no container"
+
+    for request_id in submitted:
+        planter.replies.append(await planter.caller.result(request_id))
+    for process in (*house.containers(), *house.sidecars())[:1]:
+        process.kill()
+    await eventually(lambda: _where(house), lambda there: there not in ([], [file]), within_s=30)
+    house.controller.kill()
+    house.controller.start()
+    await function.undeploy()
+    await eventually(lambda: _where(house), lambda there: there == [], within_s=60)
+
+
+async def _where(house: House) -> list[Path]:
+    return sorted(house.folder.rglob("secrets.json"))
