@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
-from api.auth import Guarded, guarded
+from api import headers
 from api.front import Front
 from api.middleware import answer_errors, observing, sharing
-from api.routes import assets, deployments, functions, health, invocations, queues, requests
+from api.operations import FORM, JSON, Facts, Operation, Parameter, Reply, checking_itself, known, open_to_all, scoped
+from api.routes import (
+    accounts,
+    assets,
+    authorizations,
+    clusters,
+    deployments,
+    functions,
+    health,
+    invocations,
+    keys,
+    limits,
+    queues,
+    reference,
+    requests,
+)
 from api.routes.blobs import BlobRoutes
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
+from fnqueue import wire
 
 NVCF = "/v2/nvcf"
 # aiohttp's default leaves out braces, and then a bad ID would be an unknown path.
@@ -22,60 +36,266 @@ FUNCTION = "/functions/{function_id:[^/]+}"
 VERSION = FUNCTION + "/versions/{version_id:[^/]+}"
 REQUEST = "{request_id:[^/]+}"
 ASSET = "/assets/{asset_id:[^/]+}"
+ACCOUNT = "/accounts/{nca_id:[^/]+}"
+CLUSTER = "/clusters/{cluster_id:[^/]+}"
+KEY = "/v1/keys/{key_id:[^/]+}"
+
+# Where NGC's own clients look (the org is the account), and where a super-admin acts for an account.
+GATEWAYS = ("/v2/orgs/{org:[^/]+}/nvcf", "/v2/orgs/{org:[^/]+}/teams/{team:[^/]+}/nvcf")
+MIRROR = f"{NVCF}/accounts/{{for_account:[^/]+}}"
 
 
 def make_app(front: Front) -> web.Application:
     # From the outside in.
     app = web.Application(middlewares=[observing(front), sharing(front), answer_errors])
-    app.add_routes([*_open(front), *_invocations(front), *_management(front), *_blobs(front)])
+    invoking, managing = _invocations(front), [*_management(front), *_authorizations(front), *_clusters(front)]
+    app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])
+    app.add_routes(elsewhere([*invoking, *managing], *GATEWAYS))
+    app.add_routes(elsewhere(managing, MIRROR))
     return app
 
 
-def _open(front: Front) -> list[web.RouteDef]:
+def operations(front: Front) -> list[Operation]:
+    """All that is documented: everything but the signed URLs, and what is served elsewhere once more."""
+    described = [*_open(front), *_invocations(front), *_management(front), *_authorizations(front)]
+    described += [*_accounts(front), *_keys(front), *_clusters(front)]
+    described += _reference(front, described)
+    return described
+
+
+def elsewhere(described: Iterable[Operation], *prefixes: str) -> list[web.RouteDef]:
+    """What is under NVCF and names no account, under other prefixes; `api.auth` reads there for whom it acts."""
+    routes = [operation.route() for operation in described]
     return [
-        web.get("/health", partial(health.health, front)),
-        web.get("/readyz", partial(health.ready, front)),
-        web.get("/livez", partial(health.live, front)),
+        web.RouteDef(route.method, prefix + route.path.removeprefix(NVCF), route.handler, route.kwargs)
+        for prefix in prefixes
+        for route in routes
+        if route.path.startswith(f"{NVCF}/") and not route.path.startswith(f"{NVCF}/accounts")
     ]
 
 
-def _invocations(front: Front) -> list[web.RouteDef]:
+def _open(front: Front) -> list[Operation]:
+    anyone = open_to_all(front)
+    return [
+        anyone.get("/health", health.health, "Whether an invocation could be accepted", gives=wire.Up, errors=[500]),
+        anyone.get("/readyz", health.ready, "Whether to send requests here", gives=wire.Up, errors=[503]),
+        anyone.get("/livez", health.live, "Whether this process runs", gives=wire.Up),
+    ]
+
+
+def _invocations(front: Front) -> list[Operation]:
     """These check the caller themselves, in upstream's order; except the cancel, which upstream has not."""
-    invoke, poll = partial(invocations.invoke, front), partial(invocations.poll, front)
-    cancel = guarded(front, requests.cancel, "invoke_function")
+    calls, invokes = checking_itself(front, "invoke_function"), scoped(front, "invoke_function")
     return [
-        web.post(f"{NVCF}/pexec{FUNCTION}", invoke),
-        web.post(f"{NVCF}/pexec{VERSION}", invoke),
-        web.get(f"{NVCF}/pexec/status/{REQUEST}", poll),
-        web.delete(f"{NVCF}/requests/{REQUEST}", cancel),
+        calls.post(f"{NVCF}/pexec{FUNCTION}", invocations.invoke, "Invoke a function", **INVOCATION),
+        calls.post(f"{NVCF}/pexec{VERSION}", invocations.invoke, "Invoke a version", **INVOCATION_OF_VERSION),
+        calls.get(f"{NVCF}/pexec/status/{REQUEST}", invocations.poll, "Wait for a result", **POLL),
+        invokes.delete(
+            f"{NVCF}/requests/{REQUEST}", requests.cancel, "Cancel a request", gives=wire.Cancelled, status=202
+        ),
     ]
 
 
-def _management(front: Front) -> list[web.RouteDef]:
-    def scoped(*scopes: str) -> Callable[[Guarded], Handler]:
-        return lambda handler: guarded(front, handler, *scopes)
-
-    registers, lists = scoped("register_function"), scoped("list_functions", "list_functions_details")
-    deletes, deploys = scoped("delete_function"), scoped("deploy_function")
-    invokes, looks = scoped("invoke_function"), scoped("queue_details")
+def _management(front: Front) -> list[Operation]:
+    registers = scoped(front, "register_function")
+    lists = scoped(front, "list_functions", "list_functions_details")
+    deletes, deploys = scoped(front, "delete_function"), scoped(front, "deploy_function")
+    updates, looks = scoped(front, "update_function"), scoped(front, "queue_details")
+    # What is asked once an invocation, or oftener, keeps no pace.
+    invokes, polls = scoped(front, "invoke_function", paced=False), scoped(front, "queue_details", paced=False)
+    one, many = wire.FunctionAnswer, wire.FunctionList
     return [
-        web.post(f"{NVCF}/functions", registers(functions.create)),
-        web.get(f"{NVCF}/functions", lists(functions.list_functions)),
-        web.get(f"{NVCF}/functions/ids", lists(functions.list_ids)),
-        web.post(f"{NVCF}{FUNCTION}/versions", registers(functions.add_version)),
-        web.get(f"{NVCF}{FUNCTION}/versions", lists(functions.list_versions)),
-        web.get(f"{NVCF}{VERSION}", lists(functions.get)),
-        web.delete(f"{NVCF}{VERSION}", deletes(functions.delete_version)),
-        web.post(f"{NVCF}/deployments{VERSION}", deploys(deployments.create)),
-        web.get(f"{NVCF}/deployments{VERSION}", deploys(deployments.get)),
-        web.delete(f"{NVCF}/deployments{VERSION}", deploys(deployments.delete)),
-        web.post(f"{NVCF}/assets", invokes(assets.create)),
-        web.get(f"{NVCF}/assets", invokes(assets.list_assets)),
-        web.get(f"{NVCF}{ASSET}", invokes(assets.get)),
-        web.delete(f"{NVCF}{ASSET}", invokes(assets.delete)),
-        web.get(f"{NVCF}/queues{FUNCTION}", looks(queues.of_function)),
-        web.get(f"{NVCF}/queues{VERSION}", looks(queues.of_version)),
-        web.get(f"{NVCF}/queues/{REQUEST}/position", looks(queues.position)),
+        registers.post(
+            f"{NVCF}/functions", functions.create, "Create a function", takes=wire.CreateFunction, gives=one
+        ),
+        lists.get(f"{NVCF}/functions", functions.list_functions, "List functions", gives=many, parameters=[VISIBILITY]),
+        lists.get(
+            f"{NVCF}/functions/ids", functions.list_ids, "List IDs", gives=wire.FunctionIds, parameters=[VISIBILITY]
+        ),
+        registers.post(
+            f"{NVCF}{FUNCTION}/versions", functions.add_version, "Add a version", takes=wire.CreateFunction, gives=one
+        ),
+        lists.get(f"{NVCF}{FUNCTION}/versions", functions.list_versions, "List versions", gives=many),
+        lists.get(f"{NVCF}{VERSION}", functions.get, "Get a version", gives=one),
+        deletes.delete(f"{NVCF}{VERSION}", functions.delete_version, "Delete a version"),
+        updates.put(f"{NVCF}/ratelimit{VERSION}", limits.replace, "Set a rate limit", takes=wire.SetRateLimit),
+        updates.delete(f"{NVCF}/ratelimit{VERSION}", limits.clear, "Lift a rate limit"),
+        deploys.post(
+            f"{NVCF}/deployments{VERSION}",
+            deployments.create,
+            "Deploy a version",
+            takes=wire.CreateDeployment,
+            gives=wire.DeploymentAnswer,
+        ),
+        deploys.get(f"{NVCF}/deployments{VERSION}", deployments.get, "Get a deployment", gives=wire.DeploymentAnswer),
+        deploys.delete(
+            f"{NVCF}/deployments{VERSION}", deployments.delete, "Undeploy a version", gives=one, parameters=[GRACEFUL]
+        ),
+        invokes.post(
+            f"{NVCF}/assets", assets.create, "Create an asset", takes=wire.CreateAsset, gives=wire.AssetUpload
+        ),
+        invokes.get(f"{NVCF}/assets", assets.list_assets, "List assets", gives=wire.AssetList),
+        invokes.get(f"{NVCF}{ASSET}", assets.get, "Get an asset", gives=wire.AssetAnswer),
+        invokes.delete(f"{NVCF}{ASSET}", assets.delete, "Delete an asset"),
+        looks.get(f"{NVCF}/queues{FUNCTION}", queues.of_function, "Queues of a function", gives=wire.Queues),
+        looks.get(f"{NVCF}/queues{VERSION}", queues.of_version, "Queue of a version", gives=wire.Queues),
+        polls.get(f"{NVCF}/queues/{REQUEST}/position", queues.position, "Place of a request", gives=wire.Position),
+    ]
+
+
+def _authorizations(front: Front) -> list[Operation]:
+    authorizes = scoped(front, "authorize_clients")
+    at, one = f"{NVCF}/authorizations", wire.AuthorizationAnswer
+    shares = [
+        authorizes.get(
+            f"{at}{FUNCTION}",
+            authorizations.of_function,
+            "Who may use a function's versions",
+            gives=wire.AuthorizationList,
+        ),
+        authorizes.get(f"{at}{VERSION}", authorizations.of_version, "Who may use a version", gives=one),
+    ]
+    for level, suffix, what in ((FUNCTION, "", "a function"), (VERSION, "_of_version", "a version")):
+        shares += [
+            authorizes.post(
+                at + level,
+                authorizations.replace_all,
+                f"Share {what} with these accounts only",
+                takes=wire.AuthorizeParties,
+                gives=one,
+                name="authorizations_replace_all" + suffix,
+            ),
+            authorizes.delete(
+                at + level,
+                authorizations.clear,
+                f"Share {what} with nobody",
+                gives=one,
+                name="authorizations_clear" + suffix,
+            ),
+            authorizes.patch(
+                f"{at}{level}/add",
+                authorizations.add,
+                f"Share {what} with one more account",
+                takes=wire.AuthorizeParty,
+                gives=one,
+                name="authorizations_add" + suffix,
+            ),
+            authorizes.patch(
+                f"{at}{level}/remove",
+                authorizations.remove,
+                f"Share {what} with one account less",
+                takes=wire.AuthorizeParty,
+                gives=one,
+                name="authorizations_remove" + suffix,
+            ),
+        ]
+    return shares
+
+
+def _accounts(front: Front) -> list[Operation]:
+    """These ask for their scopes themselves, which depend on the account that the path names."""
+    reads, writes = (known(front, *accounts.anyones(scopes)) for scopes in (accounts.READS, accounts.WRITES))
+    at, one = f"{NVCF}{ACCOUNT}", wire.AccountAnswer
+    return [
+        reads.get(f"{NVCF}/accounts", accounts.list_accounts, "List accounts", gives=wire.AccountList),
+        writes.post(at, accounts.create, "Create an account", takes=wire.CreateAccount, gives=one),
+        reads.get(at, accounts.get, "Get an account", gives=one),
+        writes.patch(at, accounts.update, "Update an account", takes=wire.UpdateAccount, gives=one),
+        writes.delete(at, accounts.delete, "Delete an account and its keys"),
+    ]
+
+
+def _keys(front: Front) -> list[Operation]:
+    manages, anyone = scoped(front, *keys.SCOPES), open_to_all(front)
+    one = wire.ApiKey
+    return [
+        manages.post(
+            "/v1/keys", keys.create, "Create a key", takes=wire.CreateKey, gives=one, parameters=[OWNER, ISSUER]
+        ),
+        manages.get("/v1/keys", keys.list_keys, "List keys", gives=wire.ApiKeyList, parameters=[OF_ACCOUNT, OWNER]),
+        manages.get(KEY, keys.get, "Get a key", gives=one),
+        manages.delete(KEY, keys.delete, "Delete a key"),
+        manages.put(
+            f"{KEY}/authorizations",
+            keys.authorize,
+            "Give a key other rights",
+            takes=wire.UpdateKeyAuthorizations,
+            gives=one,
+        ),
+        manages.put(
+            f"{KEY}/status", keys.set_status, "Suspend or activate a key", takes=wire.UpdateKeyStatus, gives=one
+        ),
+        manages.post(
+            "/v1/introspect",
+            keys.introspect,
+            "Tell what a key may do",
+            takes=wire.Introspect,
+            gives=wire.Introspected,
+            errors=[404],
+        ),
+        anyone.post(
+            "/v3/keys/get-caller-info",
+            keys.caller_info,
+            "Tell whose key it is",
+            takes=wire.Credentials,
+            media=FORM,
+            gives=wire.CallerInfo,
+            errors=[401],
+        ),
+    ]
+
+
+def _clusters(front: Front) -> list[Operation]:
+    registers, lists = scoped(front, "register_function"), scoped(front, "list_cluster_groups")
+    operates = scoped(front, "cluster-management")
+    counts = known(front, *accounts.anyones([clusters.USAGE]))
+    one = wire.ClusterAnswer
+    return [
+        registers.get(f"{NVCF}/supportedGpus", clusters.supported_gpus, "GPUs on offer", gives=wire.SupportedGpus),
+        lists.get(f"{NVCF}/clusterGroups", clusters.list_groups, "Instance types on offer", gives=wire.ClusterGroups),
+        counts.get(f"{NVCF}{ACCOUNT}/usage/gpus", clusters.usage, "What deployments take", gives=wire.GpuUsages),
+        operates.post(
+            f"/v1{ACCOUNT}/clusters",
+            clusters.register,
+            "Register a cluster",
+            takes=wire.RegisterCluster,
+            gives=wire.ClusterRegistered,
+        ),
+        operates.get(f"/v1{ACCOUNT}/clusters", clusters.list_clusters, "List clusters", gives=wire.ClusterList),
+        operates.get(f"/v1{ACCOUNT}{CLUSTER}", clusters.get, "Get a cluster", gives=one),
+        operates.put(
+            f"/v1{ACCOUNT}{CLUSTER}", clusters.update, "Update a cluster", takes=wire.RegisterCluster, gives=one
+        ),
+        operates.delete(f"/v1{ACCOUNT}{CLUSTER}", clusters.delete, "Remove a cluster"),
+        operates.put(
+            f"/v1/nvca{CLUSTER}/register",
+            clusters.connect,
+            "Say that an agent starts",
+            takes=wire.ConnectCluster,
+            gives=wire.ClusterConnected,
+        ),
+        operates.post(
+            f"/v1/nvca{CLUSTER}/heartbeat",
+            clusters.heartbeat,
+            "Say that an agent lives",
+            takes=wire.Heartbeat,
+            gives=wire.HeartbeatAnswer,
+        ),
+    ]
+
+
+def _reference(front: Front, described: list[Operation]) -> list[Operation]:
+    anyone = open_to_all(front)
+
+    def shown(media: str) -> list[Reply]:
+        return [Reply(status=200, description="As it is.", media=media)]
+
+    document = reference.Reference(described)
+    return [
+        anyone.get(f"{NVCF}/openapi.json", document.openapi, "Describe this API", replies=shown(JSON)),
+        anyone.get(f"{NVCF}/docs", reference.page, "Show this API", replies=shown("text/html")),
+        anyone.get(f"{NVCF}/docs/page.css", reference.style, "How the page looks", replies=shown("text/css")),
+        anyone.get(f"{NVCF}/docs/page.js", reference.script, "How the page works", replies=shown("text/javascript")),
     ]
 
 
@@ -85,3 +305,96 @@ def _blobs(front: Front) -> list[web.RouteDef]:
         return []
     blobs = BlobRoutes(front, front.broker.blobs)
     return [web.put(BLOBS + "{key:.+}", blobs.put), web.get(BLOBS + "{key:.+}", blobs.get)]
+
+
+# -- what several operations share ---------------------------------------------------------------
+
+VISIBILITY = Parameter(
+    name="visibility",
+    where="query",
+    description="Which functions: the account's own, those shared with it, those shared with all. Absent: all three.",
+    schema={"type": "array", "items": {"type": "string", "enum": ["private", "authorized", "public"]}},
+)
+GRACEFUL = Parameter(
+    name="graceful",
+    where="query",
+    description="Keep the instances until nothing is queued or running.",
+    schema={"type": "boolean", "default": False},
+)
+OF_ACCOUNT = Parameter(
+    name="nca_id", where="query", description="Whose keys. Absent: the caller's account's.", schema={"type": "string"}
+)
+OWNER = Parameter(
+    name=keys.OWNER,
+    where="header",
+    description="Whom the key is for; of a list: whose keys to show.",
+    schema={"type": "string", "maxLength": keys.LONGEST_ID},
+)
+ISSUER = Parameter(
+    name=keys.ISSUER,
+    where="header",
+    description="The service that made the key.",
+    schema={"type": "string", "maxLength": keys.LONGEST_ID},
+)
+_WAIT = [
+    Parameter(
+        name=headers.POLL_SECONDS,
+        where="header",
+        description="Seconds to hold the call until there is a result.",
+        schema={"type": "integer", "minimum": 0, "maximum": headers.POLL_MAX_S, "default": headers.POLL_DEFAULT_S},
+    ),
+    Parameter(
+        name=headers.PREFER,
+        where="header",
+        description="`respond-async` answers 202 at once; `wait=N` holds the call for N seconds.",
+        schema={"type": "string", "examples": ["respond-async", "wait=10"]},
+    ),
+]
+_SUBMIT = [
+    Parameter(
+        name=headers.INPUT_ASSETS,
+        where="header",
+        description="IDs of assets that the function is given, separated by commas.",
+        schema={"type": "string"},
+    ),
+    Parameter(
+        name=headers.IDEMPOTENCY_KEY,
+        where="header",
+        description="A name for this request: sent again with the same key and body, it is the same request.",
+        schema={"type": "string", "minLength": 1, "maxLength": headers.IDEMPOTENCY_KEY_MAX},
+    ),
+    Parameter(
+        name=headers.ENABLE_GATEWAY_TIMEOUT,
+        where="header",
+        description="`true`: 504 in place of 202 for a request that is still queued; it is removed then.",
+        schema={"type": "string", "enum": ["true", "false"]},
+    ),
+    Parameter(
+        name=headers.DISABLE_COMPATIBILITY,
+        where="header",
+        description="`true`: the function's answer as it is.",
+        schema={"type": "string", "enum": ["true", "false"]},
+    ),
+]
+_MARKS = {
+    headers.REQUEST_ID: "The request's ID, to poll, find or cancel it by.",
+    headers.STATUS: "`fulfilled`, `errored`, `rejected`, `in-progress` or `pending-evaluation`.",
+    headers.PERCENT_COMPLETE: "Progress, where the function tells it.",
+}
+_REPLIES = [
+    Reply(status=200, description="The function's answer.", media="*/*", headers=_MARKS),
+    Reply(
+        status=202,
+        description="Accepted, and not done yet.",
+        headers=_MARKS | {"Location": "Where to ask again.", "Retry-After": "Seconds to wait before."},
+    ),
+    Reply(
+        status=302,
+        description="The answer is large: a zip file.",
+        headers=_MARKS | {"Location": "Where it is; needs no key."},
+    ),
+    Reply(status="default", description="The function's own answer, with its status.", media="*/*", headers=_MARKS),
+]
+POLL = Facts(parameters=_WAIT, replies=_REPLIES, errors=[410, 500, 504])
+INVOCATION = Facts(takes=object, parameters=[*_WAIT, *_SUBMIT], replies=_REPLIES, errors=[410, 422, 500, 504])
+INVOCATION_OF_VERSION = INVOCATION | {"name": "invocations_invoke_version"}

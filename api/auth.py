@@ -10,8 +10,8 @@ from multidict import MultiMapping
 
 from api import headers
 from api.front import Front
-from broker.accounts import require
-from broker.errors import Unauthenticated
+from broker.accounts import ADMIN, acting_for, require
+from broker.errors import Forbidden, Unauthenticated
 from broker.model import Principal
 
 Guarded = Callable[[Front, web.Request, Principal], Awaitable[web.StreamResponse]]
@@ -28,16 +28,37 @@ def token(arrived: MultiMapping[str]) -> str:
 
 
 async def authenticate(front: Front, request: web.Request, *scopes: str) -> Principal:
-    """Raises Unauthenticated, Forbidden when the caller holds none of `scopes`, or StoreUnavailable."""
+    """Who calls, for the account that the path names (`api.app.elsewhere`).
+
+    Raises Unauthenticated, Forbidden when the caller holds none of `scopes` there, or StoreUnavailable.
+    """
     principal = await front.authenticator.authenticate(token(request.headers))
-    require(principal, *scopes)
+    named = request.match_info
+    if "for_account" in named:
+        require(principal, *(ADMIN + scope for scope in scopes))
+        return acting_for(principal, named["for_account"])
+    if scopes:
+        require(principal, *scopes)
+    if "org" in named and named["org"] != principal.account:
+        raise Forbidden("the credential is of another org: the org in the path is the account's ID")
     return principal
 
 
 def guarded(front: Front, handler: Guarded, *scopes: str) -> Handler:
-    """`handler`, for callers that hold one of `scopes`."""
+    """`handler`, for callers that hold one of `scopes`; without any, for whoever has a good credential."""
 
     async def guard(request: web.Request) -> web.StreamResponse:
         return await handler(front, request, await authenticate(front, request, *scopes))
 
     return guard
+
+
+def at_pace(handler: Guarded) -> Guarded:
+    """`handler`, for callers that keep the pace of management calls."""
+
+    async def pace(front: Front, request: web.Request, principal: Principal) -> web.StreamResponse:
+        named = request.match_info
+        await front.pace.keep(principal.account, about=named.get("version_id") or named.get("function_id", ""))
+        return await handler(front, request, principal)
+
+    return pace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from api.server import serving
 from broker import accounts
 from broker.connect import open_broker
 from broker.errors import BadRequest, ConfigurationError, FnqueueError
-from broker.model import Key
+from broker.model import ALL_RESOURCES, Key
 from broker.ports import Broker
 from broker.settings import ApiSettings, ControllerSettings, Settings, load, refuse_memory
 from broker.telemetry import logs
@@ -117,6 +118,16 @@ def dev(host: str | None, port: int | None, key: str | None, data_dir: Path | No
 # -- keys --------------------------------------------------------------------------------------
 
 
+def _duration(text: str) -> float:
+    """Seconds of a whole number of s, m, h or d; at most what a key may live."""
+    unit_s = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(text[-1:], 0)
+    digits = text[:-1]
+    ttl_s = int(digits) * unit_s if digits.isascii() and digits.isdigit() and len(digits) < 10 else 0
+    if not 0 < ttl_s <= accounts.MAX_KEY_TTL_S:
+        raise click.BadParameter("must be a whole number of s, m, h or d, as 12h, and 365d at most")
+    return float(ttl_s)
+
+
 @click.group()
 def keys() -> None:
     """API keys of the store that FNQUEUE_STORE_URL names."""
@@ -129,10 +140,26 @@ def keys() -> None:
     "scopes",
     multiple=True,
     type=click.Choice(accounts.SCOPES),
-    help="What it may do; can be repeated.  [default: everything]",
+    help="What it may do; can be repeated. admin:… is for every account.  [default: everything about functions]",
 )
+@click.option(
+    "--resource",
+    "resources",
+    multiple=True,
+    help="What it may do it with: account-functions/*, authorized-functions/*, function/ID/* or "
+    "function/ID/VERSION; can be repeated.  [default: the first two]",
+)
+@click.option("--expires-in", "ttl_s", type=_duration, help="90s, 30m, 12h or 365d, the longest.  [default: never]")
+@click.option("--owner", default="", help="Whom it is for.")
 @click.option("--description", default="", help="What it is for.")
-def create_key(account: str, scopes: tuple[str, ...], description: str) -> None:
+def create_key(
+    account: str,
+    scopes: tuple[str, ...],
+    resources: tuple[str, ...],
+    ttl_s: float | None,
+    owner: str,
+    description: str,
+) -> None:
     """Make a key and print it, once: only its hash is kept.
 
     The key alone goes to standard output, what is known of it to standard error.
@@ -140,7 +167,13 @@ def create_key(account: str, scopes: tuple[str, ...], description: str) -> None:
 
     async def create(broker: Broker) -> tuple[str, Key]:
         return await accounts.create_key(
-            broker, account=account, scopes=scopes or accounts.SCOPES, description=description
+            broker,
+            account=account,
+            scopes=scopes or accounts.ACCOUNT_SCOPES,
+            resources=resources or ALL_RESOURCES,
+            description=description,
+            expires_at=time.time() + ttl_s if ttl_s else 0.0,
+            owner=owner or account,
         )
 
     token, key = _with_store(create)
@@ -151,13 +184,14 @@ def create_key(account: str, scopes: tuple[str, ...], description: str) -> None:
 @keys.command("list")
 @click.option("--account", default="", help="Only this account's.")
 def list_keys(account: str) -> None:
-    """One line per key: id, account, hint, scopes, description."""
+    """One line per key: id, account, hint, scopes, description, status, resources."""
 
     async def find(broker: Broker) -> list[Key]:
         return await accounts.list_keys(broker, account)
 
     for key in _with_store(find):
-        click.echo("\t".join([key.id, key.account, key.hint, ",".join(key.scopes), key.description]))
+        facts = [key.id, key.account, key.hint, ",".join(key.scopes), key.description]
+        click.echo("\t".join([*facts, accounts.status(key), ",".join(key.resources)]))
 
 
 @keys.command("delete")
@@ -169,6 +203,27 @@ def delete_key(key_id: str) -> None:
         await accounts.delete_key(broker, key_id)
 
     _with_store(delete)
+
+
+@keys.command("suspend")
+@click.argument("key_id")
+def suspend_key(key_id: str) -> None:
+    """Refuse a key until it is activated again; servers know within two seconds."""
+    _set_suspended(key_id, True)
+
+
+@keys.command("activate")
+@click.argument("key_id")
+def activate_key(key_id: str) -> None:
+    """Admit a suspended key again."""
+    _set_suspended(key_id, False)
+
+
+def _set_suspended(key_id: str, suspended: bool) -> None:
+    async def change(broker: Broker) -> Key:
+        return await accounts.suspend_key(broker, key_id, suspended=suspended)
+
+    _with_store(change)
 
 
 def _with_store(work: Callable[[Broker], Coroutine[Any, Any, T]]) -> T:

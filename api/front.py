@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from api.bodies import Bodies
 from api.calls import Calls
 from api.connections import Newcomers
+from api.limits import Pace
 from broker.accounts import Authenticator
 from broker.errors import TryLater
 from broker.functions import CallableVersions
+from broker.limits import RateLimiter
 from broker.ports import Broker
 from broker.settings import ApiSettings
 
@@ -26,6 +28,8 @@ class Front:
     settings: ApiSettings
     authenticator: Authenticator
     versions: CallableVersions
+    rate_limiter: RateLimiter
+    pace: Pace
     calls: Calls
     newcomers: Newcomers
     bodies: Bodies
@@ -40,6 +44,8 @@ class Front:
                 broker, admin_key=settings.admin_key.get_secret_value(), admin_account=settings.admin_account
             ),
             versions=CallableVersions(broker),
+            rate_limiter=RateLimiter(broker),
+            pace=Pace(settings),
             calls=Calls(),
             newcomers=Newcomers(),
             bodies=Bodies(settings),

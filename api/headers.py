@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from multidict import MultiMapping
 
 from broker.errors import BadRequest
+from broker.model import Quota
 
 REQUEST_ID = "NVCF-REQID"
 STATUS = "NVCF-STATUS"
@@ -25,6 +26,8 @@ IDEMPOTENCY_KEY = "Idempotency-Key"
 PREFER = "Prefer"
 PREFERENCE_APPLIED = "Preference-Applied"
 EXPOSE_HEADERS = "Access-Control-Expose-Headers"
+RATE_LIMIT = "RateLimit"
+RATE_LIMIT_POLICY = "RateLimit-Policy"
 EVENT_STREAM = "text/event-stream"
 
 POLL_DEFAULT_S = 60
@@ -239,3 +242,14 @@ def bearer(headers: MultiMapping[str]) -> str | None:
 def retry_after(seconds: float) -> str:
     """Whole seconds, at least 1, rounded up."""
     return str(max(1, math.ceil(seconds)))
+
+
+def rate_limit(quotas: Sequence[Quota]) -> dict[str, str]:
+    """What `RateLimit` and `RateLimit-Policy` say of these (draft-ietf-httpapi-ratelimit-headers-10); q requests in w
+    seconds are the policy, r are left, and more come in t seconds."""
+    if not quotas:
+        return {}
+    return {
+        RATE_LIMIT_POLICY: ", ".join(f'"{each.policy}";q={each.rate.limit};w={each.rate.window_s}' for each in quotas),
+        RATE_LIMIT: ", ".join(f'"{each.policy}";r={each.remaining};t={math.ceil(each.reset_s)}' for each in quotas),
+    }

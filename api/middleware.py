@@ -11,15 +11,17 @@ from aiohttp.typedefs import Handler, Middleware
 from api import headers, problems
 from api.front import Front
 from broker.errors import FnqueueError, Unauthenticated
-from broker.model import Record
+from broker.model import Record, Taken
 
 logger = logging.getLogger(__name__)
 
 # Set by the handlers of an invocation, for whoever answers or logs it.
 RECORD = web.RequestKey("record", Record)
+# Set by the handler of an invocation before it may refuse it: where the function's rate limits stand.
+TAKEN = web.RequestKey("taken", Taken)
 
 # Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
-ABOUT_A_REQUEST = ("/v2/nvcf/pexec/", "/v2/nvcf/requests/")
+ABOUT_A_REQUEST = ("/nvcf/pexec/", "/nvcf/requests/")
 SERVER = "fnqueue"  # and not which versions of what
 _PREFLIGHT_S = "86400"
 
@@ -38,6 +40,8 @@ def observing(front: Front) -> Middleware:
             _log(request, 499, started_at)
             raise
         response.headers["Server"] = SERVER
+        if (taken := request.get(TAKEN)) is not None:
+            response.headers.update(headers.rate_limit(taken.quotas))
         if front.calls.stopping:
             response.force_close()
         _log(request, response.status, started_at)
@@ -119,7 +123,7 @@ def _problem(request: web.Request, error: Exception) -> web.Response:
 
 
 def _about_a_request(path: str) -> bool:
-    return path.startswith(ABOUT_A_REQUEST) or path.endswith("/position")
+    return any(part in path for part in ABOUT_A_REQUEST) or path.endswith("/position")
 
 
 def _no_such_path(request: web.Request) -> FnqueueError:

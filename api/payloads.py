@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from aiohttp import web
 from pydantic import ValidationError
@@ -13,9 +13,18 @@ from fnqueue.wire import Wire
 
 W = TypeVar("W", bound=Wire)
 
+# Which models a request was read as and answered with; the tests hold the documentation to it.
+READ = web.RequestKey("read", type)
+ANSWERED = web.ResponseKey("answered", type)
+
+
+class Answer(Protocol):
+    def to_json(self) -> bytes: ...
+
 
 async def read(front: Front, request: web.Request, kind: type[W]) -> W:
     """The body as a `kind`. Raises what `Bodies.read` does, and BadRequest that names each field at fault."""
+    request[READ] = kind
     held = await front.bodies.read(request)
     try:
         return kind.model_validate_json(held.body)
@@ -25,5 +34,7 @@ async def read(front: Front, request: web.Request, kind: type[W]) -> W:
         held.close()
 
 
-def answer(content: Wire, *, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=content.to_json(), content_type="application/json")
+def answer(content: Answer, *, status: int = 200) -> web.Response:
+    response = web.Response(status=status, body=content.to_json(), content_type="application/json")
+    response[ANSWERED] = type(content)
+    return response

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from api import headers
 from broker.errors import (
+    AlreadyExists,
     AlreadyFinished,
     BadRequest,
     FnqueueError,
@@ -25,9 +26,11 @@ from broker.errors import (
     Overloaded,
     PayloadTooLarge,
     QueueFull,
+    RateLimited,
     RequestExpired,
     RevisionConflict,
     StateConflict,
+    TooManyRequests,
     TryLater,
     Unauthenticated,
     Unavailable,
@@ -76,9 +79,12 @@ _KINDS: dict[type[BaseException], Kind] = {
     RequestExpired: Kind(404, OURS + "result-expired"),
     WrongMethod: Kind(405, OURS + "method-not-allowed"),
     BodyTooSlow: Kind(408, OURS + "body-timeout"),
+    AlreadyExists: Kind(409, UPSTREAM + "conflict"),
     AlreadyFinished: Kind(409, UPSTREAM + "conflict"),
     RevisionConflict: Kind(409, UPSTREAM + "conflict"),
     QueueFull: Kind(429, OURS + "queue-full"),
+    RateLimited: Kind(429, OURS + "rate-limited"),
+    TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
     TryLater: Kind(503, OURS + "unavailable"),
     Overloaded: Kind(503, OURS + "overloaded"),
     Unavailable: Kind(503, OURS + "unavailable"),
@@ -95,6 +101,12 @@ REQUEST_REFUSED = Kind(503, OURS + "request-refused")
 def kind_of(error: BaseException) -> Kind:
     """Where the error's class, or the nearest class above it, stands in the table."""
     return next((_KINDS[base] for base in type(error).__mro__ if base in _KINDS), INTERNAL)
+
+
+def kinds() -> tuple[Kind, ...]:
+    """All that an answer can be, for the documentation."""
+    others = (INTERNAL, NOT_READY, REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED)
+    return (*_KINDS.values(), *others)
 
 
 def body(kind: Kind, detail: str = "", **members: str) -> bytes:

@@ -1,4 +1,8 @@
-"""Keys, scopes, and who may do what (contract/management.md §4)."""
+"""Accounts and their limits; keys, scopes, and who may do what (contract/management.md §4).
+
+A scope is good for the credential's own account. The same scope behind `admin:` is good for every account that a path
+or a body names, and for nothing else. Nobody grants a right that he has not.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,25 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
-from broker.errors import BadRequest, Forbidden, NotFound, Unauthenticated
-from broker.model import Key, Principal
+from broker.errors import (
+    AlreadyExists,
+    BadRequest,
+    Forbidden,
+    NotFound,
+    RevisionConflict,
+    StateConflict,
+    TooManyRequests,
+    Unauthenticated,
+)
+from broker.model import ALL_RESOURCES, Account, Key, Principal
 from broker.ports import Broker
+from broker.revisions import edit
 
-SCOPES = (
+# What a key may do unless it was made for less.
+ACCOUNT_SCOPES = (
     "invoke_function",
     "list_functions",
     "list_functions_details",
@@ -23,17 +39,36 @@ SCOPES = (
     "delete_function",
     "deploy_function",
     "queue_details",
+    "authorize_clients",
+    "update_secrets",
+    "manage_telemetries",
+    "manage_registry_credentials",
+    "list_cluster_groups",
 )
+# Given by name only: a stolen key must not be able to make itself at home.
+OPERATOR_SCOPES = ("manage_keys", "account_setup", "list_accounts", "cluster-management")
+ADMIN = "admin:"
+SCOPES = (*ACCOUNT_SCOPES, *OPERATOR_SCOPES, *(ADMIN + scope for scope in (*ACCOUNT_SCOPES, *OPERATOR_SCOPES)))
+
+MAX_KEY_TTL_S = 365 * 86_400
+CREATE_MAX = 25  # telemetries and registry credentials of a new account (contract/management.md §4.5)
+NO_ACCOUNT = "no such account"
+NO_KEY = "no such key"
 
 _ACCOUNT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _PREFIX = "nvapi-"
 _REFUSED = "the bearer token is not valid"
 _CACHE_S = 2.0
 _CACHE_ENTRIES = 10_000
+_CHANGE_EVERY_S = 3.0
+_PURGE_AFTER_S = 2 * 86_400
+_UUID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_RESOURCE = re.compile(rf"(?:account|authorized)-functions/\*|function/{_UUID}/(?:\*|{_UUID})")
 
 
 class Authenticator:
-    """Tokens to principals. A verdict is kept for two seconds, so a deleted key dies within that."""
+    """Tokens to principals. A verdict is kept for two seconds, so a key that was deleted, suspended or changed is
+    what it now is within that."""
 
     def __init__(self, broker: Broker, *, admin_key: str = "", admin_account: str = "default") -> None:
         self._broker = broker
@@ -48,25 +83,58 @@ class Authenticator:
             return self._admin
         principal, until = self._verdicts.get(token_hash, (None, 0.0))
         if until < time.monotonic():
+            asked_at = time.monotonic()
             principal = await self._look_up(token_hash)
             if len(self._verdicts) >= _CACHE_ENTRIES:
                 self._verdicts.clear()
-            self._verdicts[token_hash] = (principal, time.monotonic() + _CACHE_S)
+            self._verdicts[token_hash] = (principal, asked_at + _CACHE_S)
         if principal is None:
             raise Unauthenticated(_REFUSED)
         return principal
 
     async def _look_up(self, token_hash: str) -> Principal | None:
         row = await self._broker.catalog.keys.get(token_hash)
-        if row is None or (row.item.expires_at and row.item.expires_at <= time.time()):
+        if row is None or status(row.item) != "ACTIVE":
             return None
-        return Principal(account=row.item.account, subject=row.item.id, scopes=frozenset(row.item.scopes))
+        key = row.item
+        return Principal(
+            account=key.account,
+            subject=key.id,
+            scopes=frozenset(key.scopes),
+            resources=frozenset(key.resources),
+        )
 
 
 def require(principal: Principal, *scopes: str) -> None:
     """Raises Forbidden unless the principal holds one of `scopes`."""
     if principal.scopes.isdisjoint(scopes):
         raise Forbidden(f"the credential lacks the scope {' or '.join(scopes)}")
+
+
+def acting_for(principal: Principal, account: str) -> Principal:
+    """The principal with its `admin:` scopes turned into scopes on that account.
+
+    Raises BadRequest when the account's name can be none.
+    """
+    return Principal(
+        account=_valid_account(account),
+        subject=principal.subject,
+        scopes=frozenset(scope.removeprefix(ADMIN) for scope in principal.scopes if scope.startswith(ADMIN)),
+        resources=principal.resources,
+        super_admin=True,
+    )
+
+
+def require_for(principal: Principal, account: str, *scopes: str) -> None:
+    """Raises Forbidden unless it holds one of `scopes` and is of the account, or holds one behind `admin:`;
+    BadRequest when the account's name can be none."""
+    _valid_account(account)
+    if principal.account == account and not principal.scopes.isdisjoint(scopes):
+        return
+    require(principal, *(ADMIN + scope for scope in scopes))
+
+
+# -- keys --------------------------------------------------------------------------------------
 
 
 def new_token() -> str:
@@ -79,42 +147,250 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+def expired(key: Key) -> bool:
+    return 0 < key.expires_at <= time.time()
+
+
+def status(key: Key) -> str:
+    """ACTIVE, SUSPENDED or EXPIRED."""
+    if expired(key):
+        return "EXPIRED"
+    return "SUSPENDED" if key.suspended else "ACTIVE"
+
+
 async def create_key(
-    broker: Broker, *, account: str, scopes: Collection[str] = SCOPES, description: str = "", expires_at: float = 0.0
+    broker: Broker,
+    *,
+    account: str,
+    scopes: Collection[str] = ACCOUNT_SCOPES,
+    resources: Collection[str] = ALL_RESOURCES,
+    description: str = "",
+    expires_at: float = 0.0,
+    owner: str = "",
+    issuer: str = "",
+    audiences: Collection[str] = (),
+    limit: int = 0,
 ) -> tuple[str, Key]:
-    """The token, which is shown once, and what is kept of it. Raises BadRequest."""
-    unknown = sorted(set(scopes) - set(SCOPES))
-    if unknown:
-        raise BadRequest(f"scopes: unknown {', '.join(unknown)}; known are {', '.join(SCOPES)}", field="scopes")
-    if not scopes:
-        raise BadRequest("scopes: at least one is needed", field="scopes")
-    if not _ACCOUNT.fullmatch(account):
-        raise BadRequest("account: 1 to 64 letters, digits, '-' and '_', a letter or digit first", field="account")
+    """The token, which is shown once, and what is kept of it. `limit` is how many valid keys the owner may have in
+    the account, 0 for any number: exact, whoever else makes keys meanwhile.
+
+    Raises BadRequest, or StateConflict at the limit.
+    """
     token = new_token()
     key = Key(
         hash=hash_token(token),
         id=str(uuid.uuid4()),
-        account=account,
+        account=_valid_account(account),
         hint=f"{_PREFIX}{'*' * 8}{token[-3:]}",
         description=description,
-        scopes=tuple(sorted(set(scopes))),
+        scopes=_valid_scopes(scopes),
         created_at=time.time(),
         expires_at=expires_at,
+        resources=_valid_resources(resources),
+        owner=owner,
+        issuer=issuer,
+        audiences=tuple(audiences),
     )
     await broker.catalog.keys.put(key)
+    if limit and key.id not in await _first_keys(broker, account, owner, limit):
+        await broker.catalog.keys.delete(key.hash)
+        raise StateConflict(f"an owner may have {limit} valid keys; delete one")
     return token, key
 
 
 async def list_keys(broker: Broker, account: str = "") -> list[Key]:
-    """Keys of one account, or of all."""
+    """Keys of one account, or of all, oldest first."""
     rows = await broker.catalog.keys.list("account", account) if account else await broker.catalog.keys.list()
     return [row.item for row in rows]
 
 
-async def delete_key(broker: Broker, key_id: str) -> None:
-    """Revoke a key by its id. Raises NotFound."""
-    for key in await list_keys(broker):
+async def find_key(broker: Broker, key_id: str, *, account: str = "") -> Key:
+    """A key of the account, or of any. Raises NotFound."""
+    for key in await list_keys(broker, account):
         if key.id == key_id:
+            return key
+    raise NotFound(NO_KEY)
+
+
+async def delete_key(broker: Broker, key_id: str, *, account: str = "") -> None:
+    """Revoke a key by its id. Raises NotFound."""
+    key = await find_key(broker, key_id, account=account)
+    if not await broker.catalog.keys.delete(key.hash):
+        raise NotFound(NO_KEY)
+
+
+async def suspend_key(broker: Broker, key_id: str, *, suspended: bool, account: str = "") -> Key:
+    """Refuse a key from now on, or admit it again. Idempotent. Raises NotFound."""
+    key = await find_key(broker, key_id, account=account)
+    return await _edit_key(broker, key, lambda stored: replace(stored, suspended=suspended))
+
+
+async def authorize_key(broker: Broker, key: Key, *, scopes: Collection[str], resources: Collection[str]) -> Key:
+    """Give a key other rights in place of those it has. Raises BadRequest, NotFound, or TooManyRequests: at most
+    every three seconds."""
+    now = time.time()
+    rights = {"scopes": _valid_scopes(scopes), "resources": _valid_resources(resources)}
+
+    def change(stored: Key) -> Key:
+        wait_s = stored.changed_at + _CHANGE_EVERY_S - now
+        if wait_s > 0:
+            raise TooManyRequests("the key's authorizations were changed just now", retry_after_s=wait_s)
+        return replace(stored, changed_at=now, scopes=rights["scopes"], resources=rights["resources"])
+
+    return await _edit_key(broker, key, change)
+
+
+def require_grantable(principal: Principal, *, scopes: Collection[str], resources: Collection[str]) -> None:
+    """Raises BadRequest for rights that there are not, Forbidden unless the principal has all that it is to give."""
+    lacking = set(_valid_scopes(scopes)) - principal.scopes - {scope.removeprefix(ADMIN) for scope in principal.scopes}
+    if lacking:
+        raise Forbidden(f"the credential cannot give scopes that it lacks: {', '.join(sorted(lacking))}")
+    if principal.resources.issuperset(ALL_RESOURCES):
+        return
+    for resource in _valid_resources(resources):
+        kind, function_id, _ = f"{resource}/".split("/", 2)
+        if resource not in principal.resources and f"{kind}/{function_id}/*" not in principal.resources:
+            raise Forbidden(f"the credential cannot give resources that it lacks: {resource}")
+
+
+async def _edit_key(broker: Broker, key: Key, change: Callable[[Key], Key]) -> Key:
+    changed = await edit(broker.catalog.keys, key.hash, change)
+    if changed is None:
+        raise NotFound(NO_KEY)
+    return changed
+
+
+async def _first_keys(broker: Broker, account: str, owner: str, limit: int) -> set[str]:
+    """IDs of the owner's oldest valid keys. Those that expired two days ago are removed on the way."""
+    now = time.time()
+    keys = await list_keys(broker, account)
+    for key in keys:
+        if 0 < key.expires_at < now - _PURGE_AFTER_S:
             await broker.catalog.keys.delete(key.hash)
-            return
-    raise NotFound(f"no key {key_id}")
+    return {key.id for key in [key for key in keys if key.owner == owner and not expired(key)][:limit]}
+
+
+def _valid_scopes(scopes: Collection[str]) -> tuple[str, ...]:
+    if unknown := sorted(set(scopes) - set(SCOPES)):
+        raise BadRequest(f"scopes: unknown {', '.join(unknown)}; known are {', '.join(SCOPES)}", field="scopes")
+    if not scopes:
+        raise BadRequest("scopes: at least one is needed", field="scopes")
+    return tuple(sorted(set(scopes)))
+
+
+def _valid_resources(resources: Collection[str]) -> tuple[str, ...]:
+    """None at all are allowed: such a key sees no function."""
+    for resource in resources:
+        if _RESOURCE.fullmatch(resource) is None:
+            raise BadRequest(
+                "resources: each is account-functions/*, authorized-functions/*, function/<id>/* or "
+                "function/<id>/<version id>",
+                field="resources",
+            )
+    return tuple(sorted(set(resources)))
+
+
+def _valid_account(account: str) -> str:
+    if _ACCOUNT.fullmatch(account) is None:
+        raise BadRequest("account: 1 to 64 letters, digits, '-' and '_', a letter or digit first", field="account")
+    return account
+
+
+# -- accounts ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What is asked for an account; None leaves it as it is, or as every new account has it."""
+
+    name: str | None = None
+    max_functions: int | None = None
+    max_tasks: int | None = None
+    max_telemetries: int | None = None
+    max_registry_credentials: int | None = None
+
+
+async def create_account(broker: Broker, account: str, limits: Limits, *, client_ids: Collection[str] = ()) -> Account:
+    """A record for an account, which may have keys and functions already. Raises AlreadyExists, BadRequest."""
+    if any(set(client_ids) & set(row.item.client_ids) for row in await broker.catalog.accounts.list()):
+        raise AlreadyExists("the client belongs to an account already")
+    record = _apply(default_account(broker, _valid_account(account)), limits)
+    record = replace(record, created_at=record.updated_at, client_ids=tuple(client_ids))
+
+    try:
+        await broker.catalog.accounts.put(record)
+    except RevisionConflict as exc:
+        raise AlreadyExists("the account exists already") from exc
+    return record
+
+
+async def list_accounts(broker: Broker) -> list[Account]:
+    """Those with a record, oldest first."""
+    return [row.item for row in await broker.catalog.accounts.list()]
+
+
+async def get_account(broker: Broker, account: str) -> tuple[Account, int]:
+    """The account, as every account is where it has no record, and how many function versions it has.
+
+    Raises NotFound when there is neither a record, nor a key, nor a function of it.
+    """
+    row = await broker.catalog.accounts.get(account)
+    versions = await broker.catalog.versions.list("account", account)
+    if row is None and not versions and not await list_keys(broker, account):
+        raise NotFound(NO_ACCOUNT)
+    return row.item if row else default_account(broker, account), len(versions)
+
+
+async def update_account(broker: Broker, account: str, limits: Limits) -> Account:
+    """Raises NotFound, BadRequest when nothing is asked for."""
+    if limits == Limits():
+        raise BadRequest("nothing to change: give a name or a limit")
+    updated = await edit(broker.catalog.accounts, account, lambda stored: _apply(stored, limits))
+    if updated is None:
+        raise NotFound(NO_ACCOUNT)
+    return updated
+
+
+async def delete_account(broker: Broker, account: str) -> None:
+    """Its keys go first, so that a call that was cut short can be repeated. Raises NotFound, or StateConflict while
+    it has functions or others share theirs with it."""
+    if await broker.catalog.accounts.get(account) is None:
+        raise NotFound(NO_ACCOUNT)
+    if await broker.catalog.versions.list("account", account):
+        raise StateConflict("the account still has functions; delete them first")
+    for shared in await broker.catalog.sharing.list("shared_with", account):
+        if await broker.catalog.versions.list("function_id", shared.item.function_id):
+            raise StateConflict("functions of other accounts are shared with the account; that must end first")
+    for key in await list_keys(broker, account):
+        await broker.catalog.keys.delete(key.hash)
+    if not await broker.catalog.accounts.delete(account):
+        raise NotFound(NO_ACCOUNT)
+
+
+def default_account(broker: Broker, account: str) -> Account:
+    """What an account without a record is."""
+    return Account(
+        id=account,
+        name=account,
+        max_functions=broker.settings.max_functions,
+        max_tasks=broker.settings.max_functions,
+        max_telemetries=CREATE_MAX,
+        max_registry_credentials=CREATE_MAX,
+        created_at=0.0,
+        updated_at=0.0,
+    )
+
+
+def _apply(account: Account, limits: Limits) -> Account:
+    def kept(asked: int | None, has: int) -> int:
+        return has if asked is None else asked
+
+    return replace(
+        account,
+        name=limits.name or account.name,
+        max_functions=kept(limits.max_functions, account.max_functions),
+        max_tasks=kept(limits.max_tasks, account.max_tasks),
+        max_telemetries=kept(limits.max_telemetries, account.max_telemetries),
+        max_registry_credentials=kept(limits.max_registry_credentials, account.max_registry_credentials),
+        updated_at=time.time(),
+    )

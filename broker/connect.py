@@ -11,12 +11,13 @@ from pydantic import SecretStr
 
 from broker.backends import files, s3
 from broker.backends.memory.catalog import MemoryCatalog
+from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.rabbitmq import queue as rabbitmq
 from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
-from broker.ports import Blobs, Broker, Catalog, Queue, Results
+from broker.ports import Blobs, Broker, Catalog, Counters, Queue, Results
 from broker.settings import ApiSettings, Settings
 
 T = TypeVar("T")
@@ -37,9 +38,9 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
     settings = _with_secret(settings)
     async with AsyncExitStack() as stack:
         queue = await stack.enter_async_context(_opener("queue_url", settings, QUEUES))
-        results, catalog = await stack.enter_async_context(_opener("store_url", settings, STORES))
+        results, catalog, counters = await stack.enter_async_context(_opener("store_url", settings, STORES))
         blobs = await stack.enter_async_context(_opener("blobs_url", settings, BLOBS))
-        yield Broker(queue=queue, results=results, catalog=catalog, blobs=blobs, settings=settings)
+        yield Broker(queue=queue, results=results, catalog=catalog, counters=counters, blobs=blobs, settings=settings)
 
 
 @asynccontextmanager
@@ -48,8 +49,8 @@ async def _memory_queue(url: str, settings: Settings) -> AsyncIterator[Queue]:
 
 
 @asynccontextmanager
-async def _memory_store(url: str, settings: Settings) -> AsyncIterator[tuple[Results, Catalog]]:
-    yield MemoryResults(settings), MemoryCatalog()
+async def _memory_store(url: str, settings: Settings) -> AsyncIterator[tuple[Results, Catalog, Counters]]:
+    yield MemoryResults(settings), MemoryCatalog(), MemoryCounters()
 
 
 QUEUES: Mapping[str, Opener[Queue]] = {
@@ -57,7 +58,7 @@ QUEUES: Mapping[str, Opener[Queue]] = {
     "amqp": rabbitmq.open_queue,
     "amqps": rabbitmq.open_queue,
 }
-STORES: Mapping[str, Opener[tuple[Results, Catalog]]] = {
+STORES: Mapping[str, Opener[tuple[Results, Catalog, Counters]]] = {
     "memory": _memory_store,
     "redis": redis.open_store,
     "rediss": redis.open_store,

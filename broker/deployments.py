@@ -86,7 +86,7 @@ async def deploy(
 
 async def get(broker: Broker, principal: Principal, function_id: str, version_id: str) -> tuple[Version, Deployment]:
     """A deployment that is undeployed gracefully is found until it has drained. Raises NotFound."""
-    version = await find_version(broker, principal, function_id, version_id)
+    version = await find_version(broker, principal, function_id, version_id, changing=False)
     row = await broker.catalog.deployments.get(version_id)
     if row is None or gone(row.item):
         raise NotFound(NO_DEPLOYMENT)
@@ -102,6 +102,7 @@ async def undeploy(
     A second call without `graceful` cuts a graceful one short. In ERROR there are no instances to finish
     anything, so `graceful` means nothing. Returns the version, INACTIVE. Raises NotFound.
     """
+    await find_version(broker, principal, function_id, version_id)
     version, _ = await get(broker, principal, function_id, version_id)
     await _mark_undeployed(broker, version_id, draining=graceful and version.status is not FunctionStatus.ERROR)
     return await deactivate(broker, version_id) or replace(version, status=FunctionStatus.INACTIVE)

@@ -9,11 +9,15 @@
     ├── Forbidden                   a valid credential that lacks the scope
     ├── NotFound                    unknown, or not the caller's: told apart nowhere
     │   ├── RequestExpired          was the caller's, and its time to live has passed
+    ├── AlreadyExists               there is one of that name
     ├── AlreadyFinished             a terminal request cannot be cancelled
     ├── RevisionConflict            somebody else wrote first; read again and retry
     ├── TryLater                    carries `retry_after_s`
     │   ├── QueueFull
+    │   ├── RateLimited             the function's rate limit, as its author set it
+    │   ├── TooManyRequests         too many management calls, or changes of a key
     │   ├── Overloaded              this process is at one of its own limits
+    │   ├── NoCapacity              every card that could do it is taken
     │   └── Unavailable             a server behind us is away
     │       ├── QueueMissing        nothing consumes or holds this version's jobs
     │       ├── PublishUnconfirmed  the job may or may not be in the queue
@@ -72,6 +76,10 @@ class RequestExpired(NotFound):
     pass
 
 
+class AlreadyExists(FnqueueError):
+    pass
+
+
 class AlreadyFinished(FnqueueError):
     pass
 
@@ -90,7 +98,19 @@ class QueueFull(TryLater):
     pass
 
 
+class RateLimited(TryLater):
+    pass
+
+
+class TooManyRequests(TryLater):
+    pass
+
+
 class Overloaded(TryLater):
+    pass
+
+
+class NoCapacity(TryLater):
     pass
 
 

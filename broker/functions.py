@@ -5,19 +5,33 @@ A function is an id and its versions; it exists as long as it has one (contract/
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from broker.errors import BadRequest, NotFound, StateConflict
-from broker.model import Deployment, FunctionStatus, Health, Principal, Version
+from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
+from broker.model import EVERYONE, Deployment, FunctionStatus, Health, Principal, RateLimit, Sharing, Version
 from broker.ports import Broker
 from broker.revisions import edit
-from broker.visibility import UNKNOWN_FUNCTION, UNKNOWN_VERSION, find_version, visible
+from broker.visibility import (
+    NOT_COVERED,
+    OWN,
+    UNKNOWN_VERSION,
+    Family,
+    Visibility,
+    covers,
+    find_family,
+    find_function,
+    find_version,
+    find_visible,
+    select,
+    standing,
+)
 
-VISIBILITIES = frozenset({"private", "authorized", "public"})
+VISIBILITIES = frozenset(Visibility)
 
 _GRPC_URL = "/grpc"
 _DEFAULT_HEALTH_URI = "/v2/health/ready"
@@ -42,28 +56,40 @@ class Definition:
     function_type: str = "DEFAULT"
     description: str = ""
     tags: tuple[str, ...] = ()
+    rate_limit: RateLimit | None = None
 
 
 async def create(broker: Broker, principal: Principal, definition: Definition) -> Version:
-    """The first version of a new function, INACTIVE. Names need not be unique. Raises BadRequest."""
+    """The first version of a new function, INACTIVE. Names need not be unique.
+
+    Raises BadRequest, StateConflict when the account has all the versions that it may have, or Forbidden when the
+    key is for some functions only.
+    """
+    if OWN not in principal.resources:
+        raise Forbidden(NOT_COVERED)
+    await _check_quota(broker, principal.account)
     return await _store(broker, principal, str(uuid.uuid4()), definition)
 
 
 async def add_version(broker: Broker, principal: Principal, function_id: str, definition: Definition) -> Version:
-    """One more version of a function, INACTIVE. Raises NotFound, BadRequest."""
-    await list_versions(broker, principal, function_id)
+    """One more version of a function of the caller's own, INACTIVE, shared as the function is.
+
+    Raises NotFound, Forbidden, BadRequest.
+    """
+    await find_function(broker, principal, function_id)
     return await _store(broker, principal, function_id, definition)
 
 
 async def get(broker: Broker, principal: Principal, function_id: str, version_id: str) -> Version:
-    """Raises NotFound, also when the version is one of another function."""
-    return await find_version(broker, principal, function_id, version_id)
+    """One that the caller may see. Raises NotFound, also when the version is one of another function; Forbidden."""
+    return await find_visible(broker, principal, function_id, version_id)
 
 
 async def list_functions(
     broker: Broker, principal: Principal, *, visibility: Collection[str] = ()
 ) -> Sequence[Version]:
-    """Every version that the caller sees, oldest first; `visibility` keeps some of VISIBILITIES, all when empty.
+    """Every version that the caller sees: public, own and shared ones, each oldest first; `visibility` keeps some
+    of VISIBILITIES, all when empty.
 
     Raises BadRequest for an unknown visibility.
     """
@@ -71,25 +97,31 @@ async def list_functions(
     if unknown := sorted(wanted - VISIBILITIES):
         known = ", ".join(sorted(VISIBILITIES))
         raise BadRequest(f"visibility: unknown {', '.join(unknown)}; known are {known}", field="visibility")
-    if "private" not in wanted:
-        return []
-    rows = await broker.catalog.versions.list("account", principal.account)
-    return _oldest_first(row.item for row in rows if visible(principal, row.item))
+    found: dict[str, Version] = {}
+    if Visibility.PUBLIC in wanted:
+        shared = await _shared_with(broker, EVERYONE)
+        public = (version for version, sharing in shared if EVERYONE in sharing.of(version.id))
+        found |= {version.id: version for version in _oldest_first(public)}
+    if Visibility.PRIVATE in wanted:
+        rows = await broker.catalog.versions.list("account", principal.account)
+        found |= {version.id: version for version in _oldest_first(row.item for row in rows)}
+    if Visibility.AUTHORIZED in wanted:
+        shared = await _shared_with(broker, principal.account)
+        given = (v for v, sharing in shared if standing(principal, v, sharing) is Visibility.AUTHORIZED)
+        found |= {version.id: version for version in _oldest_first(given)}
+    return [version for version in found.values() if covers(principal, version)]
 
 
 async def list_versions(broker: Broker, principal: Principal, function_id: str) -> Sequence[Version]:
-    """The versions of one function, oldest first. Raises NotFound when the caller sees none."""
-    rows = await broker.catalog.versions.list("function_id", function_id)
-    versions = _oldest_first(row.item for row in rows if visible(principal, row.item))
-    if not versions:
-        raise NotFound(UNKNOWN_FUNCTION)
-    return versions
+    """The versions of one function that the caller may see, oldest first. Raises NotFound when its account sees
+    none, Forbidden when its key covers none of those."""
+    return _oldest_first(select(principal, await find_family(broker, function_id)))
 
 
 async def delete_version(broker: Broker, principal: Principal, function_id: str, version_id: str) -> None:
     """Remove a version in whatever status, its deployment with it; the last one takes the function along.
 
-    The controller then ends what is queued, stops the instances and removes the queue. Raises NotFound.
+    The controller then ends what is queued, stops the instances and removes the queue. Raises NotFound, Forbidden.
     """
     await find_version(broker, principal, function_id, version_id)
 
@@ -99,6 +131,7 @@ async def delete_version(broker: Broker, principal: Principal, function_id: str,
     await edit(broker.catalog.deployments, version_id, undeploy)
     if not await broker.catalog.versions.delete(version_id):
         raise NotFound(UNKNOWN_VERSION)
+    await _unshare(broker, function_id, version_id)
 
 
 async def pick_callable(broker: Broker, principal: Principal, function_id: str, version_id: str = "") -> Version:
@@ -106,45 +139,46 @@ async def pick_callable(broker: Broker, principal: Principal, function_id: str, 
 
     Raises:
         NotFound: none that the caller sees, or none that is deployed.
+        Forbidden: the key's resources leave it out.
         StateConflict: not deployed well enough: one of them has lost all its instances.
     """
-    return _choose(principal, await _versions_of(broker, function_id), version_id)
+    return _choose(principal, await find_family(broker, function_id), version_id)
 
 
 class CallableVersions:
-    """`pick_callable` for the hot path: remembers the callable versions of a function for at most a second.
+    """`pick_callable` for the hot path: remembers a function's versions and their sharing for at most a second.
 
     One per process, made beside the Broker and handed to whoever invokes. Only a find is remembered: when
     nothing remembered can be called, the catalog is asked, so a version is callable as soon as it is ACTIVE.
-    A second after it stopped being callable, at the latest, no front end picks it any more; `forget` makes that
-    at once for this one, after a write.
+    A second after it stopped being callable, or being shared with the caller, at the latest, no front end picks it
+    any more; `forget` makes that at once for this one, after a write.
     """
 
     def __init__(self, broker: Broker, *, now: Callable[[], float] = time.monotonic) -> None:
         self._broker = broker
         self._now = now
-        self._found: dict[str, tuple[Sequence[Version], float]] = {}
+        self._found: dict[str, tuple[Family, float]] = {}
 
     async def pick(self, principal: Principal, function_id: str, version_id: str = "") -> Version:
         """As `pick_callable`."""
-        found, until = self._found.get(function_id, ((), 0.0))
-        if until > self._now():
-            candidates = [version for version in _candidates(principal, found, version_id) if version.status.invocable]
+        family, until = self._found.get(function_id, (None, 0.0))
+        if family and until > self._now():
+            candidates = [version for version in _candidates(principal, family, version_id) if version.status.invocable]
             if candidates:
                 return _any(candidates)
         asked_at = self._now()
-        versions = await _versions_of(self._broker, function_id)
-        version = _choose(principal, versions, version_id)
-        self._remember(function_id, versions, asked_at + _CACHE_S)
+        family = await find_family(self._broker, function_id)
+        version = _choose(principal, family, version_id)
+        self._remember(function_id, family, asked_at + _CACHE_S)
         return version
 
     def forget(self, function_id: str) -> None:
         """Ask the catalog at the next pick. Call after every write to a function or its deployments."""
         self._found.pop(function_id, None)
 
-    def _remember(self, function_id: str, versions: Sequence[Version], until: float) -> None:
+    def _remember(self, function_id: str, family: Family, until: float) -> None:
         self._found.pop(function_id, None)
-        self._found[function_id] = (versions, until)
+        self._found[function_id] = (family, until)
         if len(self._found) > _CACHE_FUNCTIONS:
             del self._found[next(iter(self._found))]
 
@@ -170,6 +204,7 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         function_type=definition.function_type,
         description=definition.description or definition.name,
         tags=definition.tags,
+        rate_limit=definition.rate_limit,
     )
     await broker.catalog.versions.put(version)
     return version
@@ -183,14 +218,36 @@ def _default_health(definition: Definition) -> Health:
     )
 
 
-async def _versions_of(broker: Broker, function_id: str) -> Sequence[Version]:
-    return [row.item for row in await broker.catalog.versions.list("function_id", function_id)]
+async def _check_quota(broker: Broker, account: str) -> None:
+    """What counts is versions, and only another function is refused (contract/management.md §1.2)."""
+    record = await broker.catalog.accounts.get(account)
+    limit = record.item.max_functions if record else broker.settings.max_functions
+    if len(await broker.catalog.versions.list("account", account)) >= limit:
+        raise StateConflict(f"the account may have {limit} function versions and has them all; delete some")
 
 
-def _choose(principal: Principal, versions: Sequence[Version], version_id: str) -> Version:
-    candidates = _candidates(principal, versions, version_id)
-    if not candidates:
-        raise NotFound(UNKNOWN_VERSION if version_id else UNKNOWN_FUNCTION)
+async def _shared_with(broker: Broker, party: str) -> list[tuple[Version, Sharing]]:
+    """All versions of the functions that name the party on any level."""
+    shared = [row.item for row in await broker.catalog.sharing.list("shared_with", party)]
+    families = await asyncio.gather(
+        *(broker.catalog.versions.list("function_id", sharing.function_id) for sharing in shared)
+    )
+    return [(row.item, sharing) for sharing, rows in zip(shared, families, strict=True) for row in rows]
+
+
+async def _unshare(broker: Broker, function_id: str, version_id: str) -> None:
+    """Take a deleted version out of its function's sharing, and the sharing away with the last one."""
+
+    def without(sharing: Sharing) -> Sharing:
+        return replace(sharing, versions=tuple(level for level in sharing.versions if level[0] != version_id))
+
+    shared = await edit(broker.catalog.sharing, function_id, without)
+    if shared and not await broker.catalog.versions.list("function_id", function_id):
+        await broker.catalog.sharing.delete(function_id)
+
+
+def _choose(principal: Principal, family: Family, version_id: str) -> Version:
+    candidates = select(principal, family, version_id)
     callable_now = [version for version in candidates if version.status.invocable]
     if callable_now:
         return _any(callable_now)
@@ -199,10 +256,11 @@ def _choose(principal: Principal, versions: Sequence[Version], version_id: str) 
     raise NotFound(f"no version of the function can be invoked: status {', '.join(_statuses(candidates))}")
 
 
-def _candidates(principal: Principal, versions: Sequence[Version], version_id: str) -> list[Version]:
-    return [
-        version for version in versions if visible(principal, version) and (not version_id or version.id == version_id)
-    ]
+def _candidates(principal: Principal, family: Family, version_id: str) -> list[Version]:
+    try:
+        return select(principal, family, version_id)
+    except (NotFound, Forbidden):
+        return []
 
 
 def _any(versions: Sequence[Version]) -> Version:

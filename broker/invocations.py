@@ -28,6 +28,7 @@ from broker.errors import (
 )
 from broker.model import Draft, Job, Position, Principal, Record, RequestState, Version
 from broker.ports import Broker, Watch
+from broker.visibility import check_request
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +122,14 @@ async def status(broker: Broker, principal: Principal, request_id: str, *, wait_
 
     Raises:
         NotFound: unknown or not the caller's.
+        Forbidden: the key's resources do not cover the request's function.
         RequestExpired: it was the caller's, and its result has passed its time to live.
     """
     _own_id(broker, principal, request_id)
     record = await wait(broker, request_id, wait_s=wait_s)
     if record is None:
         return await _missing(broker, principal, request_id)
-    return _own(principal, record)
+    return await _own(broker, principal, record)
 
 
 async def cancel(broker: Broker, principal: Principal, request_id: str) -> Record:
@@ -139,7 +141,7 @@ async def cancel(broker: Broker, principal: Principal, request_id: str) -> Recor
     record = await broker.results.read(request_id)
     if record is None:
         raise NotFound(UNKNOWN)
-    _own(principal, record)
+    await _own(broker, principal, record)
     before = await broker.results.cancel(request_id, reason=CANCELLED_BY_CALLER)
     if before is None:
         raise NotFound(UNKNOWN)
@@ -272,9 +274,10 @@ def _own_id(broker: Broker, principal: Principal, request_id: str) -> None:
         raise NotFound(UNKNOWN)
 
 
-def _own(principal: Principal, record: Record) -> Record:
+async def _own(broker: Broker, principal: Principal, record: Record) -> Record:
     if record.account != principal.account or record.state is RequestState.ABANDONED:
         raise NotFound(UNKNOWN)
+    await check_request(broker, principal, record)
     return record
 
 

@@ -39,8 +39,32 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """At most `limit` in any span of `window_s` seconds."""
+
+    limit: int
+    window_s: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateLimit:
+    """How often a version may be invoked (contract/management.md §1.4). All rates of a tuple hold together.
+
+    `rates` count each calling account by itself; `per_account` replaces them for the accounts it names, and
+    `exempted` accounts have none. `per_user` holds beside those, for each credential. `sync_check` is kept and
+    shown only: every check here is the strict one.
+    """
+
+    rates: tuple[Rate, ...] = ()
+    exempted: tuple[str, ...] = ()
+    per_account: tuple[tuple[str, tuple[Rate, ...]], ...] = ()
+    per_user: tuple[Rate, ...] = ()
+    sync_check: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """One immutable definition of a function; only `status` and `tags` change after creation."""
+    """One immutable definition of a function; only `status`, `tags` and `rate_limit` change after creation."""
 
     id: str
     function_id: str
@@ -58,6 +82,35 @@ class Version:
     description: str = ""
     tags: tuple[str, ...] = ()
     status: FunctionStatus = FunctionStatus.INACTIVE
+    rate_limit: RateLimit | None = None
+
+
+EVERYONE = "*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """The accounts beside its owner's that may see and invoke a function: `parties` all its versions, future ones
+    included, and in `versions` those of one version only. EVERYONE makes it public."""
+
+    function_id: str
+    account: str
+    parties: tuple[str, ...] = ()
+    versions: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def shared_with(self) -> tuple[str, ...]:
+        """Everybody named on any level, once."""
+        named = (*self.parties, *(party for _, parties in self.versions for party in parties))
+        return tuple(dict.fromkeys(named))
+
+    def level(self, version_id: str) -> tuple[str, ...]:
+        """The parties of one version alone, or those of the function for ""."""
+        return dict(self.versions).get(version_id, ()) if version_id else self.parties
+
+    def of(self, version_id: str) -> tuple[str, ...]:
+        """Who may use a version: the function's parties and its own."""
+        return tuple(dict.fromkeys((*self.parties, *self.level(version_id))))
 
 
 # -- deployments -------------------------------------------------------------------------------
@@ -132,12 +185,88 @@ class Instance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU type that a launcher can place instances on; `capacity` counts instances of its default type."""
+    """One instance type on offer. Of one GPU, the first type on offer is its default.
+
+    `capacity` counts the instances of this type that fit when nothing else runs. `gpu_count`, `cpu_cores` and
+    `system_memory_bytes` are what one instance may count on; `gpu_memory_bytes` is that of each card. 0 and '' mean
+    not known, or none.
+    """
 
     name: str
     instance_type: str
     backend: str
     capacity: int
+    gpu_count: int = 0
+    cpu_cores: int = 0
+    system_memory_bytes: int = 0
+    gpu_memory_bytes: int = 0
+    cpu_arch: str = ""
+    os: str = ""
+    driver_version: str = ""
+
+
+# -- clusters ----------------------------------------------------------------------------------
+
+
+class ClusterState(StrEnum):
+    """What an operator can meet (contract/management.md §3.4). UNHEALTHY and ABANDONED follow from silence."""
+
+    READY = "READY"
+    NOT_READY = "NOT_READY"
+    UNHEALTHY = "UNHEALTHY"
+    PAUSED = "PAUSED"
+    FAILED = "FAILED"
+    CORDON = "CORDON"
+    CORDON_AND_DRAIN = "CORDON_AND_DRAIN"
+    ABANDONED = "ABANDONED"
+    DELETED = "DELETED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterType:
+    """One instance type of a registered cluster. `value` is what its nodes call it."""
+
+    name: str
+    value: str
+    description: str = ""
+    default: bool = False
+    gpu_count: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterGpu:
+    """One GPU of a registered cluster: how many of it the cluster has, and how many are in use."""
+
+    name: str
+    capacity: int
+    types: tuple[ClusterType, ...]
+    allocated: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """A cluster as it was registered, and what its agent last said of it. `state` is the agent's own word, at
+    `seen_at`; 0: it has never been heard. `authorized` accounts see its group beside the owner; `*` is everyone."""
+
+    id: str
+    account: str
+    name: str
+    group: str
+    cloud_provider: str
+    region: str
+    created_at: float
+    updated_at: float
+    agent_version: str = ""
+    kubernetes_version: str = ""
+    authorized: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    custom_attributes: tuple[tuple[str, str], ...] = ()
+    oidc_issuer: str = ""
+    jwks: str = ""
+    gpus: tuple[ClusterGpu, ...] = ()
+    state: ClusterState = ClusterState.NOT_READY
+    seen_at: float = 0.0
 
 
 # -- requests ----------------------------------------------------------------------------------
@@ -309,10 +438,29 @@ class Asset:
     created_at: float
 
 
+ALL_RESOURCES = ("account-functions/*", "authorized-functions/*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """The limits of one account, in numbers of things that it may have."""
+
+    id: str
+    name: str
+    max_functions: int
+    max_tasks: int
+    max_telemetries: int
+    max_registry_credentials: int
+    created_at: float
+    updated_at: float
+    client_ids: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
     """A bearer key. `hash` is SHA-256 of the secret, in hex; the secret itself is kept nowhere.
-    `expires_at` 0 means that it does not expire."""
+    `expires_at` 0 means that it does not expire. `resources` says which functions it is good for
+    (contract/management.md §4.4); `owner` is whom it was made for, `changed_at` when its rights last changed."""
 
     hash: str
     id: str
@@ -322,12 +470,56 @@ class Key:
     scopes: tuple[str, ...]
     created_at: float
     expires_at: float = 0.0
+    resources: tuple[str, ...] = ALL_RESOURCES
+    suspended: bool = False
+    owner: str = ""
+    issuer: str = ""
+    audiences: tuple[str, ...] = ()
+    changed_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Who is calling. `subject` is stable per credential and reaches the container as NVCF-SUB."""
+    """Who is calling. `subject` is stable per credential and reaches the container as NVCF-SUB.
+    `super_admin` acts for `account` without being of it."""
 
     account: str
     subject: str
     scopes: frozenset[str]
+    resources: frozenset[str] = frozenset(ALL_RESOURCES)
+    super_admin: bool = False
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """One count of who does what: `rate` bounds what `counter` takes. `policy` is the rate's name for the caller."""
+
+    counter: str
+    policy: str
+    rate: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """Where a window stands: `remaining` takes are left, and more come after `reset_s`."""
+
+    policy: str
+    rate: Rate
+    remaining: int
+    reset_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What became of one take. `quotas` are in the order of the windows; a take that was refused counts nowhere,
+    and may succeed after `retry_after_s`."""
+
+    granted: bool
+    quotas: tuple[Quota, ...] = ()
+
+    @property
+    def retry_after_s(self) -> float:
+        return max((quota.reset_s for quota in self.quotas if not quota.remaining), default=0.0)

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from broker.model import (
+    Account,
     Blob,
     Claim,
+    Cluster,
     Deployment,
     Draft,
     Epoch,
@@ -29,7 +31,10 @@ from broker.model import (
     Position,
     Record,
     RequestState,
+    Sharing,
+    Taken,
     Version,
+    Window,
 )
 from broker.settings import Settings
 
@@ -201,7 +206,8 @@ class Table(Protocol[T]):
     async def get(self, key: str) -> Row[T] | None: ...
 
     async def list(self, index: str = "", value: str = "") -> list[Row[T]]:
-        """All rows, or those whose `index` equals `value`; oldest key first. Unknown indexes are a bug."""
+        """All rows, or those whose `index` equals `value`, or holds it if it is a tuple; oldest key first.
+        Unknown indexes are a bug."""
 
     async def put(self, item: T, *, revision: int = 0) -> int:
         """Write if the stored revision is `revision` (0: if there is none); returns the new revision.
@@ -226,6 +232,18 @@ class Catalog(Protocol):
     def keys(self) -> Table[Key]:
         """Key: hash. Index: `account`."""
 
+    @property
+    def clusters(self) -> Table[Cluster]:
+        """Key: cluster id. Index: `account`."""
+
+    @property
+    def accounts(self) -> Table[Account]:
+        """Key: account id."""
+
+    @property
+    def sharing(self) -> Table[Sharing]:
+        """Key: function id. Index: `shared_with`."""
+
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         """Report an instance; it vanishes `ttl_s` after its last beat."""
 
@@ -243,6 +261,31 @@ class Catalog(Protocol):
         """Become or stay the one active controller; false while another holder's time has not run out."""
 
     async def resign(self, holder: str) -> None: ...
+
+
+# -- Counters ----------------------------------------------------------------------------------
+
+WINDOW_PARTS = 50
+
+
+class Counters(Protocol):
+    """Counts what was taken in sliding windows, for all processes that share the store.
+
+    Time is cut into parts of a WINDOW_PARTS-th of a window, by the store's clock, and a window covers the current
+    part and the WINDOW_PARTS before it. So, for a rate of N in W seconds:
+      - never are more than N granted in any span of W seconds, wherever it begins, with any number of processes;
+      - what was taken is given back after W, and at most W / WINDOW_PARTS later; until then a burst may take all N.
+    A log of every take would give back on time, at the price of N entries a window.
+    """
+
+    async def take(self, partition: str, windows: Sequence[Window]) -> Taken:
+        """Take one from every window, or from none when one of them has nothing left.
+
+        Windows of one partition are taken together atomically, and of different ones never. A take whose answer
+        is lost on the way may be counted and not known, or counted twice: the limit holds, and less is granted.
+
+        Raises StoreUnavailable.
+        """
 
 
 # -- Blobs -------------------------------------------------------------------------------------
@@ -307,7 +350,7 @@ class Launcher(Protocol):
 
     async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
         """Begin to start an instance; its sidecar reports when it is ready. Raises ConfigurationError when
-        it can never start (an unknown image, say)."""
+        it can never start (an unknown image, say), NoCapacity when only room is missing."""
 
     async def stop(self, instance_id: str, *, grace_s: float) -> None:
         """Drain for at most `grace_s`, then end it and forget it. Idempotent."""
@@ -323,5 +366,6 @@ class Broker:
     queue: Queue
     results: Results
     catalog: Catalog
+    counters: Counters
     blobs: Blobs
     settings: Settings

@@ -13,8 +13,8 @@ T = TypeVar("T")
 TRIES = 10
 
 
-async def edit(table: Table[T], key: str, change: Callable[[T], T]) -> T | None:
-    """Store `change(row)` and return it; None when there is no such row.
+async def edit(table: Table[T], key: str, change: Callable[[T], T], *, missing: T | None = None) -> T | None:
+    """Store `change(row)` and return it; None when there is no such row and nothing `missing` to start from.
 
     `change` runs again on the newer row whenever somebody else wrote first. Nothing is written when it returns
     its argument unchanged, or raises.
@@ -24,13 +24,14 @@ async def edit(table: Table[T], key: str, change: Callable[[T], T]) -> T | None:
     """
     for _ in range(TRIES):
         row = await table.get(key)
-        if row is None:
+        before = row.item if row else missing
+        if before is None:
             return None
-        item = change(row.item)
-        if item == row.item:
+        item = change(before)
+        if item == before:
             return item
         try:
-            await table.put(item, revision=row.revision)
+            await table.put(item, revision=row.revision if row else 0)
         except RevisionConflict:
             continue
         return item

@@ -88,7 +88,22 @@ class Settings(BaseSettings):
         le=16 * MIB,
         description="Request bodies above this travel through the blob store instead of the queue.",
     )
+    rate_limit_unreachable: Literal["open", "closed"] = Field(
+        "open",
+        description="What becomes of invocations of rate limited functions while the counters cannot be reached: "
+        "`open` lets them pass uncounted, `closed` answers 503.",
+    )
     blobs_timeout_s: float = Field(30, gt=0, le=600, description="Seconds one answer of the blob store may take.")
+    max_functions: int = Field(
+        50,
+        ge=0,
+        le=2**31 - 1,
+        description="Function versions an account may have when another function is created, unless its record says "
+        "otherwise.",
+    )
+    keys_per_owner: int = Field(
+        8, ge=1, le=10_000, description="Valid API keys that one owner in an account may have through `POST /v1/keys`."
+    )
 
     @model_validator(mode="after")
     def _a_key_never_outlives_its_result(self) -> Self:
@@ -134,6 +149,15 @@ class ApiSettings(Settings):
     asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
     result_url_ttl_s: float = Field(
         86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."
+    )
+    account_calls_per_s: int = Field(
+        200,
+        ge=0,
+        description="Management calls that one front end takes from one account in a second, beyond which it answers "
+        "429; 0 for any number.",
+    )
+    function_calls_per_s: int = Field(
+        200, ge=0, description="The same for the calls of one account about one function or version."
     )
     shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
 

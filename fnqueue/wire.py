@@ -14,10 +14,13 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    RootModel,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -91,6 +94,25 @@ Instances = Annotated[int, Field(le=MAX_INSTANCES)]
 Protocol = Annotated[Literal["HTTP", "GRPC"], BeforeValidator(_upper)]
 
 
+# -- every route -------------------------------------------------------------------------------
+
+
+class Problem(Wire):
+    """What went wrong (RFC 9457); `type` tells the kinds of one status apart."""
+
+    type: str
+    title: str
+    status: int
+    detail: str | None = None
+    instance: str | None = None
+    request_id: str | None = None
+    outcome: Literal["unknown"] | None = None
+
+
+class Up(Wire):
+    status: Literal["OK"]
+
+
 # -- functions ---------------------------------------------------------------------------------
 
 
@@ -109,6 +131,33 @@ class EnvironmentVariable(Wire):
     value: Annotated[str, Field(max_length=32_768, pattern=r"^[^\x00]*$")]
 
 
+class RateLimitModel(Wire):
+    """How often a version may be invoked. Rates are text such as `100-S, 500-H`: a number, a dash, and one of S, M,
+    H, D. What makes a good rate, and which fields go together, is the server's to say."""
+
+    rate_limit: Annotated[str, Field(max_length=256)] | None = None
+    exempted_nca_ids: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=32)] | None = None
+    per_nca_id_rate: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=128)], Annotated[str, Field(max_length=256)]], Field(max_length=32)
+        ]
+        | None
+    ) = None
+    per_user_rate: Annotated[str, Field(max_length=256)] | None = None
+    sync_check: bool | None = None
+
+
+class SetRateLimit(RateLimitModel):
+    """Body of `PUT /ratelimit/functions/{functionId}/versions/{versionId}`: the object itself, or within
+    `{"rateLimit": …}` as it stands in a function."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unwrap(cls, given: Any) -> Any:
+        inner = given.get("rateLimit") if isinstance(given, Mapping) else None
+        return inner if isinstance(inner, Mapping) else given
+
+
 class CreateFunction(Wire):
     """Body of `POST /functions` and `POST /functions/{functionId}/versions`."""
 
@@ -125,6 +174,7 @@ class CreateFunction(Wire):
     function_type: Annotated[Literal["DEFAULT", "STREAMING", "LLM"], BeforeValidator(_upper)] = "DEFAULT"
     tags: Annotated[list[str], Field(max_length=64), AfterValidator(_tags)] = []
     description: Annotated[str, Field(max_length=256)] = ""
+    rate_limit: RateLimitModel | None = None
 
     @model_validator(mode="after")
     def _can_run_here(self) -> CreateFunction:
@@ -170,6 +220,7 @@ class Function(Wire):
     tags: list[str] | None = None
     description: str
     function_type: str
+    rate_limit: RateLimitModel | None = None
 
 
 class FunctionHealth(Wire):
@@ -252,6 +303,210 @@ class DeploymentAnswer(Wire):
     deployment: Deployment
 
 
+# -- GPUs and clusters ---------------------------------------------------------------------------
+
+
+class SupportedGpu(Wire):
+    gpu: str
+    backend: str
+
+
+class SupportedGpus(RootModel[tuple[SupportedGpu, ...]]):
+    """A bare array, as upstream's."""
+
+    def to_json(self) -> bytes:
+        return self.model_dump_json(by_alias=True, exclude_none=True).encode()
+
+
+class InstanceType(Wire):
+    """What one instance of it may count on; `gpu_memory` is that of each card. Memory as `80G`, in units of 2^30."""
+
+    name: str
+    description: str
+    default: bool
+    capacity: int | None = None
+    gpu_count: int | None = None
+    cpu_cores: int | None = None
+    system_memory: str | None = None
+    gpu_memory: str | None = None
+    cpu_arch: str | None = None
+    os: str | None = None
+    driver_version: str | None = None
+
+
+class OfferedGpu(Wire):
+    name: str
+    instance_types: list[InstanceType]
+
+
+class GroupCluster(Wire):
+    id: str
+    name: str
+    k8s_version: str | None = None
+
+
+class ClusterGroup(Wire):
+    """`name` is what a deployment gives as `backend`."""
+
+    id: str
+    name: str
+    nca_id: str
+    authorized_nca_ids: list[str]
+    gpus: list[OfferedGpu]
+    clusters: list[GroupCluster]
+
+
+class ClusterGroups(Wire):
+    cluster_groups: list[ClusterGroup]
+
+
+class GpuPlacement(Wire):
+    cluster_id: str
+    cluster: str
+    cluster_group_id: str
+    cluster_group: str
+    cloud_provider: str | None = None
+    region: str | None = None
+    current_min_usage: int
+    current_max_usage: int
+
+
+class GpuUsage(Wire):
+    """In instances of `instance_type`."""
+
+    gpu: str
+    instance_type: str
+    current_min_usage: int
+    current_max_usage: int
+    placements: list[GpuPlacement]
+
+
+class GpuUsages(Wire):
+    gpus: list[GpuUsage]
+
+
+Word = Annotated[str, Field(min_length=1, max_length=256)]
+State = Annotated[
+    Literal["READY", "NOT_READY", "UNHEALTHY", "PAUSED", "FAILED", "CORDON", "CORDON_AND_DRAIN"],
+    BeforeValidator(_upper),
+]
+
+
+class ClusterInstanceType(Wire):
+    name: Word
+    value: Word
+    description: Annotated[str, Field(max_length=256)] = ""
+    default: bool = False
+    gpu_count: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class ClusterGpu(Wire):
+    name: Word
+    capacity: Annotated[int, Field(ge=0, le=MAX_INSTANCES)] = 0
+    instance_types: Annotated[list[ClusterInstanceType], Field(min_length=1, max_length=64)]
+
+
+class RegisterCluster(Wire):
+    """Body of `POST /v1/accounts/{ncaId}/clusters` and of the PUT of one."""
+
+    cluster_name: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    cluster_group_name: Word
+    nca_id: Word
+    cloud_provider: Word
+    nvca_version: Word
+    region: Word
+    authorized_nca_ids: Annotated[
+        list[Word],
+        Field(max_length=64, validation_alias=AliasChoices("authorizedNCAIds", "authorizedNcaIds")),
+    ] = []
+    capabilities: Annotated[list[Word], Field(max_length=64)] = []
+    attributes: Annotated[list[Word], Field(max_length=64)] = []
+    custom_attributes: Annotated[dict[str, Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = {}
+    gpus: Annotated[list[ClusterGpu], Field(max_length=64)] = []
+    jwks: Annotated[str, Field(max_length=32_768)] = ""
+    oidc_issuer: Annotated[str, Field(max_length=2048)] = ""
+
+
+class ClusterRegistered(Wire):
+    cluster_id: str
+    cluster_group_id: str
+
+
+class ClusterGpuUse(Wire):
+    name: str
+    capacity: int
+    allocated: int
+    available: int
+    instance_types: list[ClusterInstanceType]
+
+
+class Cluster(Wire):
+    """A registered cluster; `last_connected_at` is the last word of its agent."""
+
+    cluster_id: str
+    cluster_name: str
+    cluster_group_id: str
+    cluster_group_name: str
+    nca_id: str
+    cloud_provider: str
+    region: str
+    status: str
+    nvca_version: str | None = None
+    k8s_version: str | None = None
+    authorized_nca_ids: Annotated[list[str], Field(serialization_alias="authorizedNCAIds")]
+    capabilities: list[str]
+    attributes: list[str]
+    custom_attributes: dict[str, str]
+    gpus: list[ClusterGpuUse]
+    oidc_issuer: str | None = None
+    created_at: datetime
+    last_updated_at: datetime
+    last_connected_at: datetime | None = None
+
+
+class ClusterAnswer(Wire):
+    cluster: Cluster
+
+
+class ClusterList(Wire):
+    clusters: list[Cluster]
+
+
+class ConnectCluster(Wire):
+    """Body of `PUT /v1/nvca/clusters/{clusterId}/register`: what an agent says when it starts."""
+
+    status: State
+    k8s_version: Annotated[str, Field(max_length=64)] = ""
+    nvca_version: Annotated[str, Field(max_length=64)] = ""
+    gpus: Annotated[list[ClusterGpu], Field(max_length=64)] = []
+
+
+class ClusterConnected(Wire):
+    """Not as upstream: no credentials of a queue. Who runs a controller has them already."""
+
+    cluster_id: str
+    cluster_group_id: str
+    status: str
+    heartbeat_interval_seconds: int
+
+
+class GpuCount(Wire):
+    name: Word
+    capacity: Annotated[int, Field(ge=0, le=MAX_INSTANCES)]
+    allocated: Annotated[int, Field(ge=0, le=MAX_INSTANCES)]
+
+
+class Heartbeat(Wire):
+    """Body of `POST /v1/nvca/clusters/{clusterId}/heartbeat`."""
+
+    status: State
+    gpu_usage: Annotated[list[GpuCount], Field(max_length=64)] = []
+
+
+class HeartbeatAnswer(Wire):
+    action: Literal["ACCEPTED", "SELF_DESTRUCT"]
+
+
 # -- assets ------------------------------------------------------------------------------------
 
 
@@ -317,6 +572,206 @@ class Position(Wire):
 class Cancelled(Wire):
     request_id: str
     status: str
+
+
+# -- accounts and sharing ----------------------------------------------------------------------
+
+AccountName = Annotated[str, Field(min_length=4, max_length=36, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Quota = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class CreateAccount(Wire):
+    """Body of `POST /accounts/{ncaId}`."""
+
+    name: AccountName
+    admin_client_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    max_functions_allowed: Quota | None = None
+    max_tasks_allowed: Quota | None = None
+    max_telemetries_allowed: Annotated[int, Field(ge=0, le=25)] | None = None
+    max_registry_credentials_allowed: Annotated[int, Field(ge=0, le=25)] | None = None
+
+
+class UpdateAccount(Wire):
+    """Body of `PATCH /accounts/{ncaId}`: something of it is needed."""
+
+    name: AccountName | None = None
+    max_functions_allowed: Quota | None = None
+    max_tasks_allowed: Quota | None = None
+    max_telemetries_allowed: Annotated[int, Field(ge=0, le=50)] | None = None
+    max_registry_credentials_allowed: Annotated[int, Field(ge=0, le=50)] | None = None
+
+
+class Account(Wire):
+    nca_id: str
+    name: str
+    client_ids: list[str] | None = None
+    admin_client_ids: list[str] | None = None
+    max_functions_allowed: int
+    max_tasks_allowed: int
+    max_telemetries_allowed: int
+    max_registry_credentials_allowed: int
+    current_number_functions: int | None = None
+    last_updated_at: datetime | None = None
+
+
+class AccountAnswer(Wire):
+    account: Account
+
+
+class AccountList(Wire):
+    cloud_accounts: list[Account]
+
+
+class AuthorizedParty(Wire):
+    """Here is no client to be shared with alone: a `client_id` is refused."""
+
+    nca_id: Annotated[str, Field(min_length=1, max_length=64)]
+    client_id: str | None = None
+
+    @model_validator(mode="after")
+    def _is_an_account(self) -> AuthorizedParty:
+        if self.client_id:
+            raise ValueError("clientId: no such client; share with the account")
+        return self
+
+
+class AuthorizeParties(Wire):
+    """Body of `POST /authorizations/functions/{functionId}[/versions/{versionId}]`."""
+
+    authorized_parties: Annotated[list[AuthorizedParty], Field(min_length=1, max_length=512)]
+
+
+class AuthorizeParty(Wire):
+    """Body of the `PATCH …/add` and `PATCH …/remove` of the same paths."""
+
+    authorized_party: AuthorizedParty
+
+
+class Authorization(Wire):
+    """Who may use a function, or the one version that is named."""
+
+    id: str
+    nca_id: str
+    version_id: str | None = None
+    authorized_parties: list[AuthorizedParty]
+
+
+class AuthorizationAnswer(Wire):
+    function: Authorization
+
+
+class AuthorizationList(Wire):
+    functions: list[Authorization]
+
+
+# -- keys --------------------------------------------------------------------------------------
+
+
+class Snake(Wire):
+    """The key service alone speaks snake_case."""
+
+    model_config = ConfigDict(alias_generator=None)
+
+
+class KeyResource(Snake):
+    """`account-functions` or `authorized-functions` with the id `*`, or `function` with `<id>/*` or
+    `<id>/<version id>`."""
+
+    id: Annotated[str, Field(min_length=1, max_length=128)]
+    type: Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class KeyPolicy(Snake):
+    """Without `resources` it is about every function that the account sees; with none of them, about none."""
+
+    scopes: list[str]
+    resources: list[KeyResource] | None = None
+    aud: Annotated[str, Field(max_length=256)] | None = None
+    auds: list[Annotated[str, Field(max_length=256)]] | None = None
+    product: Annotated[str, Field(max_length=256)] | None = None
+
+
+class KeyAuthorizations(Snake):
+    policies: Annotated[list[KeyPolicy], Field(min_length=1, max_length=1)]
+
+    @model_validator(mode="after")
+    def _is_short(self) -> KeyAuthorizations:
+        if len(self.to_json()) > 2048:
+            raise ValueError("must not be longer than 2048 characters")
+        return self
+
+
+class CreateKey(Snake):
+    """Body of `POST /v1/keys`. `nca_id` is for who may make keys of another account."""
+
+    description: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 _-]+$")] | None = None
+    expires_at: AwareDatetime | None = None
+    authorizations: KeyAuthorizations
+    audience_service_ids: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=16)] = []
+    nca_id: str | None = None
+
+
+class UpdateKeyAuthorizations(Snake):
+    authorizations: KeyAuthorizations
+
+
+class UpdateKeyStatus(Snake):
+    status: Annotated[Literal["ACTIVE", "SUSPENDED"], BeforeValidator(_upper)]
+
+
+class ApiKey(Snake):
+    """`value` is the key itself, once; `hint` is enough to tell it from others."""
+
+    id: str
+    status: str
+    value: str | None = None
+    hint: str
+    nca_id: str
+    owner_type: str = "USER"
+    owner_id: str
+    issuer_service_id: str | None = None
+    audience_service_ids: list[str]
+    description: str | None = None
+    created_at: datetime
+    expires_at: datetime | None = None
+    authorizations: KeyAuthorizations | None = None
+
+
+class ApiKeyList(Snake):
+    keys: list[ApiKey]
+
+
+class Introspect(Snake):
+    """Body of `POST /v1/introspect`."""
+
+    key: Annotated[str, Field(min_length=1, max_length=512)]
+    audience_service_id: str | None = None
+
+
+class Introspected(Snake):
+    key_id: str
+    nca_id: str
+    owner_type: str = "USER"
+    owner_id: str
+    issuer_service_id: str | None = None
+    authorizations: KeyAuthorizations
+    expires_at: datetime | None = None
+
+
+class Credentials(Wire):
+    """The form of `POST /v3/keys/get-caller-info`; without it the Authorization header counts."""
+
+    credentials: str | None = None
+
+
+class CallerInfo(Wire):
+    """What NGC's SDK and CLI ask of a key: a SERVICE_KEY belongs to an org and to no user."""
+
+    type: str = "SERVICE_KEY"
+    org_name: str
+    key_id: str | None = None
+    products: list[str]
+    roles: list[str] = []
 
 
 Function.model_rebuild()

@@ -7,12 +7,28 @@ from datetime import UTC, datetime
 
 from aiohttp import web
 
-from api import headers, payloads
+from api import headers, limits, payloads
 from api.front import Front
 from broker import functions
 from broker.functions import Definition
 from broker.model import Health, Instance, InstanceStatus, Principal, Version
 from fnqueue import wire
+
+# What other accounts do not see of a function (contract/management.md §1.6).
+REDACTED = (
+    "inference_url",
+    "inference_port",
+    "container_args",
+    "container_environment",
+    "container_image",
+    "models",
+    "resources",
+    "helm_chart",
+    "helm_chart_service_name",
+    "active_instances",
+    "secrets",
+    "rate_limit",
+)
 
 
 async def create(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -28,7 +44,7 @@ async def add_version(front: Front, request: web.Request, principal: Principal) 
 
 async def list_functions(front: Front, request: web.Request, principal: Principal) -> web.Response:
     found = await functions.list_functions(front.broker, principal, visibility=_visibility(request))
-    return payloads.answer(wire.FunctionList(functions=[present(version) for version in found]))
+    return payloads.answer(wire.FunctionList(functions=[present_to(principal, version) for version in found]))
 
 
 async def list_ids(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -39,13 +55,15 @@ async def list_ids(front: Front, request: web.Request, principal: Principal) -> 
 async def list_versions(front: Front, request: web.Request, principal: Principal) -> web.Response:
     function_id = headers.uuid(request.match_info["function_id"], field="functionId")
     found = await functions.list_versions(front.broker, principal, function_id)
-    return payloads.answer(wire.FunctionList(functions=[present(version) for version in found]))
+    return payloads.answer(wire.FunctionList(functions=[present_to(principal, version) for version in found]))
 
 
 async def get(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    """With its instances, for who may see details."""
+    """With its instances, for those of its account who may see details."""
     function_id, version_id = ids(request)
     version = await functions.get(front.broker, principal, function_id, version_id)
+    if version.account != principal.account:
+        return payloads.answer(wire.FunctionAnswer(function=present_to(principal, version)))
     if "list_functions_details" not in principal.scopes:
         return _one(version)
     return _one(version, await front.broker.catalog.instances(version.id))
@@ -64,6 +82,15 @@ def ids(request: web.Request) -> tuple[str, str]:
         headers.uuid(request.match_info["function_id"], field="functionId"),
         headers.uuid(request.match_info["version_id"], field="functionVersionId"),
     )
+
+
+def present_to(principal: Principal, version: Version) -> wire.Function:
+    """A version as this caller may see it: those it is shared with do not see how it is made."""
+    whole = present(version)
+    if version.account == principal.account:
+        return whole
+    hidden: dict[str, object] = {name: None for name in REDACTED if name in wire.Function.model_fields}
+    return whole.model_copy(update=hidden | {"owned_by_different_account": True})
 
 
 def present(version: Version, instances: Iterable[Instance] | None = None) -> wire.Function:
@@ -97,6 +124,7 @@ def present(version: Version, instances: Iterable[Instance] | None = None) -> wi
         tags=list(version.tags) or None,
         description=version.description,
         function_type=version.function_type,
+        rate_limit=limits.present(version.rate_limit) if version.rate_limit else None,
     )
 
 
@@ -147,6 +175,7 @@ def _definition(asked: wire.CreateFunction) -> Definition:
         function_type=asked.function_type,
         description=asked.description,
         tags=tuple(asked.tags),
+        rate_limit=limits.define(asked.rate_limit) if asked.rate_limit else None,
     )
 
 

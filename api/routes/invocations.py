@@ -12,9 +12,8 @@ from api.answers import Answer
 from api.bodies import Held
 from api.calls import Accepting, Interrupted
 from api.front import Front
-from api.middleware import RECORD
-from broker import invocations
-from broker.accounts import require
+from api.middleware import RECORD, TAKEN
+from broker import invocations, limits
 from broker.errors import Overloaded
 from broker.invocations import Submission
 from broker.model import Principal, Record, RequestState, Version
@@ -65,11 +64,10 @@ async def invoke(front: Front, request: web.Request) -> web.Response:
 
 async def poll(front: Front, request: web.Request) -> web.Response:
     """Where the request stands, after holding the call as `invoke` does."""
-    token = auth.token(request.headers)
+    auth.token(request.headers)
     wait = headers.wait(request.headers)
     request_id = headers.uuid(request.match_info["request_id"], field="requestId")
-    principal = await front.authenticator.authenticate(token)
-    require(principal, SCOPE)
+    principal = await auth.authenticate(front, request, SCOPE)
     try:
         with front.calls.waiting():
             record = await invocations.status(front.broker, principal, request_id, wait_s=wait.seconds)
@@ -80,16 +78,18 @@ async def poll(front: Front, request: web.Request) -> web.Response:
 
 
 async def _admit(front: Front, request: web.Request) -> Call:
-    """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read."""
+    """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read.
+
+    The rate limit comes last, so that nothing that could never run counts; a body that then does not come, counts.
+    """
     arrived, named = request.headers, request.match_info
-    token = auth.token(arrived)
+    auth.token(arrived)
     function_id = headers.uuid(named["function_id"], field="functionId")
     version_id = headers.uuid(named["version_id"], field="functionVersionId") if "version_id" in named else ""
     assets = headers.asset_references(arrived)
-    principal = await front.authenticator.authenticate(token)
-    require(principal, SCOPE)
+    principal = await auth.authenticate(front, request, SCOPE)
     version = await front.versions.pick(principal, function_id, version_id)
-    return Call(
+    call = Call(
         principal=principal,
         version=version,
         function_id=function_id,
@@ -100,6 +100,9 @@ async def _admit(front: Front, request: web.Request) -> Call:
         passthrough=headers.passthrough(arrived),
         idempotency_key=headers.idempotency_key(arrived),
     )
+    request[TAKEN] = await front.rate_limiter.take(principal, version)
+    limits.require(request[TAKEN])
+    return call
 
 
 async def _run(front: Front, call: Call, held: Held) -> Record:

@@ -9,9 +9,10 @@ from aiohttp import web
 from api import headers, payloads
 from api.front import Front
 from api.routes import functions as function_routes
-from broker import functions, invocations
+from broker import invocations
 from broker.errors import NotFound
 from broker.model import FunctionStatus, Principal, Version
+from broker.visibility import Family, find_family, refuse_public, select
 from fnqueue import wire
 
 FURTHEST = 1000
@@ -23,14 +24,14 @@ _WITH_QUEUE = frozenset(
 
 async def of_function(front: Front, request: web.Request, principal: Principal) -> web.Response:
     function_id = headers.uuid(request.match_info["function_id"], field="functionId")
-    versions = await functions.list_versions(front.broker, principal, function_id)
+    versions = await _readable(front, principal, function_id)
     return await _depths(front, function_id, versions)
 
 
 async def of_version(front: Front, request: web.Request, principal: Principal) -> web.Response:
     function_id, version_id = function_routes.ids(request)
-    version = await functions.get(front.broker, principal, function_id, version_id)
-    return await _depths(front, function_id, [version])
+    versions = await _readable(front, principal, function_id, version_id)
+    return await _depths(front, function_id, versions)
 
 
 async def position(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -46,6 +47,14 @@ async def position(front: Front, request: web.Request, principal: Principal) -> 
             queue_length=found.length,
         )
     )
+
+
+async def _readable(front: Front, principal: Principal, function_id: str, version_id: str = "") -> Sequence[Version]:
+    """Also for those it is shared with. Raises NotFound, Forbidden, and StateConflict when it is public."""
+    family = await find_family(front.broker, function_id)
+    versions = select(principal, family, version_id)
+    refuse_public(principal, Family(versions=versions, sharing=family.sharing))
+    return versions
 
 
 async def _depths(front: Front, function_id: str, versions: Sequence[Version]) -> web.Response:

@@ -13,6 +13,11 @@ from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.redis.store import open_store
 from broker.errors import RevisionConflict
 from broker.model import (
+    Account,
+    Cluster,
+    ClusterGpu,
+    ClusterState,
+    ClusterType,
     Deployment,
     FunctionStatus,
     Gpu,
@@ -22,6 +27,7 @@ from broker.model import (
     Instance,
     InstanceStatus,
     Key,
+    Sharing,
     Version,
 )
 from broker.ports import Catalog
@@ -36,7 +42,7 @@ async def catalog(request: pytest.FixtureRequest) -> AsyncIterator[Catalog]:
         yield MemoryCatalog()
         return
     server: Redis = request.getfixturevalue("redis_server")
-    async with open_store(server.url, Settings()) as (_, opened):
+    async with open_store(server.url, Settings()) as (_, opened, _):
         yield opened
 
 
@@ -165,6 +171,64 @@ async def test_keys_are_kept_by_hash(catalog: Catalog) -> None:
     assert [row.item for row in await catalog.keys.list("account", key.account)] == [key]
 
 
+async def test_clusters_are_kept_whole(catalog: Catalog) -> None:
+    kind = ClusterType(name="NCP.GPU.H100_1x", value="node", default=True)
+    cluster = Cluster(
+        id=str(uuid.uuid4()),
+        account=str(uuid.uuid4()),
+        name="east",
+        group="local",
+        cloud_provider="ON-PREM",
+        region="e",
+        created_at=1.0,
+        updated_at=2.0,
+        authorized=("*",),
+        custom_attributes=(("a", "b"),),
+        gpus=(ClusterGpu(name="H100", capacity=8, types=(kind,), allocated=1),),
+        state=ClusterState.CORDON,
+        seen_at=3.5,
+    )
+    await catalog.clusters.put(cluster)
+    row = await catalog.clusters.get(cluster.id)
+    assert row is not None
+    assert row.item == cluster
+    assert [row.item for row in await catalog.clusters.list("account", cluster.account)] == [cluster]
+
+
+async def test_an_index_of_many_values_follows_the_row(catalog: Catalog) -> None:
+    first, second, third = (str(uuid.uuid4()) for _ in range(3))
+    sharing = Sharing(function_id=str(uuid.uuid4()), account="acme", parties=(first,), versions=(("v", (second,)),))
+    revision = await catalog.sharing.put(sharing)
+    for party in (first, second):
+        assert [row.item for row in await catalog.sharing.list("shared_with", party)] == [sharing]
+    changed = replace(sharing, parties=(first, third), versions=())
+    await catalog.sharing.put(changed, revision=revision)
+    assert [row.item for row in await catalog.sharing.list("shared_with", third)] == [changed]
+    assert await catalog.sharing.list("shared_with", second) == []
+    assert await catalog.sharing.delete(sharing.function_id)
+    assert await catalog.sharing.list("shared_with", first) == []
+    assert await catalog.sharing.list("shared_with", second) == []
+
+
+async def test_accounts_are_kept_by_id(catalog: Catalog) -> None:
+    account = Account(
+        id=str(uuid.uuid4()),
+        name="acme-corp",
+        max_functions=0,
+        max_tasks=1,
+        max_telemetries=2,
+        max_registry_credentials=3,
+        created_at=1.0,
+        updated_at=2.0,
+        client_ids=("c",),
+    )
+    await catalog.accounts.put(account)
+    row = await catalog.accounts.get(account.id)
+    assert row is not None
+    assert row.item == account
+    assert account in [row.item for row in await catalog.accounts.list()]
+
+
 async def test_an_instance_lives_by_its_beat(catalog: Catalog) -> None:
     version_id = str(uuid.uuid4())
     brief, lasting = make_instance(version_id), make_instance(version_id)
@@ -177,7 +241,22 @@ async def test_an_instance_lives_by_its_beat(catalog: Catalog) -> None:
 
 
 async def test_the_inventory_is_the_last_offer(catalog: Catalog) -> None:
-    gpus = [Gpu(name="CPU", instance_type="CPU", backend="local", capacity=2)]
+    gpus = [
+        Gpu(
+            name="H100",
+            instance_type="NCP.GPU.H100_2x",
+            backend="local",
+            capacity=4,
+            gpu_count=2,
+            cpu_cores=16,
+            system_memory_bytes=2**38,
+            gpu_memory_bytes=80 * 2**30,
+            cpu_arch="x86_64",
+            os="linux",
+            driver_version="550.90.07",
+        ),
+        Gpu(name="CPU", instance_type="CPU", backend="local", capacity=2),
+    ]
     await catalog.offer(gpus, ttl_s=30)
     assert await catalog.gpus() == gpus
     await catalog.offer([], ttl_s=0.05)

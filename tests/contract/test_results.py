@@ -29,7 +29,7 @@ async def results(request: pytest.FixtureRequest) -> AsyncIterator[Results]:
         yield MemoryResults(settings)
         return
     server: Redis = request.getfixturevalue("redis_server")
-    async with open_store(server.url, settings) as (opened, _):
+    async with open_store(server.url, settings) as (opened, *_):
         yield opened
 
 

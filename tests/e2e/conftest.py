@@ -79,6 +79,9 @@ def settings_for(folder: Path) -> dict[str, str]:
         "FNQUEUE_QUEUE_LIMIT": str(QUEUE_LIMIT),
         "FNQUEUE_BODY_TIMEOUT_S": str(BODY_TIMEOUT_S),
         "FNQUEUE_RECONCILE_S": "0.25",
+        # One account asks for everything here, faster than any person would.
+        "FNQUEUE_ACCOUNT_CALLS_PER_S": "0",
+        "FNQUEUE_FUNCTION_CALLS_PER_S": "0",
         "FNQUEUE_LEASE_S": "3",
         "FNQUEUE_RENEW_S": "0.5",
         "FNQUEUE_DRAIN_S": "3",

@@ -58,7 +58,7 @@ async def answers(results: RedisResults) -> bool:
 async def test_results_survive_a_killed_redis_and_waiters_hear_of_new_ones(new_redis: Callable[[], Redis]) -> None:
     server = await asyncio.to_thread(new_redis)
     version_id = str(uuid.uuid4())
-    async with open_store(server.url, Settings(store_timeout_s=1)) as (results, _):
+    async with open_store(server.url, Settings(store_timeout_s=1)) as (results, *_):
         jobs = [
             make_job(await results.create(make_draft(version_id), queue_limit=1000, watch=False)) for _ in range(20)
         ]
@@ -88,8 +88,8 @@ async def test_five_hundred_waiters_are_told_after_their_subscription_was_cut(ne
     server = await asyncio.to_thread(new_redis)
     version_id = str(uuid.uuid4())
     async with (
-        open_store(server.url, Settings()) as (results, _),
-        open_store(server.url, Settings()) as (worker, _),
+        open_store(server.url, Settings()) as (results, *_),
+        open_store(server.url, Settings()) as (worker, *_),
         Client.from_url(server.url) as client,
     ):
         records = [await results.create(make_draft(version_id), queue_limit=1000, watch=False) for _ in range(500)]
@@ -127,7 +127,7 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
 
         await eventually(linked, lambda status: status == "up", within_s=30)
     settings = Settings(store_timeout_s=0.4, durable_replicas=1)
-    async with open_store(primary.url, settings) as (results, _):
+    async with open_store(primary.url, settings) as (results, *_):
         job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
         claimed = await results.claim(job, worker="w", lease_s=30, max_attempts=3)
         assert claimed.lease is not None
@@ -158,7 +158,7 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
 
 async def test_cancelled_callers_never_get_each_others_replies(new_redis: Callable[[], Redis]) -> None:
     server = await asyncio.to_thread(new_redis)
-    async with open_store(server.url, Settings()) as (results, _):
+    async with open_store(server.url, Settings()) as (results, *_):
         version_id = str(uuid.uuid4())
         records = [await results.create(make_draft(version_id), queue_limit=1000, watch=False) for _ in range(200)]
 
@@ -180,7 +180,7 @@ async def test_cancelled_callers_never_get_each_others_replies(new_redis: Callab
 
 async def test_a_wiped_store_starts_a_new_epoch_and_heals_by_claim(new_redis: Callable[[], Redis]) -> None:
     server = await asyncio.to_thread(new_redis)
-    async with open_store(server.url, Settings()) as (results, _), Client.from_url(server.url) as client:
+    async with open_store(server.url, Settings()) as (results, *_), Client.from_url(server.url) as client:
         job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
         before = await results.epoch(fresh=True)
         await client.flushall()

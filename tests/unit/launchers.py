@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from broker.errors import ConfigurationError
+from broker.errors import ConfigurationError, NoCapacity
 from broker.model import Gpu, GpuSpecification, Version
 from broker.ports import Launched
 
@@ -25,9 +25,10 @@ class FakeInstance:
 
 class FakeLauncher:
     """`started` is set by the first start. `stopped` tells in what order instances were stopped, and with how much
-    grace."""
+    grace. No more than `room` run at once."""
 
     def __init__(self) -> None:
+        self.room: int | None = None  # None: any number
         self.instances: dict[str, FakeInstance] = {}
         self.stopped: list[tuple[str, float]] = []
         self.started = asyncio.Event()
@@ -40,6 +41,8 @@ class FakeLauncher:
             raise ConfigurationError(
                 f"no command is known for the image {version.container_image!r}; known images: {KNOWN_IMAGE}"
             )
+        if self.room is not None and len(self.instances) >= self.room:
+            raise NoCapacity("1 H100 needed: 0 of 1 are free on this machine")
         self.instances[instance_id] = FakeInstance(instance_id, version.id, specification.id)
         self.started.set()
 

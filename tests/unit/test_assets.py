@@ -13,7 +13,7 @@ from broker import assets
 from broker.backends import files
 from broker.errors import BadRequest, NotFound
 from broker.model import Principal
-from broker.ports import Broker, Catalog, Queue, Results
+from broker.ports import Broker, Catalog, Counters, Queue, Results
 from broker.settings import Settings, load
 
 HOUR_S = 3600.0
@@ -35,6 +35,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
             queue=cast(Queue, nothing),
             results=cast(Results, nothing),
             catalog=cast(Catalog, nothing),
+            counters=cast(Counters, nothing),
             blobs=blobs,
             settings=settings,
         )

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from broker import deployments, functions
-from broker.errors import BadRequest, NotFound, StateConflict
+from broker import accounts, authorizations, deployments, functions
+from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
 from broker.functions import CallableVersions, Definition
 from broker.model import FunctionStatus, Gpu, GpuSpecification, Health, Principal, Version
 from broker.ports import Broker
@@ -88,6 +88,31 @@ async def test_a_version_is_added_to_ones_own_function_only(memory_broker: Broke
     assert second.id != first.id
     with pytest.raises(NotFound):
         await functions.add_version(memory_broker, THEIRS, first.function_id, ECHO)
+
+
+# -- sharing -----------------------------------------------------------------------------------
+
+
+async def test_a_remembered_sharing_is_forgotten_within_a_second(memory_broker: Broker) -> None:
+    now = [0.0]
+    callables = CallableVersions(memory_broker, now=lambda: now[0])
+    version = await turn(memory_broker, await functions.create(memory_broker, OURS, ECHO), FunctionStatus.ACTIVE)
+    await accounts.create_key(memory_broker, account="theirs")
+    await authorizations.replace_all(memory_broker, OURS, version.function_id, version.id, ["theirs"])
+    assert await callables.pick(THEIRS, version.function_id) == version
+    await authorizations.clear(memory_broker, OURS, version.function_id, version.id)
+    assert await callables.pick(THEIRS, version.function_id) == version
+    now[0] = 1.01
+    with pytest.raises(NotFound):
+        await callables.pick(THEIRS, version.function_id)
+    assert await callables.pick(OURS, version.function_id) == version
+
+
+async def test_a_key_for_other_functions_is_refused_and_not_told_they_are_unknown(memory_broker: Broker) -> None:
+    version = await turn(memory_broker, await functions.create(memory_broker, OURS, ECHO), FunctionStatus.ACTIVE)
+    narrow = replace(OURS, resources=frozenset({f"function/{UNKNOWN}/*"}))
+    with pytest.raises(Forbidden):
+        await CallableVersions(memory_broker).pick(narrow, version.function_id)
 
 
 # -- looking -----------------------------------------------------------------------------------

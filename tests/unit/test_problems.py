@@ -35,6 +35,8 @@ def body_of(response: web.Response) -> dict[str, Any]:
         (errors.AlreadyFinished("x"), 409, UPSTREAM + "conflict"),
         (errors.RevisionConflict("x"), 409, UPSTREAM + "conflict"),
         (errors.QueueFull("x"), 429, OURS + "queue-full"),
+        (errors.RateLimited("x"), 429, OURS + "rate-limited"),
+        (errors.TooManyRequests("x"), 429, UPSTREAM + "too-many-requests"),
         (errors.Overloaded("x"), 503, OURS + "overloaded"),
         (errors.StoreUnavailable("x"), 503, OURS + "unavailable"),
         (errors.QueueMissing("x"), 503, OURS + "unavailable"),

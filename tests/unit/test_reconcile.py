@@ -616,3 +616,17 @@ async def test_a_controller_that_does_not_lead_touches_nothing(memory_broker: Br
     assert await status(memory_broker, version) is S.DEPLOYING
     with pytest.raises(NotFound):
         await functions.pick_callable(memory_broker, OURS, version.function_id)
+
+
+async def test_no_room_is_waited_for_and_is_no_failure(controller: Controller) -> None:
+    controller.launcher.room = 0
+    version = await deployed(controller.broker)
+    for _ in range(10):
+        await controller.step(after_s=10)
+    assert await status(controller.broker, version) is S.DEPLOYING
+    assert await errors(controller.broker, version) == ["1 H100 needed: 0 of 1 are free on this machine"]
+    controller.launcher.room = 1
+    await controller.step()
+    await controller.all_run()
+    await controller.step()
+    assert (await status(controller.broker, version), await errors(controller.broker, version)) == (S.ACTIVE, [])

@@ -21,6 +21,7 @@ from aiohttp import web
 from broker import assets
 from broker.backends.files import FileBlobs, open_blobs
 from broker.backends.memory.catalog import MemoryCatalog
+from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.errors import ConfigurationError, StoreUnavailable
@@ -90,7 +91,12 @@ class Rig:
     @property
     def broker(self) -> Broker:
         return Broker(
-            queue=self.queue, results=self.results, catalog=self.catalog, blobs=self.blobs, settings=self.settings
+            queue=self.queue,
+            results=self.results,
+            catalog=self.catalog,
+            counters=MemoryCounters(),
+            blobs=self.blobs,
+            settings=self.settings,
         )
 
     def set(self, **given: Any) -> None:

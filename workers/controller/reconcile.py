@@ -17,7 +17,7 @@ from math import inf
 
 from broker import deployments
 from broker.deployments import Sight
-from broker.errors import ConfigurationError, RevisionConflict
+from broker.errors import ConfigurationError, NoCapacity, RevisionConflict
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
 from broker.ports import Broker, Launched, Launcher
 from broker.settings import ControllerSettings
@@ -64,6 +64,10 @@ class Streak:
         self.failures += 1
         self.hopeless = hopeless
         self.next_start_at = now + min(2.0 ** (self.failures - 1), LONGEST_BACKOFF_S)
+        self.error = error
+
+    def waits(self, error: str) -> None:
+        """Nothing is wrong with it: there is no room. The next pass asks again, and it is no failure."""
         self.error = error
 
     def runs(self) -> None:
@@ -206,6 +210,9 @@ class Reconciler:
         instance_id = str(uuid.uuid4())
         try:
             await self.launcher.start(instance_id, version, specification)
+        except NoCapacity as exc:
+            streak.waits(str(exc))
+            return
         except (ConfigurationError, OSError) as exc:
             streak.cannot_start(str(exc), hopeless=isinstance(exc, ConfigurationError), now=self.now())
             logger.warning("instance_cannot_start", extra={"version_id": version.id, "cause": str(exc)})

@@ -8,6 +8,8 @@ has died, the instance is not alive. Each instance has a folder, `<data_dir>/ins
     assets/          responses/       scratch/       request directories
 
 Every port that a version names (inference, health) is the one free loopback port that the process is given in PORT.
+An instance of a GPU type has that many cards to itself: CUDA_VISIBLE_DEVICES shows it those and no others, and where
+no card is free, none is started. Instances of the type `CPU` are shown no cards, and there may be any number of them.
 There is no isolation: a container here may do what the user who runs the controller may do. It is given none of the
 FNQUEUE_* settings, and of the machine's environment only what `_INHERITED` lists.
 """
@@ -24,17 +26,20 @@ import shlex
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import pynvml
 from pydantic import AliasChoices, SecretStr, TypeAdapter, ValidationError
 
 from broker.errors import ConfigurationError
 from broker.model import Gpu, GpuSpecification, Version
 from broker.ports import Launched
 from broker.settings import ControllerSettings, Settings, SidecarSettings, load
+from workers.launchers.cards import CPU, Card, Cards, Nvml, choose, device_environment, inventory
 from workers.launchers.children import Child, Identity
 from workers.launchers.images import Image, find_image, read_images
 
@@ -45,7 +50,7 @@ ERROR_BYTES = 4096
 
 _INHERITED = (
     "PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE",
-    "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+    "CUDA_HOME",
 )  # fmt: skip
 _HOST = "127.0.0.1"
 # Below the range from which systems take the ports of outgoing connections.
@@ -110,6 +115,7 @@ class _Instance:
     specification_id: str
     port: int
     folder: Path
+    cards: tuple[str, ...]
     container: Child
     sidecar: Sidecar | None
 
@@ -135,6 +141,7 @@ class _Instance:
             "version_id": self.version_id,
             "specification_id": self.specification_id,
             "port": self.port,
+            "cards": self.cards,
             "container": asdict(self.container.identity),
             "sidecar": asdict(self.sidecar.identity) if self.sidecar and self.sidecar.identity else None,
         }
@@ -150,7 +157,13 @@ class ProcessLauncher:
     ConfigurationError while another controller is using the folder.
     """
 
-    def __init__(self, settings: ControllerSettings, *, start_sidecar: StartSidecar = start_sidecar_process) -> None:
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        *,
+        start_sidecar: StartSidecar = start_sidecar_process,
+        nvml: Nvml = pynvml,
+    ) -> None:
         """Raises ConfigurationError: the images file cannot be read."""
         self._settings = settings
         self._start_sidecar = start_sidecar
@@ -158,19 +171,21 @@ class ProcessLauncher:
         self._images = read_images(settings.images_file)
         self._instances: dict[str, _Instance] = {}
         self._lock: IO[bytes] | None = None
+        self._cards = Cards(nvml, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     async def gpus(self) -> list[Gpu]:
-        """One instance type, `CPU`; NVIDIA cards are not looked for yet. Its capacity is not enforced."""
-        return [Gpu(name="CPU", instance_type="CPU", backend=BACKEND, capacity=os.cpu_count() or 1)]
+        """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
+        return inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
 
     async def start(self, instance_id: str, version: Version, specification: GpuSpecification) -> None:
         await self._open()
         image = find_image(self._images, version.container_image)
+        cards = await self._choose(specification)
         port = _free_port({instance.port for instance in self._instances.values()})
         folder = self._root / instance_id
         settings = self._sidecar_settings(instance_id, version, specification, port=port, folder=folder)
         try:
-            container = await asyncio.to_thread(_spawn_container, image, version, settings, folder)
+            container = await asyncio.to_thread(_spawn_container, image, version, settings, folder, cards)
         except BaseException:
             await asyncio.to_thread(self._clear, folder)
             raise
@@ -180,6 +195,7 @@ class ProcessLauncher:
             specification_id=specification.id,
             port=port,
             folder=folder,
+            cards=tuple(card.uuid for card in cards),
             container=container,
             sidecar=None,
         )
@@ -207,9 +223,18 @@ class ProcessLauncher:
 
     async def close(self) -> None:
         """Leave the data folder to the next launcher. Instances go on."""
+        self._cards.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    async def _choose(self, specification: GpuSpecification) -> tuple[Card, ...]:
+        """The cards for one more instance. Raises NoCapacity."""
+        if specification.gpu == CPU:
+            return ()
+        cards = self._cards.seen or await asyncio.to_thread(self._cards.read)
+        taken = {uuid for instance in self._instances.values() for uuid in instance.cards}
+        return choose(cards, specification.instance_type, specification.gpu, taken)
 
     async def _open(self) -> None:
         if self._lock is None:
@@ -263,7 +288,9 @@ def _clear_requests(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _spawn_container(image: Image, version: Version, settings: SidecarSettings, folder: Path) -> Child:
+def _spawn_container(
+    image: Image, version: Version, settings: SidecarSettings, folder: Path, cards: Sequence[Card]
+) -> Child:
     for path in (folder, settings.asset_dir, settings.response_dir, Path(settings.scratch_dir)):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -274,7 +301,7 @@ def _spawn_container(image: Image, version: Version, settings: SidecarSettings, 
     try:
         return Child.spawn(
             command,
-            environment=_container_environment(image, version, settings),
+            environment=_container_environment(image, version, settings) | device_environment(cards),
             folder=image.folder,
             log=folder / "container.log",
         )
@@ -327,6 +354,7 @@ def _adopt(folder: Path) -> _Instance | None:
             specification_id=state["specification_id"],
             port=state["port"],
             folder=folder,
+            cards=tuple(state.get("cards", ())),
             container=Child(Identity(**state["container"])),
             sidecar=Child(Identity(**state["sidecar"])) if state["sidecar"] else None,
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from broker.errors import RevisionConflict
-from broker.model import Deployment, Gpu, Instance, Key, Version
+from broker.model import Account, Cluster, Deployment, Gpu, Instance, Key, Sharing, Version
 from broker.ports import Row
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class MemoryTable(Generic[T]):
     async def list(self, index: str = "", value: str = "") -> list[Row[T]]:
         if index and index not in self._indexes:
             raise LookupError(f"no index {index!r}; there are {sorted(self._indexes)}")
-        return [row for row in self._rows.values() if not index or getattr(row.item, index) == value]
+        return [row for row in self._rows.values() if not index or _holds(getattr(row.item, index), value)]
 
     async def put(self, item: T, *, revision: int = 0) -> int:
         key = self._key(item)
@@ -44,6 +44,9 @@ class MemoryCatalog:
         self.versions: MemoryTable[Version] = MemoryTable(lambda version: version.id, ("function_id", "account"))
         self.deployments: MemoryTable[Deployment] = MemoryTable(lambda deployment: deployment.version_id, ("account",))
         self.keys: MemoryTable[Key] = MemoryTable(lambda key: key.hash, ("account",))
+        self.clusters: MemoryTable[Cluster] = MemoryTable(lambda cluster: cluster.id, ("account",))
+        self.accounts: MemoryTable[Account] = MemoryTable(lambda account: account.id, ())
+        self.sharing: MemoryTable[Sharing] = MemoryTable(lambda sharing: sharing.function_id, ("shared_with",))
         self._instances: dict[tuple[str, str], tuple[Instance, float]] = {}
         self._gpus: tuple[list[Gpu], float] = ([], 0.0)
         self._leader = ("", 0.0)
@@ -77,3 +80,7 @@ class MemoryCatalog:
     async def resign(self, holder: str) -> None:
         if self._leader[0] == holder:
             self._leader = ("", 0.0)
+
+
+def _holds(indexed: object, value: str) -> bool:
+    return value in indexed if isinstance(indexed, tuple) else indexed == value

@@ -9,7 +9,7 @@ from broker.backends.codec import pack, unpack
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection
 from broker.errors import RevisionConflict
-from broker.model import Deployment, Gpu, Instance, Key, Version
+from broker.model import Account, Cluster, Deployment, Gpu, Instance, Key, Sharing, Version
 from broker.ports import Row
 
 T = TypeVar("T")
@@ -33,7 +33,9 @@ class RedisTable(Generic[T]):
         if index and index not in self._indexes:
             raise LookupError(f"no index {index!r}; there are {sorted(self._indexes)}")
         [items] = await self._connection.run(scripts.LIST.call((self._name, self._index(index, value))))
-        return [self._row(item) for item in items]
+        rows = [self._row(item) for item in items]
+        # An index keeps the key of a row that has left it: what the row says now decides.
+        return [row for row in rows if not index or value in _values(row.item, index)]
 
     async def put(self, item: T, *, revision: int = 0) -> int:
         keys = (self._name, self._index("", ""), *self._index_names(item))
@@ -57,7 +59,7 @@ class RedisTable(Generic[T]):
         return Row(unpack(self._kind, item), int(revision))
 
     def _index_names(self, item: T) -> tuple[str, ...]:
-        return tuple(self._index(name, getattr(item, name)) for name in self._indexes)
+        return tuple(self._index(name, value) for name in self._indexes for value in _values(item, name))
 
     def _index(self, name: str, value: str) -> str:
         return f"{self._name}:{name}:{value}"
@@ -69,6 +71,9 @@ class RedisCatalog:
         self.versions = RedisTable(connection, "versions", Version, lambda item: item.id, ("function_id", "account"))
         self.deployments = RedisTable(connection, "deployments", Deployment, lambda item: item.version_id, ("account",))
         self.keys = RedisTable(connection, "keys", Key, lambda item: item.hash, ("account",))
+        self.clusters = RedisTable(connection, "clusters", Cluster, lambda item: item.id, ("account",))
+        self.accounts = RedisTable(connection, "accounts", Account, lambda item: item.id, ())
+        self.sharing = RedisTable(connection, "sharing", Sharing, lambda item: item.function_id, ("shared_with",))
 
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         await self._connection.run(
@@ -99,3 +104,8 @@ class RedisCatalog:
 
 def _instances(version_id: str) -> str:
     return f"fnq:i:{{{version_id}}}"
+
+
+def _values(item: object, index: str) -> tuple[str, ...]:
+    found = getattr(item, index)
+    return found if isinstance(found, tuple) else (found,)

@@ -349,13 +349,13 @@ return redis.call('HDEL', KEYS[1], ARGV[1])
 """
 )
 
-# KEYS table index · returns the items of the index, oldest first
+# KEYS table index · returns the items of the index, oldest first; drops what an item no longer stored left behind
 LIST = Script(
     """
 local items = {}
 for _, key in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
   local item = redis.call('HGET', KEYS[1], key)
-  if item then items[#items + 1] = item end
+  if item then items[#items + 1] = item else redis.call('ZREM', KEYS[2], key) end
 end
 return items
 """
@@ -400,5 +400,80 @@ RESIGN = Script(
     """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
+"""
+)
+
+# -- counters: `fnq:l:{<partition>}:<counter>:<window in seconds>` is a hash of one window: what was taken in each part
+# of it by the part's number, t the total, o the oldest part that holds anything ---------------------------------------
+
+# KEYS window... · ARGV parts, then for each window: limit width_ms
+# returns {1 if granted, then for each window: remaining, ms until more come}
+# Only parts that have left since the last call are looked at: reading all 51 took five to ten times as long.
+# A clock that was set back leaves parts in the future; they count until they have passed, or at once no more when
+# even the oldest is further ahead than a window.
+TAKE = Script(
+    _NOW
+    + """
+local parts = tonumber(ARGV[1])
+local function counts(key, from, to)
+  local names = {}
+  for part = from, to do names[#names + 1] = string.format('%d', part) end
+  return redis.call('HMGET', key, unpack(names)), names
+end
+local function slide(key, w)
+  local f = redis.call('HMGET', key, 't', 'o')
+  w.used, w.oldest = tonumber(f[1] or 0), tonumber(f[2] or w.part)
+  local first = w.part - parts
+  if w.oldest + 3 * parts < first or w.oldest > w.part + parts then
+    redis.call('DEL', key)
+    w.used, w.oldest = 0, w.part
+  elseif w.oldest < first then
+    local left, names = counts(key, w.oldest, first - 1)
+    for _, count in ipairs(left) do w.used = w.used - tonumber(count or 0) end
+    redis.call('HDEL', key, unpack(names))
+    w.oldest = first
+    if w.used > 0 then
+      for at, count in ipairs((counts(key, first, first + 2 * parts))) do
+        if count then w.oldest = first + at - 1 break end
+      end
+    end
+    redis.call('HSET', key, 't', w.used, 'o', w.oldest)
+  end
+end
+local function add(key, w)
+  if w.used == 0 or w.part < w.oldest then w.oldest = w.part end
+  w.used = w.used + 1
+  redis.call('HINCRBY', key, w.part, 1)
+  redis.call('HSET', key, 't', w.used, 'o', w.oldest)
+  redis.call('PEXPIRE', key, w.width * (parts + 1))
+end
+local function reset(key, w)
+  if w.used == 0 then return 0 end
+  local missing, last = w.used - w.limit + 1, w.oldest
+  if missing > 1 then
+    for at, count in ipairs((counts(key, w.oldest, w.oldest + 2 * parts))) do
+      missing = missing - tonumber(count or 0)
+      last = w.oldest + at - 1
+      if missing <= 0 then break end
+    end
+  end
+  return (last + parts + 1) * w.width - now
+end
+local granted, windows, answer = 1, {}, {}
+for i, key in ipairs(KEYS) do
+  local w = {limit = tonumber(ARGV[2 * i]), width = tonumber(ARGV[2 * i + 1])}
+  w.part = math.floor(now / w.width)
+  slide(key, w)
+  if w.used >= w.limit then granted = 0 end
+  windows[i] = w
+end
+answer[1] = granted
+for i, key in ipairs(KEYS) do
+  local w = windows[i]
+  if granted == 1 then add(key, w) end
+  answer[#answer + 1] = math.max(0, w.limit - w.used)
+  answer[#answer + 1] = reset(key, w)
+end
+return answer
 """
 )

@@ -1,4 +1,4 @@
-"""Opens Results and Catalog over one Redis."""
+"""Opens Results, Catalog and Counters over one Redis."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager, suppress
 
 from broker.backends.redis.catalog import RedisCatalog
 from broker.backends.redis.connection import Connection
+from broker.backends.redis.counters import RedisCounters
 from broker.backends.redis.results import RedisResults
 from broker.settings import Settings
 
 
 @asynccontextmanager
-async def open_store(url: str, settings: Settings) -> AsyncIterator[tuple[RedisResults, RedisCatalog]]:
+async def open_store(url: str, settings: Settings) -> AsyncIterator[tuple[RedisResults, RedisCatalog, RedisCounters]]:
     """Raises ConfigurationError for a URL that cannot be read; a Redis that is away does not fail the opening."""
     connection = Connection(url, settings)
     results = RedisResults(connection, settings)
@@ -21,7 +22,7 @@ async def open_store(url: str, settings: Settings) -> AsyncIterator[tuple[RedisR
     try:
         with suppress(TimeoutError):
             await asyncio.wait_for(results.subscribed.wait(), settings.store_timeout_s)
-        yield results, RedisCatalog(connection)
+        yield results, RedisCatalog(connection), RedisCounters(connection)
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
