@@ -78,12 +78,18 @@ def logged(event: str) -> Iterator[asyncio.Event]:
             if record.msg == event:
                 seen.set()
 
+    # Whatever an earlier test or its library made of the levels.
     logger, watcher = logging.getLogger("broker.backends.rabbitmq"), Watcher()
+    level, disabled = logger.level, logging.root.manager.disable
+    logger.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)
     logger.addHandler(watcher)
     try:
         yield seen
     finally:
         logger.removeHandler(watcher)
+        logger.setLevel(level)
+        logging.disable(disabled)
 
 
 @pytest.mark.parametrize("round_", range(2))
