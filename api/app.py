@@ -21,6 +21,7 @@ NVCF = "/v2/nvcf"
 FUNCTION = "/functions/{function_id:[^/]+}"
 VERSION = FUNCTION + "/versions/{version_id:[^/]+}"
 REQUEST = "{request_id:[^/]+}"
+DEPLOYMENT = "/deployments/{deployment_id:[^/]+}"
 ASSET = "/assets/{asset_id:[^/]+}"
 
 
@@ -56,6 +57,7 @@ def _management(front: Front) -> list[web.RouteDef]:
         return lambda handler: guarded(front, handler, *scopes)
 
     registers, lists = scoped("register_function"), scoped("list_functions", "list_functions_details")
+    updates = scoped("update_function")
     deletes, deploys = scoped("delete_function"), scoped("deploy_function")
     invokes, looks = scoped("invoke_function"), scoped("queue_details")
     return [
@@ -65,9 +67,16 @@ def _management(front: Front) -> list[web.RouteDef]:
         web.post(f"{NVCF}{FUNCTION}/versions", registers(functions.add_version)),
         web.get(f"{NVCF}{FUNCTION}/versions", lists(functions.list_versions)),
         web.get(f"{NVCF}{VERSION}", lists(functions.get)),
+        web.put(f"{NVCF}{VERSION}", updates(functions.update)),
+        web.put(f"{NVCF}/metadata{VERSION}", updates(functions.update_metadata)),
+        web.put(f"{NVCF}/ratelimit{VERSION}", updates(functions.set_rate_limit)),
+        web.delete(f"{NVCF}/ratelimit{VERSION}", updates(functions.lift_rate_limit)),
         web.delete(f"{NVCF}{VERSION}", deletes(functions.delete_version)),
         web.post(f"{NVCF}/deployments{VERSION}", deploys(deployments.create)),
         web.get(f"{NVCF}/deployments{VERSION}", deploys(deployments.get)),
+        web.put(f"{NVCF}/deployments{VERSION}", deploys(deployments.update)),
+        web.get(f"{NVCF}{DEPLOYMENT}", deploys(deployments.find)),
+        web.patch(f"{NVCF}{DEPLOYMENT}/gpu-specifications/{{specification_id:[^/]+}}", deploys(deployments.patch)),
         web.delete(f"{NVCF}/deployments{VERSION}", deploys(deployments.delete)),
         web.post(f"{NVCF}/assets", invokes(assets.create)),
         web.get(f"{NVCF}/assets", invokes(assets.list_assets)),

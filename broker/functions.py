@@ -1,4 +1,4 @@
-"""The verbs of a function: create, add version, get, list, delete, and pick a version to invoke.
+"""The verbs of a function: create, add version, get, list, update, delete, and pick a version to invoke.
 
 A function is an id and its versions; it exists as long as it has one (contract/management.md §1.1).
 """
@@ -6,18 +6,33 @@ A function is an id and its versions; it exists as long as it has one (contract/
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from broker.errors import BadRequest, NotFound, StateConflict
-from broker.model import Deployment, FunctionStatus, Health, Principal, Version
+from broker.model import (
+    Deployment,
+    FunctionStatus,
+    Health,
+    LlmConfig,
+    Model,
+    Principal,
+    Priority,
+    RateLimit,
+    Resource,
+    Telemetries,
+    Version,
+)
 from broker.ports import Broker
 from broker.revisions import edit
 from broker.visibility import UNKNOWN_FUNCTION, UNKNOWN_VERSION, find_version, visible
 
 VISIBILITIES = frozenset({"private", "authorized", "public"})
+LLM = "LLM"
+UNLIMITED = sys.maxsize
 
 _GRPC_URL = "/grpc"
 _DEFAULT_HEALTH_URI = "/v2/health/ready"
@@ -28,11 +43,12 @@ _CACHE_FUNCTIONS = 10_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
     """What a caller says a version is. `health` wins over the deprecated `health_uri`; without both, and
-    without `description`, the defaults of contract/management.md §1.2 hold."""
+    without `description`, the defaults of contract/management.md §1.2 hold. `secrets` are names and values, a string
+    or what JSON calls an object; of them the version keeps the names only."""
 
     name: str
     inference_url: str
-    container_image: str
+    container_image: str = ""
     inference_port: int = 8000
     health: Health | None = None
     health_uri: str = ""
@@ -42,16 +58,59 @@ class Definition:
     function_type: str = "DEFAULT"
     description: str = ""
     tags: tuple[str, ...] = ()
+    models: tuple[Model, ...] = ()
+    resources: tuple[Resource, ...] = ()
+    helm_chart: str = ""
+    helm_chart_service_name: str = ""
+    rate_limit: RateLimit | None = None
+    telemetries: Telemetries | None = None
+    priority: Priority | None = None
+    secrets: tuple[tuple[str, object], ...] = field(default=(), repr=False)
 
 
-async def create(broker: Broker, principal: Principal, definition: Definition) -> Version:
-    """The first version of a new function, INACTIVE. Names need not be unique. Raises BadRequest."""
-    return await _store(broker, principal, str(uuid.uuid4()), definition)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChange:
+    """New limits or routing of the model `name`; '' leaves what is there."""
+
+    name: str
+    token_rate_limit: str = ""
+    routing_method: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """All that may change of a version; None leaves what is there."""
+
+    tags: tuple[str, ...] | None = None
+    rate_limit: RateLimit | None = None
+    models: tuple[ModelChange, ...] = ()
+    priority: Priority | None = None
+
+
+async def create(
+    broker: Broker, principal: Principal, definition: Definition, *, max_versions: int = UNLIMITED
+) -> Version:
+    """The first version of a new function, INACTIVE. Names need not be unique.
+
+    Raises BadRequest, also when the account has `max_versions` versions already (contract/management.md §1.2: what
+    counts is versions, and only new functions are refused).
+    """
+    if (
+        max_versions < UNLIMITED
+        and len(await broker.catalog.versions.list("account", principal.account)) >= max_versions
+    ):
+        raise _quota_reached(max_versions)
+    version = await _store(broker, principal, str(uuid.uuid4()), definition)
+    if max_versions < UNLIMITED:
+        await _keep_to_quota(broker, version, max_versions)
+    return version
 
 
 async def add_version(broker: Broker, principal: Principal, function_id: str, definition: Definition) -> Version:
     """One more version of a function, INACTIVE. Raises NotFound, BadRequest."""
-    await list_versions(broker, principal, function_id)
+    siblings = await list_versions(broker, principal, function_id)
+    if any((sibling.function_type == LLM) != (definition.function_type == LLM) for sibling in siblings):
+        raise BadRequest("functionType: all versions of a function are LLM, or none is", field="functionType")
     return await _store(broker, principal, function_id, definition)
 
 
@@ -84,6 +143,30 @@ async def list_versions(broker: Broker, principal: Principal, function_id: str) 
     if not versions:
         raise NotFound(UNKNOWN_FUNCTION)
     return versions
+
+
+async def update(broker: Broker, principal: Principal, function_id: str, version_id: str, change: Change) -> Version:
+    """Change what may change, in whatever status; the model limits and the priority of all versions of the function.
+
+    Raises NotFound; BadRequest: an unknown model, or one of a function that is not LLM.
+    """
+    version = await find_version(broker, principal, function_id, version_id)
+    _check_change(version, change)
+    changed = await edit(broker.catalog.versions, version_id, lambda stored: _changed(stored, change))
+    if changed is None:
+        raise NotFound(UNKNOWN_VERSION)
+    if change.models or change.priority is not None:
+        shared = replace(change, tags=None, rate_limit=None)
+        for sibling in await _versions_of(broker, function_id):
+            await edit(broker.catalog.versions, sibling.id, lambda stored: _changed(stored, shared))
+    return changed
+
+
+async def lift_rate_limit(broker: Broker, principal: Principal, function_id: str, version_id: str) -> None:
+    """The version has no rate limit from now on. Idempotent. Raises NotFound."""
+    await find_version(broker, principal, function_id, version_id)
+    if await edit(broker.catalog.versions, version_id, lambda stored: replace(stored, rate_limit=None)) is None:
+        raise NotFound(UNKNOWN_VERSION)
 
 
 async def delete_version(broker: Broker, principal: Principal, function_id: str, version_id: str) -> None:
@@ -150,10 +233,6 @@ class CallableVersions:
 
 
 async def _store(broker: Broker, principal: Principal, function_id: str, definition: Definition) -> Version:
-    if not definition.container_image:
-        raise BadRequest("containerImage: needed; models and Helm charts alone cannot be run", field="containerImage")
-    if definition.function_type == "LLM":
-        raise BadRequest("functionType: LLM functions are not served; use DEFAULT or STREAMING", field="functionType")
     version = Version(
         id=str(uuid.uuid4()),
         function_id=function_id,
@@ -170,9 +249,29 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         function_type=definition.function_type,
         description=definition.description or definition.name,
         tags=definition.tags,
+        models=definition.models,
+        resources=definition.resources,
+        helm_chart=definition.helm_chart,
+        helm_chart_service_name=definition.helm_chart_service_name,
+        rate_limit=definition.rate_limit,
+        telemetries=definition.telemetries,
+        priority=definition.priority,
+        secret_names=tuple(name for name, _ in definition.secrets),
     )
     await broker.catalog.versions.put(version)
     return version
+
+
+async def _keep_to_quota(broker: Broker, version: Version, max_versions: int) -> None:
+    """Of several who create at once, as many stay as there is room for: lists come in one order for all."""
+    rows = await broker.catalog.versions.list("account", version.account)
+    if any(row.item.id == version.id for row in rows[max_versions:]):
+        await broker.catalog.versions.delete(version.id)
+        raise _quota_reached(max_versions)
+
+
+def _quota_reached(max_versions: int) -> BadRequest:
+    return BadRequest(f"the account has as many function versions as it may: {max_versions}; delete one first")
 
 
 def _default_health(definition: Definition) -> Health:
@@ -180,6 +279,39 @@ def _default_health(definition: Definition) -> Health:
         protocol="gRPC" if definition.inference_url.lower() == _GRPC_URL else "HTTP",
         uri=definition.health_uri or _DEFAULT_HEALTH_URI,
         port=definition.inference_port,
+    )
+
+
+def _check_change(version: Version, change: Change) -> None:
+    if (change.models or change.priority is not None) and version.function_type != LLM:
+        at = "modelUpdates" if change.models else "llmInvocationConfig"
+        raise BadRequest(f"{at}: for LLM functions only", field=at)
+    if unknown := sorted({model.name for model in change.models} - {model.name for model in version.models}):
+        raise BadRequest(f"modelUpdates: the version has no model {', '.join(unknown)[:256]}", field="modelUpdates")
+
+
+def _changed(version: Version, change: Change) -> Version:
+    wanted = {model.name: model for model in change.models}
+    return replace(
+        version,
+        tags=version.tags if change.tags is None else change.tags,
+        rate_limit=change.rate_limit or version.rate_limit,
+        priority=change.priority or version.priority,
+        models=tuple(
+            _changed_model(model, wanted[model.name]) if model.name in wanted else model for model in version.models
+        ),
+    )
+
+
+def _changed_model(model: Model, change: ModelChange) -> Model:
+    llm = model.llm or LlmConfig()
+    return replace(
+        model,
+        llm=replace(
+            llm,
+            token_rate_limit=change.token_rate_limit or llm.token_rate_limit,
+            routing_method=change.routing_method or llm.routing_method,
+        ),
     )
 
 

@@ -135,6 +135,9 @@ class ApiSettings(Settings):
     result_url_ttl_s: float = Field(
         86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."
     )
+    max_functions: int = Field(
+        50, ge=0, description="Function versions an account may have when it registers one more function."
+    )
     shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
 
 
@@ -152,6 +155,9 @@ class ControllerSettings(Settings):
     )
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds an instance may take to finish its work when it is stopped."
+    )
+    error_ttl_s: float = Field(
+        7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
     )
 
 

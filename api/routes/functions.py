@@ -2,53 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from datetime import UTC, datetime
+from collections.abc import Callable
+from typing import TypeVar
 
 from aiohttp import web
 
-from api import headers, payloads
+from api import definitions, headers, payloads, queries
+from api.definitions import present
 from api.front import Front
 from broker import functions
-from broker.functions import Definition
-from broker.model import Health, Instance, InstanceStatus, Principal, Version
+from broker.functions import Change
+from broker.model import Principal, Version
 from fnqueue import wire
+from fnqueue.wire import Wire
+
+W = TypeVar("W", bound=Wire)
 
 
 async def create(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    definition = _definition(await payloads.read(front, request, wire.CreateFunction))
-    return _one(await functions.create(front.broker, principal, definition))
+    definition = definitions.definition(await payloads.read(front, request, wire.CreateFunction))
+    limit = await _limit_of(front, principal.account)
+    return _one(principal, await functions.create(front.broker, principal, definition, max_versions=limit))
 
 
 async def add_version(front: Front, request: web.Request, principal: Principal) -> web.Response:
     function_id = headers.uuid(request.match_info["function_id"], field="functionId")
-    definition = _definition(await payloads.read(front, request, wire.CreateFunction))
-    return _one(await functions.add_version(front.broker, principal, function_id, definition))
+    definition = definitions.definition(await payloads.read(front, request, wire.CreateFunction))
+    return _one(principal, await functions.add_version(front.broker, principal, function_id, definition))
 
 
 async def list_functions(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    found = await functions.list_functions(front.broker, principal, visibility=_visibility(request))
-    return payloads.answer(wire.FunctionList(functions=[present(version) for version in found]))
+    wanted = queries.words(request.query, "visibility")
+    found = await functions.list_functions(front.broker, principal, visibility=wanted)
+    return payloads.answer(wire.FunctionList(functions=[present(version, principal) for version in found]))
 
 
 async def list_ids(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    found = await functions.list_functions(front.broker, principal, visibility=_visibility(request))
+    wanted = queries.words(request.query, "visibility")
+    found = await functions.list_functions(front.broker, principal, visibility=wanted)
     return payloads.answer(wire.FunctionIds(function_ids=list(dict.fromkeys(version.function_id for version in found))))
 
 
 async def list_versions(front: Front, request: web.Request, principal: Principal) -> web.Response:
     function_id = headers.uuid(request.match_info["function_id"], field="functionId")
     found = await functions.list_versions(front.broker, principal, function_id)
-    return payloads.answer(wire.FunctionList(functions=[present(version) for version in found]))
+    return payloads.answer(wire.FunctionList(functions=[present(version, principal) for version in found]))
 
 
 async def get(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    """With its instances, for who may see details."""
+    """With its instances and the names of its secrets, for who may see details."""
     function_id, version_id = ids(request)
+    names_too = queries.boolean(request.query, "includeSecrets", absent=True)
     version = await functions.get(front.broker, principal, function_id, version_id)
     if "list_functions_details" not in principal.scopes:
-        return _one(version)
-    return _one(version, await front.broker.catalog.instances(version.id))
+        return _one(principal, version)
+    shown = present(
+        version,
+        principal,
+        instances=await front.broker.catalog.instances(version.id),
+        secrets=version.secret_names if names_too else None,
+    )
+    return payloads.answer(wire.FunctionAnswer(function=shown))
+
+
+async def update(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    return await _update(front, request, principal, definitions.change, wire.UpdateFunction)
+
+
+async def update_metadata(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    """The deprecated path, for tags only."""
+    return await _update(front, request, principal, lambda asked: Change(tags=tuple(asked.tags)), wire.UpdateMetadata)
+
+
+async def set_rate_limit(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    """The deprecated path."""
+    await _update(
+        front,
+        request,
+        principal,
+        lambda asked: Change(rate_limit=definitions.rate_limit(asked)),
+        wire.UpdateRateLimit,
+    )
+    return web.Response(status=204)
+
+
+async def lift_rate_limit(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    function_id, version_id = ids(request)
+    await functions.lift_rate_limit(front.broker, principal, function_id, version_id)
+    front.versions.forget(function_id)
+    return web.Response(status=204)
 
 
 async def delete_version(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -66,95 +108,20 @@ def ids(request: web.Request) -> tuple[str, str]:
     )
 
 
-def present(version: Version, instances: Iterable[Instance] | None = None) -> wire.Function:
-    """A version as its owner sees it."""
-    health = wire.FunctionHealth(
-        protocol=version.health.protocol,
-        uri=version.health.uri,
-        port=version.health.port,
-        timeout=version.health.timeout,
-        expected_status_code=version.health.expected_status,
-    )
-    return wire.Function(
-        id=version.function_id,
-        nca_id=version.account,
-        version_id=version.id,
-        name=version.name,
-        status=version.status.value,
-        inference_url=version.inference_url,
-        inference_port=version.inference_port,
-        container_args=version.container_args or None,
-        container_environment=[
-            wire.EnvironmentVariable(key=key, value=value) for key, value in version.container_environment
-        ]
-        or None,
-        container_image=version.container_image,
-        api_body_format=version.api_body_format,
-        health_uri=version.health.uri,
-        health=health,
-        created_at=instant(version.created_at),
-        active_instances=None if instances is None else [_instance(one) for one in instances if _shown(one)],
-        tags=list(version.tags) or None,
-        description=version.description,
-        function_type=version.function_type,
-    )
+async def _update(
+    front: Front, request: web.Request, principal: Principal, change: Callable[[W], Change], kind: type[W]
+) -> web.Response:
+    function_id, version_id = ids(request)
+    asked = await payloads.read(front, request, kind)
+    version = await functions.update(front.broker, principal, function_id, version_id, change(asked))
+    front.versions.forget(function_id)
+    return _one(principal, version)
 
 
-def instant(unix_s: float) -> datetime:
-    return datetime.fromtimestamp(unix_s, UTC)
+async def _limit_of(front: Front, account: str) -> int:
+    """How many versions an account may have: `maxFunctionsAllowed`."""
+    return front.settings.max_functions
 
 
-def _one(version: Version, instances: Iterable[Instance] | None = None) -> web.Response:
-    return payloads.answer(wire.FunctionAnswer(function=present(version, instances)))
-
-
-def _shown(instance: Instance) -> bool:
-    return instance.status in (InstanceStatus.STARTING, InstanceStatus.RUNNING)
-
-
-def _instance(instance: Instance) -> wire.Instance:
-    return wire.Instance(
-        instance_id=instance.id,
-        function_id=instance.function_id,
-        function_version_id=instance.version_id,
-        instance_type=instance.instance_type,
-        instance_status=instance.status.value,
-        nca_id=instance.account,
-        gpu=instance.gpu,
-        backend=instance.backend or None,
-        instance_created_at=instant(instance.created_at),
-        instance_updated_at=instant(instance.updated_at),
-    )
-
-
-def _visibility(request: web.Request) -> list[str]:
-    """Both spellings of a list: `?visibility=a,b` and `?visibility=a&visibility=b`."""
-    values = request.query.getall("visibility", [])
-    return [word.strip() for value in values for word in value.split(",") if word.strip()]
-
-
-def _definition(asked: wire.CreateFunction) -> Definition:
-    return Definition(
-        name=asked.name,
-        inference_url=asked.inference_url,
-        container_image=asked.container_image or "",
-        inference_port=asked.inference_port,
-        health=_health(asked.health) if asked.health else None,
-        health_uri=asked.health_uri or "",
-        container_args=asked.container_args,
-        container_environment=tuple((variable.key, variable.value) for variable in asked.container_environment),
-        api_body_format=asked.api_body_format,
-        function_type=asked.function_type,
-        description=asked.description,
-        tags=tuple(asked.tags),
-    )
-
-
-def _health(asked: wire.Health) -> Health:
-    return Health(
-        protocol="gRPC" if asked.protocol == "GRPC" else "HTTP",
-        uri=asked.uri,
-        port=asked.port,
-        timeout=asked.timeout,
-        expected_status=asked.expected_status_code,
-    )
+def _one(principal: Principal, version: Version) -> web.Response:
+    return payloads.answer(wire.FunctionAnswer(function=present(version, principal)))
