@@ -38,6 +38,8 @@ NVCF = "/v2/nvcf"
 FUNCTION = "/functions/{function_id:[^/]+}"
 VERSION = FUNCTION + "/versions/{version_id:[^/]+}"
 REQUEST = "{request_id:[^/]+}"
+DEPLOYMENT = "/deployments/{deployment_id:[^/]+}"
+SPECIFICATION = "/gpu-specifications/{gpu_specification_id:[^/]+}"
 ASSET = "/assets/{asset_id:[^/]+}"
 ACCOUNT = "/accounts/{nca_id:[^/]+}"
 CLUSTER = "/clusters/{cluster_id:[^/]+}"
@@ -122,6 +124,14 @@ def _management(front: Front) -> list[Operation]:
         ),
         lists.get(f"{NVCF}{FUNCTION}/versions", functions.list_versions, "List versions", gives=many),
         lists.get(f"{NVCF}{VERSION}", functions.get, "Get a version", gives=one, parameters=[INCLUDE_SECRETS]),
+        updates.put(f"{NVCF}{VERSION}", functions.update, "Change a version", takes=wire.UpdateFunction, gives=one),
+        updates.put(
+            f"{NVCF}/metadata{VERSION}",
+            functions.update_metadata,
+            "Change the tags of a version",
+            takes=wire.UpdateMetadata,
+            gives=one,
+        ),
         deletes.delete(f"{NVCF}{VERSION}", functions.delete_version, "Delete a version"),
         updates.put(f"{NVCF}/ratelimit{VERSION}", limits.replace, "Set a rate limit", takes=wire.SetRateLimit),
         updates.delete(f"{NVCF}/ratelimit{VERSION}", limits.clear, "Lift a rate limit"),
@@ -133,6 +143,21 @@ def _management(front: Front) -> list[Operation]:
             gives=wire.DeploymentAnswer,
         ),
         deploys.get(f"{NVCF}/deployments{VERSION}", deployments.get, "Get a deployment", gives=wire.DeploymentAnswer),
+        deploys.put(
+            f"{NVCF}/deployments{VERSION}",
+            deployments.update,
+            "Change all GPU specifications of a deployment",
+            takes=wire.UpdateDeployment,
+            gives=wire.DeploymentAnswer,
+        ),
+        deploys.get(f"{NVCF}{DEPLOYMENT}", deployments.find, "Find a deployment", gives=wire.DeploymentAnswer),
+        deploys.patch(
+            f"{NVCF}{DEPLOYMENT}{SPECIFICATION}",
+            deployments.patch,
+            "Change a GPU specification",
+            takes=wire.UpdateGpuSpecification,
+            gives=wire.GpuSpecificationAnswer,
+        ),
         deploys.delete(
             f"{NVCF}/deployments{VERSION}", deployments.delete, "Undeploy a version", gives=one, parameters=[GRACEFUL]
         ),

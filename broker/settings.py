@@ -203,6 +203,9 @@ class ControllerSettings(SecretSettings):
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds an instance may take to finish its work when it is stopped."
     )
+    error_ttl_s: float = Field(
+        7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
+    )
 
 
 def _either(name: str, upstream: str) -> AliasChoices:

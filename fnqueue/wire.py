@@ -1,17 +1,19 @@
 """The JSON on the wire, in both directions (contract/management.md §1, §2; contract/invocation.md §6, §7).
 
 Names are camelCase on the wire. Unknown fields are ignored, null means absent, enum values come in any case.
-What upstream has and this server does not is accepted and ignored, unless it could never run here.
+What upstream has and this server does not is accepted, kept and shown again; what could not run here is refused when
+it is deployed. Messages of these validators repeat nothing of what was given.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+from uuid import UUID
 
 from pydantic import (
     AfterValidator,
@@ -32,9 +34,29 @@ from pydantic.alias_generators import to_camel
 
 MAX_INSTANCES = 1_000_000
 MAX_SECRET_CHARACTERS = 32_768
+MAX_STICKINESS_S = 3600.0
+MAX_PRIORITY = 2**32 - 1
+ROUTING_METHODS = frozenset(
+    {
+        "power-of-two",
+        "wait-and-widen",
+        "round-robin",
+        "random",
+        "pulsar",
+        "pulsar-wait-and-widen",
+        "groq-multiregion",
+        "pulsar-multiregion",
+    }
+)
 
 _TAG = re.compile(r"[A-Za-z0-9_:=-]{1,128}", re.ASCII)
 _DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
+# Which names exist is the registry's to say.
+_IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*", re.ASCII)
+_IMAGE_TAGGED = re.compile(r"[^:]+(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?", re.ASCII)
+_IMAGE_DIGEST = re.compile(r"[a-z0-9]+:[0-9a-fA-F]{32,128}", re.ASCII)
+_RATE = re.compile(r"([1-9][0-9]{0,11})-([SMHDW])", re.ASCII)
+_NGC = "ngc.nvidia.com"
 
 
 class Wire(BaseModel):
@@ -83,11 +105,7 @@ def _tags(values: list[str]) -> list[str]:
 
 
 def _duration(value: str) -> str:
-    try:
-        seconds = _DURATION.validate_python(value).total_seconds() if value.startswith("P") else 0
-    except ValidationError:
-        seconds = 0
-    if seconds <= 0:
+    if _seconds(value) <= 0:
         raise ValueError("must be an ISO-8601 duration above zero, as PT10S")
     return value
 
@@ -108,10 +126,77 @@ def _secret(value: Any) -> str:
     return text
 
 
+def _seconds(duration: str) -> float:
+    """0 for what is no ISO-8601 duration."""
+    try:
+        return _DURATION.validate_python(duration).total_seconds() if duration.startswith("P") else 0.0
+    except ValidationError:
+        return 0.0
+
+
+def _image(value: str) -> str:
+    name, at, digest = value.partition("@")
+    tagged = _IMAGE_NAME.fullmatch(name) and _IMAGE_TAGGED.fullmatch(name.rpartition("/")[2])
+    if not tagged or (at and not _IMAGE_DIGEST.fullmatch(digest)):
+        raise ValueError("must be an image reference, as registry/name:tag or registry/name@sha256:…")
+    return value
+
+
+def _artifact(value: str) -> str:
+    host = urlsplit(value).hostname or ""
+    if (host == _NGC or host.endswith("." + _NGC)) and not urlsplit(value).path.endswith("/files"):
+        raise ValueError("must name the files of a version: an NGC URI ends in /files")
+    return value
+
+
+def _token_rates(value: str) -> str:
+    found = [_RATE.fullmatch(part.strip().upper()) for part in value.split(",")]
+    units = [match[2] for match in found if match]
+    if None in found or len(set(units)) < len(units):
+        raise ValueError("must be rates as 100-S, 500-W: a positive number and one of S, M, H, D, W, each once")
+    return ", ".join(match[0] for match in found if match)
+
+
+def _routing_method(value: str) -> str:
+    method = value.lower().replace("_", "-")
+    if method not in ROUTING_METHODS:
+        raise ValueError(f"must be one of {', '.join(sorted(ROUTING_METHODS))}")
+    return method
+
+
+def _without_blanks(value: Any) -> Any:
+    if isinstance(value, list):
+        return [item for item in value if not isinstance(item, str) or item.strip()]
+    return value
+
+
+def _once_each(values: list[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _unique(names: Iterable[str], what: str) -> None:
+    listed = list(names)
+    if len(set(listed)) < len(listed):
+        raise ValueError(f"{what}: each name may come once")
+
+
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Uri = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_uri)]
+ArtifactUri = Annotated[Uri, AfterValidator(_artifact)]
 Instances = Annotated[int, Field(le=MAX_INSTANCES)]
 Protocol = Annotated[Literal["HTTP", "GRPC"], BeforeValidator(_upper)]
+Duration = Annotated[str, Field(max_length=64), AfterValidator(_duration)]
+TokenRates = Annotated[str, Field(max_length=256), AfterValidator(_token_rates)]
+RoutingMethod = Annotated[str, Field(max_length=64), AfterValidator(_routing_method)]
+Tags = Annotated[list[str], Field(max_length=64), AfterValidator(_tags)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+AccountId = Annotated[str, Field(min_length=1, max_length=128)]
+Places = Annotated[
+    list[Annotated[str, Field(max_length=256)]],
+    Field(max_length=64),
+    BeforeValidator(_without_blanks),
+    AfterValidator(_once_each),
+]
 
 
 # -- every route -------------------------------------------------------------------------------
@@ -142,7 +227,7 @@ class Health(Wire):
     protocol: Protocol
     uri: Uri
     port: Port
-    timeout: Annotated[str, Field(max_length=64), AfterValidator(_duration)]
+    timeout: Duration
     expected_status_code: Annotated[int, Field(ge=100, le=599)]
 
 
@@ -200,6 +285,58 @@ class Secret(Wire):
     ]
 
 
+class LlmConfig(Wire):
+    uris: Annotated[list[Uri], Field(min_length=1, max_length=64)]
+    tokenizer: Annotated[str, Field(max_length=1024)] | None = None
+    token_rate_limit: TokenRates | None = None
+    routing_method: RoutingMethod | None = None
+
+
+class Model(Wire):
+    """`llm_config` for a model of an LLM function, `version` and `uri` for any other."""
+
+    name: Name
+    version: Name | None = None
+    uri: ArtifactUri | None = None
+    llm_config: LlmConfig | None = None
+
+
+class Resource(Wire):
+    name: Name
+    version: Name
+    uri: ArtifactUri
+
+
+class Telemetries(Wire):
+    logs_telemetry_id: UUID | None = None
+    metrics_telemetry_id: UUID | None = None
+    traces_telemetry_id: UUID | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Telemetries:
+        if not (self.logs_telemetry_id or self.metrics_telemetry_id or self.traces_telemetry_id):
+            raise ValueError("telemetries: at least one of the three IDs is needed")
+        return self
+
+
+PriorityLevel = Annotated[int, Field(ge=0, le=MAX_PRIORITY)]
+
+
+class Priority(Wire):
+    default_priority: PriorityLevel | None = None
+    per_account_priority: Annotated[dict[AccountId, PriorityLevel], Field(max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_default(self) -> Priority:
+        if self.per_account_priority and self.default_priority is None:
+            raise ValueError("perAccountPriority: needs a defaultPriority")
+        return self
+
+
+class LlmInvocationConfig(Wire):
+    priority: Priority | None = None
+
+
 class CreateFunction(Wire):
     """Body of `POST /functions` and `POST /functions/{functionId}/versions`."""
 
@@ -208,24 +345,87 @@ class CreateFunction(Wire):
     inference_port: Port = 8000
     health: Health | None = None
     health_uri: Uri | None = None
-    container_image: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    container_image: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_image)] | None = None
     container_args: Annotated[str, Field(max_length=32_768)] = ""
     container_environment: Annotated[list[EnvironmentVariable], Field(max_length=1024)] = []
-    helm_chart: str | None = None
+    models: Annotated[list[Model], Field(max_length=64)] = []
+    resources: Annotated[list[Resource], Field(max_length=64)] = []
+    helm_chart: Uri | None = None
+    helm_chart_service_name: Name | None = None
     api_body_format: Annotated[Literal["PREDICT_V2", "CUSTOM"], BeforeValidator(_upper)] = "CUSTOM"
     function_type: Annotated[Literal["DEFAULT", "STREAMING", "LLM"], BeforeValidator(_upper)] = "DEFAULT"
-    tags: Annotated[list[str], Field(max_length=64), AfterValidator(_tags)] = []
+    tags: Tags = []
     description: Annotated[str, Field(max_length=256)] = ""
     rate_limit: RateLimitModel | None = None
     secrets: list[Secret] = []
+    telemetries: Telemetries | None = None
+    llm_invocation_config: LlmInvocationConfig | None = None
 
     @model_validator(mode="after")
-    def _can_run_here(self) -> CreateFunction:
-        if self.helm_chart is not None:
-            raise ValueError("helmChart: Helm functions are not served; give a containerImage instead")
-        if self.container_image is None:
-            raise ValueError("containerImage: needed; a function of models alone is not served")
+    def _is_something_to_run(self) -> CreateFunction:
+        if not (self.container_image or self.models or self.helm_chart):
+            raise ValueError("containerImage: one of containerImage, models and helmChart is needed")
+        if (self.helm_chart is None) != (self.helm_chart_service_name is None):
+            raise ValueError("helmChart: helmChart and helmChartServiceName come together")
+        if self.helm_chart and (self.container_image or self.container_args or self.container_environment):
+            raise ValueError("helmChart: not with containerImage, containerArgs and containerEnvironment")
         return self
+
+    @model_validator(mode="after")
+    def _models_fit_the_type(self) -> CreateFunction:
+        if self.function_type == "LLM":
+            if not self.models or any(model.llm_config is None for model in self.models):
+                raise ValueError("models: an LLM function needs models, each with llmConfig.uris")
+        elif self.llm_invocation_config is not None:
+            raise ValueError("llmInvocationConfig: for LLM functions only")
+        elif any(not (model.version and model.uri) for model in self.models):
+            raise ValueError("models: each needs a name, a version and a uri")
+        return self
+
+    @model_validator(mode="after")
+    def _names_come_once(self) -> CreateFunction:
+        _unique((model.name for model in self.models), "models")
+        _unique((resource.name for resource in self.resources), "resources")
+        return self
+
+
+class LlmConfigUpdate(Wire):
+    token_rate_limit: TokenRates | None = None
+    routing_method: RoutingMethod | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> LlmConfigUpdate:
+        if not self.model_fields_set:
+            raise ValueError("llmConfig: one of tokenRateLimit and routingMethod is needed")
+        return self
+
+
+class ModelUpdate(Wire):
+    model_name: Name
+    llm_config: LlmConfigUpdate
+
+
+class UpdateFunction(Wire):
+    """Body of `PUT /functions/{functionId}/versions/{versionId}`: all that may change. What is given replaces what
+    was there in full, `tags` that are empty too."""
+
+    tags: Tags | None = None
+    rate_limit: RateLimitModel | None = None
+    model_updates: Annotated[list[ModelUpdate], Field(min_length=1, max_length=64)] | None = None
+    llm_invocation_config: LlmInvocationConfig | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> UpdateFunction:
+        if not self.model_fields_set:
+            raise ValueError("tags: one of tags, rateLimit, modelUpdates and llmInvocationConfig is needed")
+        _unique((update.model_name for update in self.model_updates or ()), "modelUpdates")
+        return self
+
+
+class UpdateMetadata(Wire):
+    """Body of the deprecated `PUT /metadata/functions/{functionId}/versions/{versionId}`."""
+
+    tags: Tags
 
 
 class Instance(Wire):
@@ -234,15 +434,25 @@ class Instance(Wire):
     function_version_id: str
     instance_type: str
     instance_status: str
+    sis_request_id: str
+    icms_request_id: str
     nca_id: str
     gpu: str
     backend: str | None = None
+    location: str | None = None
     instance_created_at: datetime
     instance_updated_at: datetime
 
 
+class FunctionModel(Wire):
+    name: str
+    version: str | None = None
+    uri: str | None = None
+    llm_config: LlmConfig | None = None
+
+
 class Function(Wire):
-    """One version of a function."""
+    """One version of a function. `secrets` are names."""
 
     id: str
     nca_id: str
@@ -255,6 +465,10 @@ class Function(Wire):
     container_args: str | None = None
     container_environment: list[EnvironmentVariable] | None = None
     container_image: str | None = None
+    models: list[FunctionModel] | None = None
+    resources: list[Resource] | None = None
+    helm_chart: str | None = None
+    helm_chart_service_name: str | None = None
     api_body_format: str
     health_uri: str
     health: FunctionHealth
@@ -265,6 +479,8 @@ class Function(Wire):
     function_type: str
     rate_limit: RateLimitModel | None = None
     secrets: list[str] | None = None
+    telemetries: Telemetries | None = None
+    llm_invocation_config: LlmInvocationConfig | None = None
 
 
 class FunctionHealth(Wire):
@@ -376,21 +592,91 @@ class RecognizedRegistries(Wire):
 # -- deployments -------------------------------------------------------------------------------
 
 
-class GpuSpecification(Wire):
-    """Ranges and names are checked against what is on offer by the server."""
+class Stickiness(Wire):
+    """For at least `threshold` out of the last `size`."""
 
-    gpu_specification_id: str | None = None
+    size: Duration
+    threshold: Duration
+
+    @model_validator(mode="after")
+    def _fits(self) -> Stickiness:
+        if _seconds(self.size) > MAX_STICKINESS_S:
+            raise ValueError("size: at most PT1H")
+        if _seconds(self.threshold) >= _seconds(self.size):
+            raise ValueError("threshold: must be shorter than size")
+        return self
+
+
+class Scaling(Wire):
+    factor: float
+    threshold: Annotated[int, Field(ge=0, le=MAX_INSTANCES)]
+    metric: Annotated[str, Field(max_length=256)] | None = None
+    stickiness: Stickiness | None = None
+
+
+class ScaleUp(Scaling):
+    factor: Annotated[float, Field(gt=1, le=1000, allow_inf_nan=False)]
+
+
+class ScaleDown(Scaling):
+    factor: Annotated[float, Field(gt=0, lt=1)]
+
+
+class AutoscalingConfiguration(Wire):
+    scale_up_details: ScaleUp | None = None
+    scale_down_details: ScaleDown | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AutoscalingConfiguration:
+        if not (self.scale_up_details or self.scale_down_details):
+            raise ValueError("autoscalingConfiguration: one of scaleUpDetails and scaleDownDetails is needed")
+        return self
+
+
+class Wanted(Wire):
+    """Instances of one kind. Ranges and names are checked against what is on offer by the server."""
+
     gpu: Annotated[str, Field(min_length=1, max_length=256)]
     instance_type: Annotated[str, Field(max_length=256)] | None = None
     backend: Annotated[str, Field(max_length=256)] | None = None
+    clusters: Places | None = None
+    regions: Places | None = None
+    attributes: Places | None = None
+    availability_zones: Places | None = None
     min_instances: Instances
     max_instances: Instances
     max_request_concurrency: Annotated[int, Field(le=MAX_INSTANCES)] = 1
+    preferred_order: Annotated[int, Field(ge=1, le=99)] | None = None
+    autoscaling_configuration: AutoscalingConfiguration | None = None
 
 
-class GpuSpecificationRequest(GpuSpecification):
-    clusters: list[str] = []
+class GpuSpecification(Wanted):
+    """`cpu_arch` and what follows are facts of the inventory, as of the deployment."""
+
+    gpu_specification_id: str | None = None
+    cpu_arch: str | None = None
+    os: str | None = None
+    driver_version: str | None = None
+    system_memory: str | None = None
+    gpu_memory: str | None = None
+
+
+class ExtraKubernetesType(Wire):
+    group: Annotated[str, Field(max_length=256)] = ""
+    version: Name
+    kind: Name
+
+
+class HelmValidationPolicy(Wire):
+    name: Annotated[Literal["DEFAULT", "UNRESTRICTED"], BeforeValidator(_upper)] = "DEFAULT"
+    extra_kubernetes_types: Annotated[list[ExtraKubernetesType], Field(max_length=256)] = []
+
+
+class GpuSpecificationRequest(Wanted):
+    """`configuration` and `helm_validation_policy` are for Helm functions, which are not deployed here."""
+
     configuration: dict[str, Any] = {}
+    helm_validation_policy: HelmValidationPolicy | None = None
 
     @model_validator(mode="after")
     def _can_run_here(self) -> GpuSpecificationRequest:
@@ -407,7 +693,51 @@ class CreateDeployment(Wire):
     deployment_specifications: Annotated[list[GpuSpecificationRequest], Field(min_length=1, max_length=64)]
 
 
+class GpuSpecificationChange(Wire):
+    """One element of an update. What is absent stays; of what may not change, what is given must be as deployed."""
+
+    gpu_specification_id: str | None = None
+    gpu: Annotated[str, Field(max_length=256)] | None = None
+    instance_type: Annotated[str, Field(max_length=256)] | None = None
+    backend: Annotated[str, Field(max_length=256)] | None = None
+    clusters: Places | None = None
+    min_instances: Instances | None = None
+    max_instances: Instances | None = None
+    max_request_concurrency: Annotated[int, Field(le=MAX_INSTANCES)] | None = None
+
+
+class UpdateDeployment(Wire):
+    """Body of the deprecated `PUT /deployments/functions/{functionId}/versions/{versionId}`."""
+
+    deployment_specifications: Annotated[list[GpuSpecificationChange], Field(min_length=1, max_length=64)]
+
+
+class UpdateGpuSpecification(Wire):
+    """Body of `PATCH /deployments/{deploymentId}/gpu-specifications/{gpuSpecificationId}`."""
+
+    min_instances: Annotated[int, Field(ge=0, le=MAX_INSTANCES)] | None = None
+    max_instances: Annotated[int, Field(ge=1, le=MAX_INSTANCES)] | None = None
+    autoscaling_configuration: AutoscalingConfiguration | None = None
+    autoscaling_configuration_policy: (
+        Annotated[Literal["CUSTOM_CONFIGURATION", "PLATFORM_CONFIGURATION"], BeforeValidator(_upper)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> UpdateGpuSpecification:
+        if not self.model_fields_set:
+            raise ValueError("minInstances: at least one field to change is needed")
+        if self.autoscaling_configuration and self.autoscaling_configuration_policy == "PLATFORM_CONFIGURATION":
+            raise ValueError("autoscalingConfiguration: not together with the policy PLATFORM_CONFIGURATION")
+        return self
+
+
+class GpuSpecificationAnswer(Wire):
+    gpu_specification: GpuSpecification
+
+
 class HealthInfo(Wire):
+    sis_request_id: str
+    icms_request_id: str
     gpu: str
     backend: str | None = None
     instance_type: str

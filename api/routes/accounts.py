@@ -10,8 +10,8 @@ from collections.abc import Collection
 from aiohttp import web
 
 from api import payloads
+from api.definitions import instant
 from api.front import Front
-from api.routes.functions import instant
 from broker import accounts
 from broker.accounts import ADMIN, Limits, require, require_for
 from broker.model import Account, Principal

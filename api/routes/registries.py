@@ -5,8 +5,8 @@ from __future__ import annotations
 from aiohttp import web
 
 from api import headers, payloads, queries
+from api.definitions import instant
 from api.front import Front
-from api.routes.functions import instant
 from broker import registries
 from broker.model import Principal, RegistryCredential
 from broker.registries import ARTIFACT_TYPES, Change, Draft

@@ -277,7 +277,8 @@ async def test_a_rate_limit_is_replaced_whole_and_cleared(house: House) -> None:
 async def test_a_bad_rate_limit_is_refused_and_changes_nothing(house: House, limit: Any, named: str) -> None:
     async with house.client.put(LIMIT, json=limit) as response:
         problem = await response.json()
-    assert (response.status, problem["detail"].partition(":")[0]) == (400, named)
+    assert response.status == 400
+    assert named in problem["detail"]
     assert await shown(house) is None
 
 

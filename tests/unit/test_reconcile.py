@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from broker import deployments, functions
+from broker import deployments, functions, specifications
 from broker.errors import NotFound, StoreUnavailable
 from broker.functions import Definition
 from broker.model import (
@@ -29,6 +29,7 @@ from broker.model import (
 from broker.ports import Broker
 from broker.revisions import edit
 from broker.settings import ControllerSettings
+from broker.specifications import Change
 from tests.unit.launchers import CPU, KNOWN_IMAGE, FakeLauncher
 from workers.controller import serve
 from workers.controller.chores import Chores
@@ -213,6 +214,40 @@ async def test_more_than_the_maximum_is_stopped_the_starting_ones_first(controll
     await controller.step()
     assert controller.launcher.stopped == [(second, 33.0), (first, 33.0)]
     assert controller.alive == [third]
+
+
+async def test_changed_bounds_take_effect_with_the_next_pass(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(1, 2))
+    await controller.step()
+    await controller.all_run()
+    await controller.step()
+    await change(controller, version, Change(min_instances=3, max_instances=4))
+    await controller.step()
+    assert len(controller.alive) == 3
+    assert await status(controller.broker, version) is S.DEGRADING
+    await controller.all_run()
+    await change(controller, version, Change(min_instances=0, max_instances=2))
+    await controller.step()
+    await controller.step()
+    assert len(controller.alive) == 2
+    assert await status(controller.broker, version) is S.ACTIVE
+
+
+async def change(controller: Controller, version: Version, change: Change) -> None:
+    await specifications.update(controller.broker, OURS, version.function_id, version.id, [change])
+
+
+async def test_an_error_that_nobody_looks_at_is_undeployed_in_the_end(controller: Controller) -> None:
+    version = await deployed(controller.broker)
+    await edit(controller.broker.catalog.versions, version.id, lambda old: replace(old, status=S.ERROR))
+    await controller.step()
+    assert await status(controller.broker, version) is S.ERROR
+    long_ago = time.time() - controller.settings.error_ttl_s
+    await edit(controller.broker.catalog.deployments, version.id, lambda old: replace(old, updated_at=long_ago))
+    for _ in range(3):
+        await controller.step(after_s=QUIET_S)
+    assert await status(controller.broker, version) is S.INACTIVE
+    assert await row(controller.broker, version) is None
 
 
 async def test_a_deployment_that_takes_too_long_is_an_error(controller: Controller) -> None:

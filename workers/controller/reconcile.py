@@ -173,6 +173,8 @@ class Reconciler:
             await self._remove(view)
         elif version is not None and version.status is FunctionStatus.ERROR:
             self._stop(view, view.alive, grace_s=UNDEPLOY_GRACE_S)
+            if time.time() - deployment.updated_at >= self.settings.error_ttl_s:
+                await deployments.disown(self.broker, deployment)
         elif version is not None:
             await self._keep(view, version)
             if not deployment.undeployed:
