@@ -28,6 +28,7 @@ from api.routes import (
     secrets,
 )
 from api.routes.blobs import BlobRoutes
+from broker.accounts import ADMIN
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
 from broker.registries import ARTIFACT_TYPES, PROVISIONERS
@@ -39,6 +40,7 @@ FUNCTION = "/functions/{function_id:[^/]+}"
 VERSION = FUNCTION + "/versions/{version_id:[^/]+}"
 REQUEST = "{request_id:[^/]+}"
 DEPLOYMENT = "/deployments/{deployment_id:[^/]+}"
+INSTANCE = "/instances/{instance_id:[^/]+}"
 SPECIFICATION = "/gpu-specifications/{gpu_specification_id:[^/]+}"
 ASSET = "/assets/{asset_id:[^/]+}"
 ACCOUNT = "/accounts/{nca_id:[^/]+}"
@@ -64,7 +66,7 @@ def make_app(front: Front) -> web.Application:
 def operations(front: Front) -> list[Operation]:
     """All that is documented: everything but the signed URLs, and what is served elsewhere once more."""
     described = [*_open(front), *_invocations(front), *_management(front), *_authorizations(front)]
-    described += [*_accounts(front), *_keys(front), *_clusters(front)]
+    described += [*_accounts(front), *_keys(front), *_clusters(front), *_everyones(front)]
     described += _reference(front, described)
     return described
 
@@ -302,6 +304,20 @@ def _keys(front: Front) -> list[Operation]:
             gives=wire.CallerInfo,
             errors=[401],
         ),
+    ]
+
+
+def _everyones(front: Front) -> list[Operation]:
+    """About whichever account, and so not mirrored: for super-admins."""
+    looks, ends = scoped(front, f"{ADMIN}deploy_function"), scoped(front, f"{ADMIN}delete_function")
+    return [
+        looks.get(
+            f"{NVCF}{ACCOUNT}/deployments",
+            deployments.of_account,
+            "What an account has deployed",
+            gives=wire.DeploymentList,
+        ),
+        ends.delete(f"{NVCF}{INSTANCE}", deployments.evict, "Stop an instance"),
     ]
 
 

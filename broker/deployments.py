@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict, Unavailable
@@ -104,6 +104,33 @@ async def find(broker: Broker, principal: Principal, deployment_id: str) -> tupl
     raise NotFound(UNKNOWN_DEPLOYMENT)
 
 
+async def list_deployments(broker: Broker, account: str) -> list[tuple[Version, Deployment]]:
+    """What an account has deployed, oldest first: all that is busy, or in ERROR."""
+    rows = [row.item for row in await broker.catalog.deployments.list("account", account)]
+    versions = await asyncio.gather(*(broker.catalog.versions.get(deployment.version_id) for deployment in rows))
+    return [
+        (version.item, deployment)
+        for version, deployment in zip(versions, rows, strict=True)
+        if version
+        and not gone(deployment)
+        and (version.item.status.busy or version.item.status is FunctionStatus.ERROR)
+    ]
+
+
+async def evict(broker: Broker, instance_id: str) -> None:
+    """Have an instance of whichever account stopped, once it has finished what it runs; the controller starts
+    another where a minimum asks for one. Raises NotFound: no deployment keeps an instance of that ID."""
+    for row in await broker.catalog.deployments.list():
+        kept = {specification.id for specification in row.item.specifications}
+        for instance in await broker.catalog.instances(row.item.version_id):
+            if instance.id == instance_id and instance.specification_id in kept:
+                await edit(
+                    broker.catalog.deployments, row.item.version_id, lambda stored: _without(stored, instance_id)
+                )
+                return
+    raise NotFound("no such instance")
+
+
 async def undeploy(
     broker: Broker, principal: Principal, function_id: str, version_id: str, *, graceful: bool = False
 ) -> Version:
@@ -190,6 +217,15 @@ async def deactivate(broker: Broker, version_id: str) -> Version | None:
             continue
         return inactive
     raise RevisionConflict(f"{version_id} keeps being changed by others; try again")
+
+
+async def forget_evicted(broker: Broker, deployment: Deployment, there: Collection[str]) -> None:
+    """Of the evicted instances, keep in mind those that are still `there`."""
+
+    def forget(stored: Deployment) -> Deployment:
+        return replace(stored, evicted=tuple(each for each in stored.evicted if each in there))
+
+    await edit(broker.catalog.deployments, deployment.version_id, forget)
 
 
 async def disown(broker: Broker, deployment: Deployment) -> None:
@@ -335,6 +371,10 @@ async def _replaceable(broker: Broker, version: Version) -> Row[Deployment] | No
         if loop.time() >= until:
             raise StateConflict("the last deployment of this function version is still being removed; try again")
         await asyncio.sleep(_REMOVAL_LOOK_S)
+
+
+def _without(deployment: Deployment, instance_id: str) -> Deployment:
+    return replace(deployment, evicted=tuple(dict.fromkeys((*deployment.evicted, instance_id))))
 
 
 def _conflict(version: Version, deployment: Deployment) -> StateConflict:

@@ -236,7 +236,8 @@ class HealthInfo:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """The desired state of one version. `draining` means undeployed, and kept until its queue is empty;
-    `removing`, that the controller deletes the queue now, and nobody may deploy in its place."""
+    `removing`, that the controller deletes the queue now, and nobody may deploy in its place. `evicted` are IDs of
+    instances that an operator wants gone."""
 
     id: str
     function_id: str
@@ -249,6 +250,7 @@ class Deployment:
     undeployed: bool = False
     draining: bool = False
     removing: bool = False
+    evicted: tuple[str, ...] = ()
 
 
 class InstanceStatus(StrEnum):

@@ -58,5 +58,17 @@ async def delete(front: Front, request: web.Request, principal: Principal) -> we
     return payloads.answer(wire.FunctionAnswer(function=definitions.present(version, principal)))
 
 
+async def of_account(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    """What is busy or in ERROR, of the account that the path names."""
+    found = await deployments.list_deployments(front.broker, request.match_info["nca_id"])
+    return payloads.answer(wire.DeploymentList(deployments=[specs.present(*each) for each in found]))
+
+
+async def evict(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    """It finishes what it runs. Where a minimum asks for one, another takes its place."""
+    await deployments.evict(front.broker, headers.uuid(request.match_info["instance_id"], field="instanceId"))
+    return web.Response(status=204)
+
+
 def _one(version: Version, deployment: Deployment) -> web.Response:
     return payloads.answer(wire.DeploymentAnswer(deployment=specs.present(version, deployment)))

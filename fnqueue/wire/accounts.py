@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fnqueue.wire.fields import Wire
+from fnqueue.wire.registries import RegistryCredential
 
 AccountName = Annotated[str, Field(min_length=4, max_length=36, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Quota = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -44,6 +45,7 @@ class Account(Wire):
     max_telemetries_allowed: int
     max_registry_credentials_allowed: int
     current_number_functions: int | None = None
+    registry_credentials: list[RegistryCredential] | None = None
     last_updated_at: datetime | None = None
 
 

@@ -179,3 +179,7 @@ class Deployment(Wire):
 
 class DeploymentAnswer(Wire):
     deployment: Deployment
+
+
+class DeploymentList(Wire):
+    deployments: list[Deployment]

@@ -257,6 +257,7 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     assert call("deployments_create", {"deploymentSpecifications": [wanted]}, **of)["deployment"]["deploymentId"]
     assert call("deployments_get", **of)["deployment"]["functionStatus"] == "ACTIVE"
     assert call("functions_get", **of)["function"]["status"] == "ACTIVE"
+    assert call("deployments_of_account", ncaId="default")["deployments"]
     # Changed while it is deployed
     changed = call("functions_update", {"tags": ["a"], "rateLimit": {"rateLimit": "100-S"}}, **of)["function"]
     assert (changed["tags"], changed["rateLimit"]) == (["a"], {"rateLimit": "100-S"})

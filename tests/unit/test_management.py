@@ -447,6 +447,46 @@ async def test_an_unknown_deployment_is_404_and_no_uuid_400(house: House, method
     await call(house, method, where, {"minInstances": 1} if method == "PATCH" else None, status=status)
 
 
+async def test_a_super_admin_sees_what_an_account_has_deployed(house: House) -> None:
+    where, deployment = await deploy(house)
+    await create(house)
+    assert await call(house, "GET", "/accounts/default/deployments") == {"deployments": [deployment]}
+    assert await call(house, "GET", "/accounts/other/deployments") == {"deployments": []}
+    await call(house, "DELETE", f"/deployments{where}?graceful=true")
+    assert await call(house, "GET", "/accounts/default/deployments") == {"deployments": []}
+    async with (
+        caller(house, "default", "deploy_function") as admin_of_one,
+        admin_of_one.get(f"{NVCF}/accounts/default/deployments") as response,
+    ):
+        assert response.status == 403
+
+
+async def test_a_super_admin_stops_an_instance(house: House) -> None:
+    _, deployment = await deploy(house)
+    (specification,) = deployment["deploymentSpecifications"]
+    instance = Instance(
+        id=ID,
+        function_id=deployment["functionId"],
+        version_id=deployment["functionVersionId"],
+        account="default",
+        gpu="CPU",
+        instance_type="CPU",
+        backend="local",
+        status=InstanceStatus.RUNNING,
+        created_at=1.0,
+        updated_at=2.0,
+        specification_id=specification["gpuSpecificationId"],
+    )
+    await house.broker.catalog.beat(instance, ttl_s=60)
+    await call(house, "DELETE", f"/instances/{NOBODYS}", status=404)
+    await call(house, "DELETE", "/instances/x", status=400)
+    for _ in range(2):
+        await call(house, "DELETE", f"/instances/{ID}", status=204)
+    row = await house.broker.catalog.deployments.get(deployment["functionVersionId"])
+    assert row is not None
+    assert row.item.evicted == (ID,)
+
+
 @pytest.mark.parametrize("graceful", ["", "false", "0", "NO", "off", "true", "1", "Yes", "on"])
 async def test_an_undeploy_answers_with_the_function(house: House, graceful: str) -> None:
     where, _ = await deploy(house)

@@ -90,6 +90,7 @@ class Controller:
             created_at=0.0,
             updated_at=0.0,
             error=error,
+            specification_id=self.launcher.instances[instance_id].specification_id,
         )
         await self.broker.catalog.beat(report, ttl_s=60)
 
@@ -214,6 +215,24 @@ async def test_more_than_the_maximum_is_stopped_the_starting_ones_first(controll
     await controller.step()
     assert controller.launcher.stopped == [(second, 33.0), (first, 33.0)]
     assert controller.alive == [third]
+
+
+async def test_an_evicted_instance_is_drained_and_replaced(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(2, 2))
+    await controller.step()
+    await controller.all_run()
+    first, second = controller.alive
+    await deployments.evict(controller.broker, first)
+    await controller.step()
+    assert controller.launcher.stopped == [(first, 33.0)]
+    assert len(controller.alive) == 2
+    assert second in controller.alive
+    with pytest.raises(NotFound):
+        await deployments.evict(controller.broker, first)
+    await controller.step()
+    deployment = await row(controller.broker, version)
+    assert deployment is not None
+    assert deployment.evicted == ()
 
 
 async def test_changed_bounds_take_effect_with_the_next_pass(controller: Controller) -> None:
