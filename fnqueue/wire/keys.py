@@ -107,9 +107,16 @@ class Credentials(Wire):
     credentials: str | None = None
 
 
+class RequestStatus(Wire):
+    """NGC's own services wrap every answer in one; some clients take a key for good only with it."""
+
+    status_code: str = "SUCCESS"
+
+
 class CallerInfo(Wire):
     """What NGC's SDK and CLI ask of a key: a SERVICE_KEY belongs to an org and to no user."""
 
+    request_status: RequestStatus = RequestStatus()
     type: str = "SERVICE_KEY"
     org_name: str
     key_id: str | None = None
