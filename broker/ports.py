@@ -162,6 +162,11 @@ class Results(Protocol):
         """Give the attempt back: the record is `queued` again at its old place. `refund` takes the attempt
         off the count, for work that never started. Returns the state left behind."""
 
+    async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
+        """As `release` with a refund, and nobody is granted the request for `wait_s`: a claim before that is HELD.
+        `outcome` becomes the result, `errored`, if the deadline comes before the next attempt. RUNNING means that
+        the deadline is not further away than `wait_s`, and that nothing was changed."""
+
     async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
         """Store the attempt's result if it is the first terminal one, durably. Returns the state that now
         stands; idempotent. Raises StoreUnavailable while durability is not reached: settle again."""
