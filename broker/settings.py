@@ -304,6 +304,13 @@ class SidecarSettings(Settings):
         le=60,
         description="Seconds before a job whose container was lost is handed back, doubling per attempt.",
     )
+    max_retry_after_s: float = Field(
+        300,
+        ge=0,
+        le=86_400,
+        description="Longest time for which a job is held back when its container answers 429 or 503 with "
+        "`Retry-After`; 0: such an answer is a result, as it is without.",
+    )
     asset_dir: Path = Field(Path("/var/inf/inputAssets"), description="Folder under which a request's assets are laid.")
     response_dir: Path = Field(
         Path("/var/inf/response"), description="Folder under which a container may write a request's files."

@@ -23,6 +23,7 @@ from broker.errors import ConfigurationError
 from broker.model import Job, Outcome, RequestState
 from broker.settings import SidecarSettings
 from workers import loops
+from workers.retry_after import retry_after_s
 
 CONNECT_TIMEOUT_S = 5.0
 # Shorter than any server's own limit that we know of (gunicorn's 2 s), so that it is seldom first to close.
@@ -97,6 +98,15 @@ class ContainerLost(Exception):
     def __init__(self, message: str, *, sent: bool) -> None:
         super().__init__(message)
         self.sent = sent
+
+
+class ContainerBusy(Exception):
+    """The container wants the request again in `wait_s`. `outcome` is what it answered."""
+
+    def __init__(self, outcome: Outcome, wait_s: float) -> None:
+        super().__init__(f"answered {outcome.status}, to be tried again in {wait_s:g} s")
+        self.outcome = outcome
+        self.wait_s = wait_s
 
 
 class AttemptFailed(Exception):
@@ -189,6 +199,7 @@ class Inference:
 
         Raises:
             ContainerLost, RunTimedOut.
+            ContainerBusy: 429 or 503 with `Retry-After`, outside passthrough, where the caller is told instead.
             AttemptFailed: what came back was not HTTP, or more than `max_artifact_bytes` of it.
         """
         try:
@@ -196,7 +207,13 @@ class Inference:
                 answer = await self._exchange(self._session(attempt), job, headers, body, spill)
         except TimeoutError as exc:
             raise RunTimedOut(job) from exc
-        return answer if job.passthrough or not answer.failed else _mapped(job, answer)
+        if job.passthrough or not answer.failed:
+            return answer
+        mapped = _mapped(job, answer)
+        longest_s = self._settings.max_retry_after_s
+        if wait_s := retry_after_s(answer.status, answer.headers, longest_s=longest_s):
+            raise ContainerBusy(mapped.outcome(), wait_s)
+        return mapped
 
     def _session(self, attempt: int = 1) -> aiohttp.ClientSession:
         kept = self._settings.keep_connections and attempt == 1 < self._settings.max_attempts

@@ -324,7 +324,9 @@ async def test_artifacts_become_a_zip_in_the_blob_store(rig: Rig) -> None:
     rig.box.handler = draw
     record = await rig.run()
     assert record.state is RequestState.FULFILLED
-    assert record.outcome == Outcome(status=302, blob_key=f"results/acme/{record.id}/1.zip")
+    assert record.outcome is not None
+    assert record.outcome.status == 302
+    assert record.outcome.blob_key.startswith(f"results/acme/{record.id}/")
     assert await rig.blobs.head(record.outcome.blob_key) is not None
     await rig.nothing_left()
 
