@@ -143,7 +143,7 @@ class Sidecar:
         logger.info(
             "sidecar_started", extra={"instance_id": self._id, "version_id": self._settings.function_version_id}
         )
-        checking = loops.every(self._gate.interval_s, self._gate.check, name="health")
+        checking = loops.every(0, self._gate.check_when_due, name="health")
         async with loops.beside(checking), self._jobs:
             async with loops.beside(loops.every(1.0, self._consume, name="consume")):
                 await stop.wait()

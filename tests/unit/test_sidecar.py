@@ -642,6 +642,11 @@ async def calls(rig: Rig) -> int:
     return len(rig.box.bodies)
 
 
+async def instance_status(rig: Rig) -> InstanceStatus | None:
+    instances = await rig.catalog.instances(VERSION_ID)
+    return instances[0].status if instances else None
+
+
 async def claims(rig: Rig) -> int:
     return rig.results.claims
 
@@ -702,6 +707,46 @@ async def test_a_container_that_refuses_connections_costs_no_attempt(rig: Rig) -
         assert record is not None
         assert record.attempt <= 1
         assert not record.state.terminal
+
+
+async def test_a_container_that_restarts_is_noticed_at_once_and_gets_its_job_again(rig: Rig) -> None:
+    rig.set(health_interval_s=600)
+
+    async def restart(request: web.Request) -> web.StreamResponse:
+        rig.box.healthy = False
+        return await crash(request)
+
+    rig.box.handler = in_turn(restart, ok)
+    async with rig.sidecar():
+        job = await rig.submit()
+        other = await rig.submit()
+        await eventually(lambda: instance_status(rig), lambda status: status is InstanceStatus.ERRORED)
+        await eventually(lambda: state_of(rig, job), lambda state: state is RequestState.QUEUED)
+        assert len(rig.box.bodies) == 1
+        rig.box.healthy = True
+        records = await rig.ended(job), await rig.ended(other)
+    assert [record.state for record in records] == [RequestState.FULFILLED] * 2
+    assert sorted(record.attempt for record in records) == [1, 2]
+    await rig.nothing_left()
+
+
+async def test_calls_that_were_cut_together_ask_the_container_how_it_is_together(rig: Rig) -> None:
+    rig.set(max_request_concurrency=100, health_interval_s=600, max_attempts=2)
+    all_here = asyncio.Event()
+
+    async def crash_together(request: web.Request) -> web.StreamResponse:
+        if rig.box.running == 100:
+            all_here.set()
+        await all_here.wait()
+        return await (crash if len(rig.box.bodies) == 100 else ok)(request)
+
+    rig.box.handler = crash_together
+    async with rig.sidecar():
+        jobs = [await rig.submit() for _ in range(100)]
+        await all_here.wait()
+        before = rig.box.health_checks
+        assert {(await rig.ended(job)).attempt for job in jobs} == {2}
+        assert rig.box.health_checks - before < 10
 
 
 async def test_an_unhealthy_container_gets_no_new_work_until_it_is_well(rig: Rig) -> None:
