@@ -22,6 +22,7 @@ import json
 import os
 import random
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,30 @@ def tell(request: web.Request, body: bytes) -> dict[str, Any]:
     }
 
 
+async def grpc_health(_: web.Application) -> AsyncIterator[None]:
+    """The standard service, where the launcher says."""
+    from grpc import aio  # noqa: PLC0415  only where it is asked for
+    from grpc_health.v1 import health_pb2_grpc  # noqa: PLC0415
+    from grpc_health.v1.health import aio as service  # noqa: PLC0415
+
+    server = aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(service.HealthServicer(), server)
+    server.add_insecure_port(f"{os.environ['HOST']}:{os.environ['HEALTH_PORT']}")
+    await server.start()
+    yield
+    await server.stop(0)
+
+
 async def health(_: web.Request) -> web.Response:
     return web.Response()
 
 
 def main() -> None:
     app = web.Application(client_max_size=64 * 1024 * 1024, handler_args={"auto_decompress": False})
-    app.router.add_get("/health", health)
+    if "HEALTH_PORT" in os.environ:
+        app.cleanup_ctx.append(grpc_health)
+    else:
+        app.router.add_get("/health", health)
     app.router.add_route("*", "/{path:.*}", mirror)
     web.run_app(app, host=os.environ["HOST"], port=int(os.environ["PORT"]), print=lambda _: None)
 

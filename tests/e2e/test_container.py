@@ -111,3 +111,15 @@ async def test_in_passthrough_the_caller_is_told_that_the_container_is_busy(one_
     raw = {"nvcf-feature-disable-worker-compatibility": "true"}
     reply = await one_slot.post(b"", {"busy_until": time.time() + 60}, headers=raw)
     assert (reply.status, reply.headers["Retry-After"], reply.json) == (503, "1", {"error": "busy"})
+
+
+# -- health ------------------------------------------------------------------------------------
+
+
+async def test_a_container_may_be_asked_by_grpc_how_it_is(caller: Caller) -> None:
+    health = {"protocol": "grpc", "uri": "/grpc", "port": 50051, "timeout": "PT5S", "expectedStatusCode": 200}
+    function = await caller.deploy(MIRROR, health=health)
+    reply = await caller.call("GET", f"/v2/nvcf/functions/{function.id}/versions/{function.version_id}")
+    assert reply.json["function"]["health"] == health | {"protocol": "gRPC"}
+    assert (await Mirror(function, caller).post(b"well")).body == b"well"
+    await function.undeploy()
