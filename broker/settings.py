@@ -351,7 +351,12 @@ class SidecarSettings(Settings):
         le=64 * MIB,
         description="Largest answer kept inline; a larger one becomes a zip behind a 302.",
     )
-    max_artifact_bytes: int = Field(5 * 1024 * MIB, ge=MIB, description="Largest answer with its files, in bytes.")
+    max_artifact_bytes: int = Field(
+        5 * 1024 * MIB,
+        ge=MIB,
+        le=190 * 1024 * MIB,  # S3 takes 10,000 parts, and ours have 20 MiB
+        description="Largest answer with its files, in bytes.",
+    )
     beat_s: float = Field(2, gt=0, le=60, description="Seconds between two reports of this instance.")
     status_port: int = Field(
         0,

@@ -173,7 +173,7 @@ class _Members:
 
 
 def _level(sample: bytes) -> int:
-    """Pictures, videos and weights do not get smaller, however long one tries: 35 MB/s against 400 without. Level 0
+    """Pictures, videos and weights do not get smaller, however long one tries: 40 MB/s against 480 without. Level 0
     is still a deflated member, which can be read without having seen the end of the archive."""
     head = sample[:_SAMPLE_BYTES]
     return 1 if len(zlib.compress(head, 1)) < 0.9 * len(head) else 0
