@@ -487,8 +487,9 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """GRANTED carries `lease`, and what is left until the deadline by the store's clock; HELD carries `wait_s`, when
-    the other worker's lease ends unless renewed; SETTLED carries the terminal `state`: acknowledge and forget."""
+    """GRANTED carries `lease`, and what is left until the deadline by the store's clock; HELD carries `wait_s`: when
+    the other worker's lease ends unless renewed, or, with the `state` QUEUED, until when the request was postponed;
+    SETTLED carries the terminal `state`: acknowledge and forget."""
 
     verdict: Verdict
     state: RequestState

@@ -6,7 +6,7 @@ errors named here; vendor errors never pass.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +162,11 @@ class Results(Protocol):
         """Give the attempt back: the record is `queued` again at its old place. `refund` takes the attempt
         off the count, for work that never started. Returns the state left behind."""
 
+    async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
+        """As `release` with a refund, and nobody is granted the request for `wait_s`: a claim before that is HELD.
+        `outcome` becomes the result, `errored`, if the deadline comes before the next attempt. RUNNING means that
+        the deadline is not further away than `wait_s`, and that nothing was changed."""
+
     async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
         """Store the attempt's result if it is the first terminal one, durably. Returns the state that now
         stands; idempotent. Raises StoreUnavailable while durability is not reached: settle again."""
@@ -302,6 +307,14 @@ class Counters(Protocol):
 # -- Blobs -------------------------------------------------------------------------------------
 
 
+class Sink(Protocol):
+    """Takes bytes in order, and blocks while they cannot be taken."""
+
+    def write(self, data: bytes, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+
 class Blobs(Protocol):
     """Large bytes by key (`assets/<account>/<uuid>`, `inputs/…`, `results/…`). Raise BlobsUnavailable."""
 
@@ -321,8 +334,10 @@ class Blobs(Protocol):
     async def get(self, key: str, *, limit_bytes: int) -> bytes:
         """Raises NotFound, or PayloadTooLarge past the limit."""
 
-    async def upload(self, key: str, path: Path, *, content_type: str) -> None:
-        """Store a file, in parts when it is large; memory stays flat."""
+    async def upload(self, key: str, write: Callable[[Sink], None], *, content_type: str, scratch: Path) -> None:
+        """Store what `write` writes, whole or not at all; memory stays flat, and so does what lies in the folder
+        `scratch` meanwhile. `write` runs in a thread, and what it raises is raised here. When this is cancelled, its
+        next write fails."""
 
     async def download(self, key: str, path: Path) -> None:
         """Write an object to a new file; memory stays flat. Raises NotFound."""

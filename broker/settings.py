@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, TypeAdapter, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from broker.errors import ConfigurationError
@@ -16,6 +17,8 @@ from broker.errors import ConfigurationError
 S = TypeVar("S", bound=BaseSettings)
 
 MIB = 1024 * 1024
+
+_DURATION = TypeAdapter(timedelta)
 
 
 class Settings(BaseSettings):
@@ -217,6 +220,19 @@ def _either(name: str, upstream: str) -> AliasChoices:
     return AliasChoices(f"FNQUEUE_{name.upper()}", upstream)
 
 
+def _as_spelt(protocol: Any) -> Any:
+    return {"HTTP": "HTTP", "GRPC": "gRPC"}.get(str(protocol).upper(), protocol)
+
+
+def _in_seconds(duration: Any) -> Any:
+    iso = isinstance(duration, str) and duration.startswith("P")
+    return _DURATION.validate_python(duration).total_seconds() if iso else duration
+
+
+def _at_least_one(concurrency: Any) -> Any:
+    return "1" if str(concurrency).strip().lstrip("-+").isdigit() and int(concurrency) < 1 else concurrency
+
+
 class SidecarSettings(Settings):
     """`fnqueue sidecar`. The names that NVCF's own sidecar reads are understood too."""
 
@@ -254,8 +270,10 @@ class SidecarSettings(Settings):
     inference_url: str = Field(
         "/", validation_alias=_either("inference_url", "INFERENCE_URL"), description="Path that jobs are POSTed to."
     )
-    health_protocol: Literal["HTTP", "gRPC"] = Field(
-        "HTTP", validation_alias=_either("health_protocol", "INFERENCE_HEALTH_PROTOCOL"), description="`HTTP`."
+    health_protocol: Annotated[Literal["HTTP", "gRPC"], BeforeValidator(_as_spelt)] = Field(
+        "HTTP",
+        validation_alias=_either("health_protocol", "INFERENCE_HEALTH_PROTOCOL"),
+        description="`HTTP`, or `gRPC`: the standard service grpc.health.v1, which needs `fnqueue[grpc]`.",
     )
     health_uri: str = Field(
         "/v2/health/ready",
@@ -269,7 +287,14 @@ class SidecarSettings(Settings):
         validation_alias=_either("health_port", "INFERENCE_HEALTH_PORT"),
         description="Port of the health check; 0: the inference port.",
     )
-    health_timeout_s: float = Field(10, gt=0, le=600, description="Seconds one health check may take.")
+    health_timeout_s: Annotated[float, BeforeValidator(_in_seconds)] = Field(
+        10,
+        gt=0,
+        le=600,
+        validation_alias=_either("health_timeout_s", "INFERENCE_HEALTH_TIMEOUT"),
+        description="Seconds one health check may take; an ISO-8601 duration will do. Within them a 404 is asked again "
+        "after 2 s, then 4 s, and so on: the path may only not be served yet.",
+    )
     health_expected_status: int = Field(
         200,
         validation_alias=_either("health_expected_status", "INFERENCE_HEALTH_EXPECTED_RESPONSE_CODE"),
@@ -282,12 +307,12 @@ class SidecarSettings(Settings):
     ready_timeout_s: float = Field(
         1800, gt=0, description="Seconds a container may take to become healthy before the sidecar gives up."
     )
-    max_request_concurrency: int = Field(
+    max_request_concurrency: Annotated[int, BeforeValidator(_at_least_one)] = Field(
         1,
-        ge=1,
         le=16_384,
         validation_alias=_either("max_request_concurrency", "MAX_REQUEST_CONCURRENCY"),
-        description="Jobs sent to the container at once.",
+        description="Jobs sent to the container at once, from 1 to 16384; less than 1 is 1, as upstream has it. Each "
+        "takes an open file, and another one while it sends or gets something large.",
     )
     keep_connections: bool = Field(
         False,
@@ -312,6 +337,13 @@ class SidecarSettings(Settings):
         le=60,
         description="Seconds before a job whose container was lost is handed back, doubling per attempt.",
     )
+    max_retry_after_s: float = Field(
+        300,
+        ge=0,
+        le=86_400,
+        description="Longest time for which a job is held back when its container answers 429 or 503 with "
+        "`Retry-After`; 0: such an answer is a result, as it is without.",
+    )
     asset_dir: Path = Field(Path("/var/inf/inputAssets"), description="Folder under which a request's assets are laid.")
     response_dir: Path = Field(
         Path("/var/inf/response"), description="Folder under which a container may write a request's files."
@@ -327,7 +359,12 @@ class SidecarSettings(Settings):
         le=64 * MIB,
         description="Largest answer kept inline; a larger one becomes a zip behind a 302.",
     )
-    max_artifact_bytes: int = Field(5 * 1024 * MIB, ge=MIB, description="Largest answer with its files, in bytes.")
+    max_artifact_bytes: int = Field(
+        5 * 1024 * MIB,
+        ge=MIB,
+        le=190 * 1024 * MIB,  # S3 takes 10,000 parts, and ours have 20 MiB
+        description="Largest answer with its files, in bytes.",
+    )
     beat_s: float = Field(2, gt=0, le=60, description="Seconds between two reports of this instance.")
     status_port: int = Field(
         0,
@@ -371,6 +408,11 @@ def load(kind: type[S], **given: Any) -> S:
         return kind(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as exc:
         faults = "; ".join(
-            ": ".join([*(f"FNQUEUE_{part}".upper() for part in fault["loc"]), fault["msg"]]) for fault in exc.errors()
+            ": ".join([*(_variable(part) for part in fault["loc"]), fault["msg"]]) for fault in exc.errors()
         )
         raise ConfigurationError(f"bad settings: {faults}") from exc
+
+
+def _variable(part: str | int) -> str:
+    """Of a setting with an alias pydantic says the alias, which has the prefix already."""
+    return f"FNQUEUE_{str(part).upper().removeprefix('FNQUEUE_')}"

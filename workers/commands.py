@@ -12,6 +12,7 @@ from broker.errors import ConfigurationError
 from broker.settings import SidecarSettings, load, refuse_memory
 from broker.telemetry import logs
 from workers.health import NeverReady
+from workers.open_files import allow_open_files
 from workers.sidecar import serve
 
 try:
@@ -39,6 +40,7 @@ def sidecar(**given: str | int | None) -> None:
         settings = load(SidecarSettings, **given)
         refuse_memory(settings, "queue_url", "store_url")
         logs.configure(settings.log_level, settings.log_format)
+        allow_open_files(settings.max_request_concurrency)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(settings))
     except ConfigurationError as exc:

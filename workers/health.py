@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from aiohttp import web
 
@@ -27,6 +27,8 @@ class Gate:
         self._opened = asyncio.Event()
         self._shut = asyncio.Event()
         self._shut.set()
+        self._checking = asyncio.Lock()
+        self._checked = 0
 
     @property
     def healthy(self) -> bool:
@@ -49,7 +51,16 @@ class Gate:
             ) from exc
 
     async def check(self) -> bool:
-        """Ask the container once; open or shut the gate by its answer."""
+        """Open or shut the gate by what the container answers to one question that is asked from now on. Those who
+        want to know at the same time, because their calls were cut, share it."""
+        begun = self._checked
+        async with self._checking:
+            if self._checked == begun:
+                self._checked += 1
+                await self._ask()
+        return self.healthy
+
+    async def _ask(self) -> None:
         if await self._inference.healthy():
             self._shut.clear()
             self._opened.set()
@@ -57,11 +68,16 @@ class Gate:
             # A container that serves one call at a time cannot answer while it works; that is no fault.
             self._opened.clear()
             self._shut.set()
-        return self.healthy
 
-    def interval_s(self) -> float:
-        """Seconds to the next check: soon while there is a recovery to wait for."""
-        return self._settings.health_interval_s if self.healthy else self._settings.health_start_interval_s
+    async def check_when_due(self) -> None:
+        """The next check of the steady state: soon while there is a recovery to wait for."""
+        if self.healthy:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.health_interval_s):
+                    await self.shut()  # somebody else found it ill
+        if not self.healthy:
+            await asyncio.sleep(self._settings.health_start_interval_s)
+        await self.check()
 
     async def opened(self) -> None:
         await self._opened.wait()

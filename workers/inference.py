@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, Literal, Self
 import aiohttp
 import orjson
 from aiohttp.connector import Connection
-from yarl import URL
 
-from broker.errors import ConfigurationError
 from broker.model import Job, Outcome, RequestState
 from broker.settings import SidecarSettings
 from workers import loops
+from workers.probes import GrpcProbe, HttpProbe, Probe, url_of
+from workers.retry_after import retry_after_s
 
 CONNECT_TIMEOUT_S = 5.0
 # Shorter than any server's own limit that we know of (gunicorn's 2 s), so that it is seldom first to close.
@@ -99,6 +99,15 @@ class ContainerLost(Exception):
         self.sent = sent
 
 
+class ContainerBusy(Exception):
+    """The container wants the request again in `wait_s`. `outcome` is what it answered."""
+
+    def __init__(self, outcome: Outcome, wait_s: float) -> None:
+        super().__init__(f"answered {outcome.status}, to be tried again in {wait_s:g} s")
+        self.outcome = outcome
+        self.wait_s = wait_s
+
+
 class AttemptFailed(Exception):
     """The attempt ended without an answer of the container; `outcome` is answered in its place."""
 
@@ -124,19 +133,18 @@ class Inference:
     A connection is kept for the next job for `KEPT_S`: to open one costs almost 200 µs of CPU here, and as much in
     the container. The container may close it at the very moment when a job is sent. Nobody can tell then whether
     it has seen the job, and a POST must not be repeated (field/pitfalls.md §3.4): an attempt is lost. Therefore only
-    a first attempt goes over a kept connection, and only where it is not the last. Health checks do too, so that a
+    a first attempt goes over a kept connection, and only where it is not the last. HTTP health checks do too, so that a
     container that serves one connection at a time can answer them.
     """
 
     def __init__(self, settings: SidecarSettings) -> None:
-        if settings.health_protocol != "HTTP":
-            raise ConfigurationError(f"health_protocol: {settings.health_protocol} is not supported; use HTTP")
         self._settings = settings
-        self._job_url = _url(settings, settings.inference_port, settings.inference_url)
-        self._health_url = _url(settings, settings.health_port or settings.inference_port, settings.health_uri)
+        self._job_url = url_of(settings, settings.inference_port, settings.inference_url)
+        grpc = settings.health_protocol == "gRPC"
+        self._probe: Probe = GrpcProbe(settings) if grpc else HttpProbe(settings, self._session)
         self._fresh: aiohttp.ClientSession | None = None
         self._kept: aiohttp.ClientSession | None = None
-        self.fault = f"GET {self._health_url} was not answered yet"
+        self.fault = f"{self._probe.subject} was not answered yet"
         """Why the last health check failed, '' if it did not."""
         self.silent = False
         """Whether the last health check got no answer in time, rather than a bad one or a refusal."""
@@ -154,23 +162,10 @@ class Inference:
                 await session.close()
 
     async def healthy(self) -> bool:
-        """Whether the health check answers the one expected status within `health_timeout_s`."""
-        self.silent = False
-        try:
-            async with (
-                asyncio.timeout(self._settings.health_timeout_s),
-                self._session().get(self._health_url, allow_redirects=False) as response,
-            ):
-                status = response.status
-        except TimeoutError:
-            self.silent = True
-            self.fault = f"GET {self._health_url} was not answered within {self._settings.health_timeout_s:g} s"
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            self.fault = f"GET {self._health_url} failed: {type(exc).__name__}"
-        else:
-            expected = self._settings.health_expected_status
-            self.fault = "" if status == expected else f"GET {self._health_url} answered {status}, not {expected}"
-        return not self.fault
+        """Whether the health check finds the container well, within `health_timeout_s`."""
+        found = await self._probe.check()
+        self.fault, self.silent = found.fault, found.silent
+        return not found.fault
 
     async def infer(
         self,
@@ -189,6 +184,7 @@ class Inference:
 
         Raises:
             ContainerLost, RunTimedOut.
+            ContainerBusy: 429 or 503 with `Retry-After`, outside passthrough, where the caller is told instead.
             AttemptFailed: what came back was not HTTP, or more than `max_artifact_bytes` of it.
         """
         try:
@@ -196,7 +192,13 @@ class Inference:
                 answer = await self._exchange(self._session(attempt), job, headers, body, spill)
         except TimeoutError as exc:
             raise RunTimedOut(job) from exc
-        return answer if job.passthrough or not answer.failed else _mapped(job, answer)
+        if job.passthrough or not answer.failed:
+            return answer
+        mapped = _mapped(job, answer)
+        longest_s = self._settings.max_retry_after_s
+        if wait_s := retry_after_s(answer.status, answer.headers, longest_s=longest_s):
+            raise ContainerBusy(mapped.outcome(), wait_s)
+        return mapped
 
     def _session(self, attempt: int = 1) -> aiohttp.ClientSession:
         kept = self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
@@ -342,12 +344,6 @@ def prepare_scratch(file: Path) -> None:
 
 def _opened(path: Path, mode: Literal["rb", "xb"]) -> BinaryIO:
     return path.open(mode)
-
-
-def _url(settings: SidecarSettings, port: int, path: str) -> URL:
-    """Host and port are ours whatever `path` holds: it is never joined, only placed after them."""
-    origin = URL.build(scheme="http", host=settings.inference_host, port=port)
-    return URL(f"{origin}/{path.lstrip('/')}")
 
 
 def _mapped(job: Job, answer: Answer) -> Answer:

@@ -11,15 +11,17 @@ import errno
 import logging
 import os
 import stat
-import threading
+import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from broker.errors import BlobsUnavailable
 from broker.model import Job, Outcome
-from broker.ports import Blobs
+from broker.ports import Blobs, Sink
 from broker.settings import SidecarSettings
 from workers import loops
 from workers.inference import INFERENCE_FAULT, Answer, AttemptFailed, prepare_scratch, problem
@@ -32,6 +34,9 @@ STORAGE_FAULT = "The result could not be stored before the deadline: the blob st
 MAX_ARTIFACTS = 10_000
 MAX_DEPTH = 32
 _CHUNK_BYTES = 1024 * 1024
+_SAMPLE_BYTES = 64 * 1024
+# Above it, a member's header has the long form, which not every reader of streams knows.
+_PLAIN_BYTES = 2**31 - 2**24
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 # What opening says of a link, of something that vanished, of a socket or a device: not a file to hand over.
@@ -39,7 +44,11 @@ _NOT_OURS = frozenset({errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.ENXIO, er
 
 
 class _Refused(Exception):
-    """Past a cap, or told to stop."""
+    """Past a cap."""
+
+
+class _Unreadable(Exception):
+    """A file of the container's cannot be read, or what holds it."""
 
 
 async def collect(
@@ -49,7 +58,6 @@ async def collect(
     answer: Answer,
     workspace: Workspace,
     *,
-    attempt: int,
     left_s: Callable[[], float],
 ) -> Outcome:
     """The answer itself, or `Outcome(status=302, blob_key=…)` for a zip of it and of the container's files.
@@ -63,27 +71,33 @@ async def collect(
     if answer.failed and answer.spilled:
         raise AttemptFailed(problem(job, answer.status, "Inference error", source="inference-service"))
     wants_files = not (answer.failed or job.passthrough)
-    archive = workspace.scratch / "result.zip"
-    packing = _Packing(archive, limit_bytes=settings.max_artifact_bytes)
     try:
         if not answer.spilled and not (wants_files and await _has_artifacts(workspace)):
             return answer.outcome()
-        await packing.run(f"{job.id}.response", answer, workspace.response if wants_files else None)
-    except (_Refused, OSError) as exc:
+        await loops.in_thread(prepare_scratch, workspace.scratch / "part")
+        pack = _Packing(
+            f"{job.id}.response",
+            answer,
+            workspace.response if wants_files else None,
+            limit_bytes=settings.max_artifact_bytes,
+        )
+        # An attempt that was refunded has the number of the next one, and may still be on its way to the store.
+        key = f"results/{job.account}/{job.id}/{uuid.uuid4()}.zip"
+        await _upload(blobs, job, key, pack, workspace.scratch, left_s)
+    except (_Refused, _Unreadable, OSError) as exc:
         detail = str(exc) if isinstance(exc, _Refused) else INFERENCE_FAULT
         logger.warning("artifacts_refused", extra={"request_id": job.id, "cause": str(exc)})
         raise AttemptFailed(problem(job, 500, detail)) from exc
-    key = f"results/{job.account}/{job.id}/{attempt}.zip"
-    await _upload(blobs, job, key, archive, left_s)
     return Outcome(status=302, blob_key=key)
 
 
-async def _upload(blobs: Blobs, job: Job, key: str, archive: Path, left_s: Callable[[], float]) -> None:
-    """The request stays `running` while the blob store is away, until its deadline (PROTOCOL §2.6)."""
+async def _upload(blobs: Blobs, job: Job, key: str, pack: _Packing, scratch: Path, left_s: Callable[[], float]) -> None:
+    """The request stays `running` while the blob store is away, until its deadline (PROTOCOL §2.6). Each try packs
+    anew: there is no archive on disk, and what goes into it is still there."""
     pause_s = _FIRST_PAUSE_S
     while True:
         try:
-            return await blobs.upload(key, archive, content_type="application/zip")
+            return await blobs.upload(key, pack, content_type="application/zip", scratch=scratch)
         except BlobsUnavailable as exc:
             if left_s() <= pause_s:
                 raise AttemptFailed(problem(job, 500, STORAGE_FAULT)) from exc
@@ -94,44 +108,59 @@ async def _upload(blobs: Blobs, job: Job, key: str, archive: Path, left_s: Calla
 
 
 class _Packing:
-    """One zip being written in a thread, within caps, and stopped at the next chunk when nobody waits for it."""
+    """Writes the zip, within caps, as often as it is called."""
 
-    def __init__(self, archive: Path, *, limit_bytes: int) -> None:
+    def __init__(self, response_name: str, answer: Answer, artifacts: Path | None, *, limit_bytes: int) -> None:
+        self._response_name = response_name
+        self._answer = answer
+        self._artifacts = artifacts
+        self._limit_bytes = limit_bytes
+
+    def __call__(self, sink: Sink) -> None:
+        """Raises _Refused, _Unreadable, and what `sink` raises."""
+        with zipfile.ZipFile(cast("BinaryIO", sink), "w", zipfile.ZIP_DEFLATED) as archive:
+            members = _Members(archive, limit_bytes=self._limit_bytes)
+            for path, file in self._files():
+                with file:
+                    members.add(path, file)
+
+    def _files(self) -> Iterator[tuple[str, BinaryIO]]:
+        spilled = self._answer.spilled
+        try:
+            yield self._response_name, spilled.open("rb") if spilled else BytesIO(self._answer.body)
+            if self._artifacts is not None:
+                yield from _artifacts(self._artifacts)
+        except OSError as exc:
+            raise _Unreadable(os.strerror(exc.errno or 0)) from exc
+
+
+class _Members:
+    """The members of one archive under way."""
+
+    def __init__(self, archive: zipfile.ZipFile, *, limit_bytes: int) -> None:
         self._archive = archive
         self._limit_bytes = limit_bytes
         self._left_bytes = limit_bytes
-        self._stopped = threading.Event()
         self._names: set[str] = set()
 
-    async def run(self, response_name: str, answer: Answer, artifacts: Path | None) -> None:
-        """Raises _Refused, or OSError when something cannot be read or the disk is full."""
-        await loops.in_thread(self._pack, response_name, answer, artifacts, stop=self._stopped.set)
-
-    def _pack(self, response_name: str, answer: Answer, artifacts: Path | None) -> None:
-        prepare_scratch(self._archive)
-        with zipfile.ZipFile(self._archive, "x", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            if answer.spilled:
-                with answer.spilled.open("rb") as body:
-                    self._add(archive, response_name, body)
-            else:
-                archive.writestr(self._member(response_name), answer.body)
-            if artifacts is None:
-                return
-            for path, file in _artifacts(artifacts):
-                with file:
-                    self._add(archive, path, file)
-
-    def _add(self, archive: zipfile.ZipFile, name: str, file: BinaryIO) -> None:
-        with archive.open(self._member(name), "w", force_zip64=True) as member:
-            while chunk := file.read(_CHUNK_BYTES):
-                self._left_bytes -= len(chunk)
-                if self._left_bytes < 0:
-                    raise _Refused(f"The answer and its files are larger than {self._limit_bytes} bytes")
-                if self._stopped.is_set():
-                    raise _Refused("nobody waits for the result any more")
+    def add(self, name: str, file: BinaryIO) -> None:
+        """What the file holds now: one that grows must not do so for ever, and one that shrinks ends earlier."""
+        size_bytes = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self._left_bytes -= size_bytes
+        if self._left_bytes < 0:
+            raise _Refused(f"The answer and its files are larger than {self._limit_bytes} bytes")
+        unique = self._unique(name)
+        chunk = _read(file, min(_CHUNK_BYTES, size_bytes))
+        self._archive.compresslevel = _level(chunk)
+        with self._archive.open(unique, "w", force_zip64=size_bytes > _PLAIN_BYTES) as member:
+            while chunk:
                 member.write(chunk)
+                size_bytes -= len(chunk)
+                chunk = _read(file, min(_CHUNK_BYTES, size_bytes))
+        self._archive.getinfo(unique).external_attr = (stat.S_IFREG | 0o644) << 16
 
-    def _member(self, name: str) -> zipfile.ZipInfo:
+    def _unique(self, name: str) -> str:
         if len(self._names) > MAX_ARTIFACTS:
             raise _Refused(f"There are more than {MAX_ARTIFACTS} files beside the answer")
         unique = safe = _safe_name(name)
@@ -140,10 +169,21 @@ class _Packing:
             count += 1
             unique = f"{safe}~{count}"
         self._names.add(unique)
-        member = zipfile.ZipInfo(unique)
-        member.compress_type = zipfile.ZIP_DEFLATED
-        member.external_attr = (stat.S_IFREG | 0o644) << 16
-        return member
+        return unique
+
+
+def _level(sample: bytes) -> int:
+    """Pictures, videos and weights do not get smaller, however long one tries: 40 MB/s against 480 without. Level 0
+    is still a deflated member, which can be read without having seen the end of the archive."""
+    head = sample[:_SAMPLE_BYTES]
+    return 1 if len(zlib.compress(head, 1)) < 0.9 * len(head) else 0
+
+
+def _read(file: BinaryIO, size_bytes: int) -> bytes:
+    try:
+        return file.read(size_bytes)
+    except OSError as exc:
+        raise _Unreadable(os.strerror(exc.errno or 0)) from exc
 
 
 async def _has_artifacts(workspace: Workspace) -> bool:

@@ -21,7 +21,15 @@ from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from workers import loops
 from workers.health import Gate, status_server
-from workers.inference import INFERENCE_FAULT, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
+from workers.inference import (
+    INFERENCE_FAULT,
+    AttemptFailed,
+    ContainerBusy,
+    ContainerLost,
+    Inference,
+    RunTimedOut,
+    problem,
+)
 from workers.inputs import container_headers, headers_for_all, workspace
 from workers.outputs import collect
 
@@ -30,8 +38,11 @@ logger = logging.getLogger(__name__)
 SHORTEST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 60.0
 FAULT_PAUSE_S = 1.0
-# Bodies being deleted from the blob store at once; more are left there.
+# Objects being deleted from the blob store at once; more are left there.
 MOST_DISCARDED = 64
+# Jobs that are held back at once with their slot at other work; those of more are idle. Each takes a channel.
+MOST_STAND_INS = 64
+STAND_IN_PAUSE_S = 0.25
 # Beats of an instance that may go missing before it is taken for dead.
 BEATS = 5
 
@@ -103,6 +114,7 @@ class Sidecar:
         self._runs: dict[str, _Run] = {}
         self._calls = 0
         self._discarding = 0
+        self._stand_ins = 0
         self._jobs = asyncio.TaskGroup()
         self._id = settings.instance_id or str(uuid.uuid4())
         self._created_at = time.time()
@@ -131,7 +143,7 @@ class Sidecar:
         logger.info(
             "sidecar_started", extra={"instance_id": self._id, "version_id": self._settings.function_version_id}
         )
-        checking = loops.every(self._gate.interval_s, self._gate.check, name="health")
+        checking = loops.every(0, self._gate.check_when_due, name="health")
         async with loops.beside(checking), self._jobs:
             async with loops.beside(loops.every(1.0, self._consume, name="consume")):
                 await stop.wait()
@@ -148,28 +160,26 @@ class Sidecar:
 
     async def _accept(self, deliveries: AsyncIterator[Delivery]) -> None:
         async for delivery in deliveries:
-            run = self._runs.get(delivery.job.id)
-            if run is None:
-                run = self._runs[delivery.job.id] = _Run(delivery=delivery)
-                run.task = self._jobs.create_task(self._hold_slot(run))
-            else:
-                # A copy, or the same message after the connection was lost: the run goes on with this loan. The
-                # old one is over already, or is a copy that nobody needs.
-                old, run.delivery = run.delivery, delivery
-                await old.ack()
+            await self._adopt(delivery)
 
-    async def _hold_slot(self, run: _Run) -> None:
-        """Run the job once there is a slot. After a reconnect there can be more loans than slots."""
+    async def _adopt(self, delivery: Delivery) -> asyncio.Task[None] | None:
+        """The task of the job from here on; None when it had one before."""
+        run = self._runs.get(delivery.job.id)
+        if run is None:
+            run = self._runs[delivery.job.id] = _Run(delivery=delivery)
+            run.task = self._jobs.create_task(self._see_through(run))
+            return run.task
+        # A copy, or the same message after the connection was lost: the run goes on with this loan. The old one is
+        # over already, or is a copy that nobody needs.
+        old, run.delivery = run.delivery, delivery
+        await old.ack()
+        return None
+
+    async def _see_through(self, run: _Run) -> None:
+        """Run the job, again and again for as long as it is postponed."""
         try:
-            with run.wait():
-                await self._slots.acquire()
-            try:
-                if self._draining or not self._gate.healthy:
-                    await self._end(run, RequestState.QUEUED)
-                else:
-                    await loops.guard(self._run(run), request_id=run.job.id)
-            finally:
-                self._slots.release()
+            while wait_s := await self._hold_slot(run):
+                await self._stand_back(run, wait_s)
         except loops.Fault:
             await asyncio.sleep(FAULT_PAUSE_S)
             with suppress(loops.Fault):
@@ -178,22 +188,65 @@ class Sidecar:
             await self._give_back(run, refund=run.refund)
             raise
 
-    async def _run(self, run: _Run) -> None:
-        """Take one job to its end."""
+    async def _hold_slot(self, run: _Run) -> float:
+        """As `_run`, once there is a slot. After a reconnect there can be more loans than slots."""
+        with run.wait():
+            await self._slots.acquire()
+        try:
+            if self._draining or not self._gate.healthy:
+                await self._end(run, RequestState.QUEUED)
+                return 0.0
+            return await loops.guard(self._run(run), request_id=run.job.id)
+        finally:
+            self._slots.release()
+
+    async def _stand_back(self, run: _Run, wait_s: float) -> None:
+        """Wait without a slot until the job's time has come, or it was cancelled."""
+        if self._draining:
+            return
+        with run.wait():
+            if self._stand_ins < MOST_STAND_INS:
+                self._stand_ins += 1
+                try:
+                    async with loops.beside(self._stand_in()):
+                        await self._until_free(run.job, wait_s)
+                finally:
+                    self._stand_ins -= 1
+            else:
+                await self._until_free(run.job, wait_s)
+
+    async def _stand_in(self) -> None:
+        """Keep the slot of a job that stands back at work. Its message stays on loan, so that it is delivered again if
+        this process dies, and counts towards the subscription's prefetch: other jobs are taken one by one. The pause
+        spares a container that refuses all of them."""
+        while True:
+            await asyncio.sleep(STAND_IN_PAUSE_S)
+            await self._gate.opened()
+            with suppress(Unavailable):
+                while delivery := await self._queue.take(self._settings.function_version_id):
+                    task = await self._adopt(delivery)
+                    if task is not None:
+                        await asyncio.wait([task])
+
+    async def _run(self, run: _Run) -> float:
+        """Take one job to its end, or return the seconds for which it is postponed."""
         claim = await self._claim(run)
         if claim.lease is None:
+            if claim.state is RequestState.QUEUED:
+                return max(claim.wait_s, SHORTEST_BACKOFF_S)
             await self._decline(run, claim)
-            return
+            return 0.0
         try:
             state, outcome = await self._attempt(run, claim.lease)
         except LeaseLost as lost:
             await self._end(run, lost.state)
         except ContainerLost as lost:
             await self._hand_back(run, lost)
+        except ContainerBusy as busy:
+            return await self._postpone(run, claim.lease, busy)
         else:
-            stands = await self._settle(run, claim.lease, state, outcome)
-            await self._end(run, stands, outcome)
-            self._discard_body(run.job, stands)
+            await self._finish(run, claim.lease, state, outcome)
+        return 0.0
 
     async def _claim(self, run: _Run) -> Claim:
         """The store's answer. When another worker has a lease, its end is waited for and the claim repeated."""
@@ -205,7 +258,7 @@ class Sidecar:
             )
 
         answer = await loops.insist(claim, on=StoreUnavailable, name="claim")
-        if answer.verdict is Verdict.HELD and not self._draining:
+        if answer.verdict is Verdict.HELD and answer.state is RequestState.RUNNING and not self._draining:
             with run.wait():
                 await self._until_free(job, answer.wait_s)
             answer = await loops.insist(claim, on=StoreUnavailable, name="claim")
@@ -219,12 +272,14 @@ class Sidecar:
         """Run the job in the container while its lease is kept.
 
         Raises:
-            ContainerLost, LeaseLost.
+            ContainerLost, ContainerBusy, LeaseLost.
         """
         try:
             async with loops.beside(self._keep(run, lease)):
                 outcome = await loops.guard(
-                    self._answer(run, lease), expected=(AttemptFailed, ContainerLost), request_id=run.job.id
+                    self._answer(run, lease),
+                    expected=(AttemptFailed, ContainerLost, ContainerBusy),
+                    request_id=run.job.id,
                 )
         except AttemptFailed as failed:
             return failed.state, failed.outcome
@@ -245,7 +300,7 @@ class Sidecar:
                     budget_s=run.left_s(),
                     attempt=lease.attempt,
                 )
-            return await collect(self._blobs, settings, job, answer, room, attempt=lease.attempt, left_s=run.left_s)
+            return await collect(self._blobs, settings, job, answer, room, left_s=run.left_s)
 
     @contextmanager
     def _calling(self, run: _Run) -> Iterator[None]:
@@ -275,7 +330,9 @@ class Sidecar:
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:
             with suppress(StoreUnavailable):
-                await watch.read()
+                record = await watch.read()
+                if record is not None and record.state.terminal:
+                    return
             await watch.changed(wait_s)
 
     async def _decline(self, run: _Run, claim: Claim) -> None:
@@ -288,6 +345,32 @@ class Sidecar:
                 copied = True
         await self._end(run, claim.state, copied=copied)
 
+    async def _postpone(self, run: _Run, lease: Lease, busy: ContainerBusy) -> float:
+        """The seconds for which the job now stands back; 0.0 if it is over, because its deadline comes first."""
+
+        async def postpone() -> RequestState:
+            return await self._results.postpone(lease, busy.outcome, wait_s=busy.wait_s)
+
+        state = await loops.insist(postpone, on=StoreUnavailable, name="postpone")
+        if state is RequestState.QUEUED:
+            logger.info("postponed", extra={"request_id": run.job.id, "cause": str(busy), **run.facts})
+            run.lease = None
+            return busy.wait_s
+        if state is RequestState.RUNNING:
+            await self._finish(run, lease, RequestState.ERRORED, busy.outcome)
+        else:
+            await self._end(run, state)
+        return 0.0
+
+    async def _finish(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> None:
+        stands = await self._settle(run, lease, state, outcome)
+        await self._end(run, stands, outcome)
+        # A body in the blob store is of no use once there is a result, nor is a result that came too late.
+        if stands in (RequestState.FULFILLED, RequestState.ERRORED):
+            self._discard(run.job.body_key)
+        if stands is not state:
+            self._discard(outcome.blob_key)
+
     async def _settle(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> RequestState:
         """The state that stands, once it does durably; message and lease are kept until then (PROTOCOL step 9)."""
 
@@ -296,19 +379,18 @@ class Sidecar:
 
         return await loops.insist(settle, on=StoreUnavailable, name="settle")
 
-    def _discard_body(self, job: Job, state: RequestState) -> None:
-        """A body in the blob store is of no use once there is a result. Best effort: what a blob store that is away
-        keeps is left to its own expiry."""
-        ended = state in (RequestState.FULFILLED, RequestState.ERRORED)
-        if job.body_key and ended and self._discarding < MOST_DISCARDED:
+    def _discard(self, key: str) -> None:
+        """Delete an object in the background. Best effort: what a blob store that is away keeps is left to its own
+        expiry."""
+        if key and self._discarding < MOST_DISCARDED:
             self._discarding += 1
-            self._jobs.create_task(self._discard(job))
+            self._jobs.create_task(self._delete(key))
 
-    async def _discard(self, job: Job) -> None:
+    async def _delete(self, key: str) -> None:
         try:
             with suppress(Unavailable, TimeoutError, loops.Fault):
                 async with asyncio.timeout(self._settings.store_timeout_s):
-                    await loops.guard(self._blobs.delete(job.body_key), expected=(Unavailable,), request_id=job.id)
+                    await loops.guard(self._blobs.delete(key), expected=(Unavailable,), key=key)
         finally:
             self._discarding -= 1
 

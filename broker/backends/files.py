@@ -23,6 +23,7 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from broker.errors import BadRequest, BlobsUnavailable, ConfigurationError, Forbidden, NotFound, PayloadTooLarge
 from broker.model import Blob
+from broker.ports import Sink
 from broker.settings import MIB, Settings
 
 P = ParamSpec("P")
@@ -118,8 +120,15 @@ class FileBlobs:
     async def get(self, key: str, *, limit_bytes: int) -> bytes:
         return await _in_thread(self._read, _checked(key), limit_bytes)
 
-    async def upload(self, key: str, path: Path, *, content_type: str) -> None:
-        await self._store(key, content_type, lambda draft: shutil.copyfile(path, draft))
+    async def upload(self, key: str, write: Callable[[Sink], None], *, content_type: str, scratch: Path) -> None:
+        """`scratch` is not needed: a draft lies beside the objects."""
+        stopped = threading.Event()
+
+        def fill(draft: Path) -> None:
+            with draft.open("xb") as file:
+                write(_Stoppable(file, stopped))
+
+        await self._store(key, content_type, fill, stop=stopped.set)
 
     async def download(self, key: str, path: Path) -> None:
         """To a file beside `path` that takes its name when it is complete."""
@@ -175,7 +184,9 @@ class FileBlobs:
                 waiting.clear()
         await _in_thread(_append, draft, bytes(waiting))
 
-    async def _store(self, key: str, content_type: str, fill: Callable[[Path], object]) -> None:
+    async def _store(
+        self, key: str, content_type: str, fill: Callable[[Path], object], *, stop: Callable[[], None] | None = None
+    ) -> None:
         _checked(key)
 
         def store() -> None:
@@ -186,7 +197,7 @@ class FileBlobs:
             finally:
                 draft.unlink(missing_ok=True)
 
-        await _in_thread(store)
+        await _ended(asyncio.get_running_loop().run_in_executor(None, store), stop)
 
     def _publish(self, draft: Path, key: str, content_type: str, description: str) -> None:
         """The description first: whoever sees the object sees what it is."""
@@ -311,12 +322,37 @@ def _append(path: Path, body: bytes) -> None:
         file.write(body)
 
 
+class _Stopped(Exception):
+    """Nobody waits for what is being written."""
+
+
+class _Stoppable:
+    """A `Sink` in front of a file."""
+
+    def __init__(self, file: BinaryIO, stopped: threading.Event) -> None:
+        self._file = file
+        self._stopped = stopped
+
+    def write(self, data: bytes, /) -> int:
+        if self._stopped.is_set():
+            raise _Stopped
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Disk work; when cancelled, it ends before this does, so that it cannot race its own clean-up."""
-    running = asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *args, **kwargs))
+    return await _ended(asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *args, **kwargs)))
+
+
+async def _ended(running: asyncio.Future[T], stop: Callable[[], None] | None = None) -> T:
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
+        if stop is not None:
+            stop()
         await asyncio.wait({running})
         if not running.cancelled():
             running.exception()  # seen, so that asyncio does not report it as lost

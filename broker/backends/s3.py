@@ -33,8 +33,10 @@ from s3transfer.futures import TransferFuture
 from s3transfer.subscribers import BaseSubscriber
 from urllib3.exceptions import HTTPError
 
+from broker.backends.parts import Parts, Stopped
 from broker.errors import BadRequest, BlobsUnavailable, ConfigurationError, NotFound, PayloadTooLarge
 from broker.model import Blob
+from broker.ports import Sink
 from broker.settings import MIB, Settings
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ Begin = Callable[[list[BaseSubscriber]], TransferFuture]
 
 DESCRIPTION = "nvcf-asset-description"  # the client's header is x-amz-meta-nvcf-asset-description
 CALLS = 32
-TRANSFERS = 8  # parts of files on the wire at once, in all; each costs one thread and 256 KiB
+TRANSFERS = 8  # parts of files on the wire at once, in all, and files being written; each costs a thread
 PART_BYTES = 20 * MIB
 SLOWEST_BYTES_S = MIB  # a body may take this much longer than an answer without one
 CONNECT_S = 3.0
@@ -68,6 +70,9 @@ class S3Blobs:
         self._timeout_s = timeout_s
         self._threads = ThreadPoolExecutor(CALLS, thread_name_prefix="blobs")
         self._transfers = create_transfer_manager(calls, _transfer_config())
+        self._writers = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="writers")
+        self._part_threads = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="parts")
+        self._uploads: set[Parts] = set()
         self._bucket_exists = False
         self._bucket_lock = threading.Lock()
 
@@ -115,11 +120,31 @@ class S3Blobs:
     async def get(self, key: str, *, limit_bytes: int) -> bytes:
         return await self._call(self._read, size_bytes=limit_bytes, Key=key, limit_bytes=limit_bytes)
 
-    async def upload(self, key: str, path: Path, *, content_type: str) -> None:
-        """Parts of 20 MiB straight from the file. A stalled server is given up on after three time-outs."""
+    async def upload(self, key: str, write: Callable[[Sink], None], *, content_type: str, scratch: Path) -> None:
+        """A PUT of less than 20 MiB, else parts of 20 MiB. A stalled server is given up on after three time-outs."""
         await self._await_bucket()
-        extra = {"ContentType": content_type}
-        await self._transfer(lambda told: self._transfers.upload(str(path), self._bucket, key, extra, told))
+        parts = Parts(
+            self._client,
+            self._part_threads,
+            scratch,
+            bucket=self._bucket,
+            key=key,
+            content_type=content_type,
+            part_bytes=PART_BYTES,
+        )
+        self._uploads.add(parts)
+        running = self._writers.submit(_with_translation, lambda: parts.run(write))
+        done = asyncio.wrap_future(running)
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError:
+            parts.stop()
+            done.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen: not reported as lost
+            if not running.cancel():
+                await asyncio.wait({done}, timeout=STOP_S)
+            raise
+        finally:
+            self._uploads.discard(parts)
 
     async def download(self, key: str, path: Path) -> None:
         """To a file beside `path` that takes its name when it is complete."""
@@ -138,9 +163,12 @@ class S3Blobs:
 
     async def aclose(self) -> None:
         """Cut the transfers short and give the threads back; what is still on the wire ends by its time-outs."""
+        for parts in self._uploads:
+            parts.stop()
         stopping = self._threads.submit(self._transfers.shutdown, cancel=True)
         await asyncio.wait({asyncio.wrap_future(stopping)}, timeout=STOP_S)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._writers, self._part_threads, self._threads):
+            threads.shutdown(wait=False, cancel_futures=True)
         self._client.close()
         self._signer.close()
 
@@ -308,7 +336,7 @@ def _open(place: _Place, timeout_s: float) -> S3Blobs:
         connect_timeout=CONNECT_S,
         read_timeout=timeout_s,
         retries={"mode": "standard", "total_max_attempts": 3},
-        max_pool_connections=CALLS + TRANSFERS,
+        max_pool_connections=CALLS + 3 * TRANSFERS,
         # The default sends trailers that other stores than AWS refuse (boto3#4392).
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -327,7 +355,7 @@ def _open(place: _Place, timeout_s: float) -> S3Blobs:
 
 def _transfer_config() -> TransferConfig:
     return TransferConfig(
-        multipart_threshold=PART_BYTES,
+        multipart_threshold=PART_BYTES,  # above it, a download is made of several requests
         multipart_chunksize=PART_BYTES,
         max_concurrency=TRANSFERS,
         max_io_queue=32,  # of 256 KiB: what downloads may be ahead of the disk
@@ -363,7 +391,7 @@ def _translated() -> Iterator[None]:
         if _code(exc) in MISSING:
             raise NotFound("there is no such object") from exc
         raise BlobsUnavailable(f"the blob store refused: {_code(exc)}") from exc
-    except (BotoCoreError, Boto3Error, RetriesExceededError, HTTPError, TransferCancelled) as exc:
+    except (BotoCoreError, Boto3Error, RetriesExceededError, HTTPError, TransferCancelled, Stopped) as exc:
         raise BlobsUnavailable(f"the blob store did not answer: {type(exc).__name__}") from exc
 
 

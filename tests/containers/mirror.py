@@ -2,12 +2,14 @@
 
 Any method and path. The header X-Mirror holds a JSON object, every field optional:
     delay_s     wait that long first
+    busy_until  unix time: before it, answer 503 with Retry-After: 1
     files       {name: text}: write these into the output directory
     raw         base64: send just these bytes, then close the connection
     status      of the answer; 200 otherwise
     headers     [[name, value], ...] of the answer
     body        base64 of the answer; otherwise the request's own body comes back with its Content-Type
     size_bytes  answer with so many bytes
+    seed        of random bytes, which do not get smaller
     tell        true: answer with JSON of what came: method, path, headers, body (base64), assets ({name: sha256})
 """
 
@@ -18,6 +20,9 @@ import base64
 import hashlib
 import json
 import os
+import random
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,8 @@ async def mirror(request: web.Request) -> web.StreamResponse:
     order: dict[str, Any] = json.loads(request.headers.get("X-Mirror", "{}"))
     body = await request.read()
     await asyncio.sleep(order.get("delay_s", 0))
+    if time.time() < order.get("busy_until", 0):
+        return web.json_response({"error": "busy"}, status=503, headers={"Retry-After": "1"})
     write(Path(request.headers.get("NVCF-LARGE-OUTPUT-DIR", "/nowhere")), order.get("files", {}))
     if "raw" in order:
         assert request.transport is not None
@@ -49,7 +56,8 @@ def answer(request: web.Request, order: dict[str, Any], body: bytes) -> web.Resp
         return web.json_response(tell(request, body))
     content = base64.b64decode(order["body"]) if "body" in order else body
     if "size_bytes" in order:
-        content = b"m" * order["size_bytes"]
+        size_bytes = order["size_bytes"]
+        content = random.Random(order["seed"]).randbytes(size_bytes) if "seed" in order else b"m" * size_bytes
     response = web.Response(status=order.get("status", 200), body=content)
     response.headers["Content-Type"] = request.headers.get("Content-Type", "application/octet-stream")
     for name, value in order.get("headers", []):
@@ -70,13 +78,30 @@ def tell(request: web.Request, body: bytes) -> dict[str, Any]:
     }
 
 
+async def grpc_health(_: web.Application) -> AsyncIterator[None]:
+    """The standard service, where the launcher says."""
+    from grpc import aio  # noqa: PLC0415  only where it is asked for
+    from grpc_health.v1 import health_pb2_grpc  # noqa: PLC0415
+    from grpc_health.v1.health import aio as service  # noqa: PLC0415
+
+    server = aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(service.HealthServicer(), server)
+    server.add_insecure_port(f"{os.environ['HOST']}:{os.environ['HEALTH_PORT']}")
+    await server.start()
+    yield
+    await server.stop(0)
+
+
 async def health(_: web.Request) -> web.Response:
     return web.Response()
 
 
 def main() -> None:
     app = web.Application(client_max_size=64 * 1024 * 1024, handler_args={"auto_decompress": False})
-    app.router.add_get("/health", health)
+    if "HEALTH_PORT" in os.environ:
+        app.cleanup_ctx.append(grpc_health)
+    else:
+        app.router.add_get("/health", health)
     app.router.add_route("*", "/{path:.*}", mirror)
     web.run_app(app, host=os.environ["HOST"], port=int(os.environ["PORT"]), print=lambda _: None)
 

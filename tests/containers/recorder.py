@@ -5,6 +5,7 @@ POST / with JSON, every field optional:
     delay_s  answer only then; a caller that leaves meanwhile is written down as `aborted`
     die      true: exit in the middle of the answer
     gate     path of a file: answer only when it exists
+    crowd    answer only when so many are here that asked for one, and then always
     secret   name of a secret: answer with a digest of its value as `secret`
 Written to the file RECORD, one line each: `start <id>`, `done <id>`, `aborted <id>`.
 """
@@ -22,6 +23,9 @@ from typing import Any
 from aiohttp import web
 
 RECORD = Path(os.environ["RECORD"])
+
+here = 0
+complete = asyncio.Event()
 
 
 def write(line: str) -> None:
@@ -43,6 +47,8 @@ async def run(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(order.get("delay_s", 0))
         if order.get("gate"):
             await opened(order["gate"])
+        if order.get("crowd"):
+            await crowded(order["crowd"])
     except asyncio.CancelledError:
         write(f"aborted {name}")
         raise
@@ -61,6 +67,14 @@ def digest(name: str) -> str:
 async def opened(gate: str) -> None:
     while not os.path.exists(gate):  # noqa: ASYNC110, ASYNC240  nobody announces a file, and a look is quick
         await asyncio.sleep(0.01)
+
+
+async def crowded(size: int) -> None:
+    global here  # noqa: PLW0603  one number of one process
+    here += 1
+    if here >= size:
+        complete.set()
+    await complete.wait()
 
 
 async def die(request: web.Request) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
 import tracemalloc
 import uuid
@@ -22,7 +23,7 @@ from broker.backends import files, s3
 from broker.backends.files import FileBlobs
 from broker.backends.s3 import S3Blobs
 from broker.errors import BadRequest, BlobsUnavailable, ConfigurationError, Forbidden, NotFound, PayloadTooLarge
-from broker.ports import Blobs
+from broker.ports import Blobs, Sink
 from broker.settings import MIB, Settings, load
 from infra.local.process import LOOPBACK, free_port
 from infra.local.servers import S3
@@ -232,7 +233,7 @@ async def test_a_large_file_goes_there_and_back_in_flat_memory(blobs: Blobs, tmp
     key, source, copy = new_key(), tmp_path / "source", tmp_path / "copy"
     source.write_bytes(os.urandom(MIB) * (BIG_BYTES // MIB - 1) + b"the end")
     with tracked() as peak_bytes:
-        await blobs.upload(key, source, content_type="application/zip")
+        await blobs.upload(key, copying(source), content_type="application/zip", scratch=tmp_path)
         await blobs.download(key, copy)
         assert peak_bytes() < FLAT_BYTES
     blob = await blobs.head(key)
@@ -245,7 +246,7 @@ async def test_a_large_file_goes_there_and_back_in_flat_memory(blobs: Blobs, tmp
 async def test_a_small_file_keeps_its_content_type(blobs: Blobs, tmp_path: Path) -> None:
     key, source = new_key(), tmp_path / "source"
     source.write_bytes(b"zip")
-    await blobs.upload(key, source, content_type="application/zip")
+    await blobs.upload(key, copying(source), content_type="application/zip", scratch=tmp_path)
     blob = await blobs.head(key)
     assert blob is not None
     assert (blob.size_bytes, blob.content_type) == (3, "application/zip")
@@ -254,7 +255,7 @@ async def test_a_small_file_keeps_its_content_type(blobs: Blobs, tmp_path: Path)
 async def test_a_cancelled_download_leaves_no_file(blobs: Blobs, tmp_path: Path) -> None:
     key, source, copy = new_key(), tmp_path / "source", tmp_path / "copy"
     source.write_bytes(bytes(BIG_BYTES))
-    await blobs.upload(key, source, content_type="application/zip")
+    await blobs.upload(key, copying(source), content_type="application/zip", scratch=tmp_path)
     download = asyncio.ensure_future(blobs.download(key, copy))
 
     async def begun() -> bool:
@@ -272,9 +273,57 @@ async def test_a_cancelled_upload_stores_all_or_nothing(blobs: Blobs, tmp_path: 
     source.write_bytes(bytes(BIG_BYTES))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.02):
-            await blobs.upload(key, source, content_type="application/zip")
+            await blobs.upload(key, copying(source), content_type="application/zip", scratch=tmp_path)
     blob = await blobs.head(key)
     assert blob is None or blob.size_bytes == BIG_BYTES
+    assert files_under(tmp_path, "part*") == []
+
+
+async def test_an_upload_whose_writer_fails_stores_nothing(blobs: Blobs, tmp_path: Path) -> None:
+    def write(sink: Sink) -> None:
+        for _ in range(s3.PART_BYTES * 2 // MIB + 1):
+            sink.write(bytes(MIB))
+        raise LookupError("no more")
+
+    key = new_key()
+    await blobs.put(key, b"old", content_type=PNG)
+    with pytest.raises(LookupError):
+        await blobs.upload(key, write, content_type="application/zip", scratch=tmp_path)
+    assert await blobs.get(key, limit_bytes=3) == b"old"
+    assert files_under(tmp_path, "part*") == []
+
+
+@pytest.mark.parametrize("size_bytes", [0, s3.PART_BYTES - 1, s3.PART_BYTES, s3.PART_BYTES + 1, 2 * s3.PART_BYTES])
+async def test_an_upload_ends_anywhere_in_a_part(blobs: Blobs, tmp_path: Path, size_bytes: int) -> None:
+    def write(sink: Sink) -> None:
+        assert sink.write(body) == size_bytes
+
+    key, body = new_key(), os.urandom(size_bytes)
+    await blobs.upload(key, write, content_type="application/zip", scratch=tmp_path)
+    assert await blobs.get(key, limit_bytes=size_bytes) == body
+    assert files_under(tmp_path, "part*") == []
+
+
+async def test_a_cancelled_upload_stops_its_writer(blobs: Blobs, tmp_path: Path) -> None:
+    stopped = threading.Event()
+
+    def write(sink: Sink) -> None:
+        try:
+            while True:
+                sink.write(b"for ever")
+                begun.set()
+        finally:
+            stopped.set()
+
+    begun = threading.Event()
+    key = new_key()
+    upload = asyncio.ensure_future(blobs.upload(key, write, content_type=PNG, scratch=tmp_path))
+    assert await asyncio.to_thread(begun.wait, 10)
+    upload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    assert stopped.is_set()
+    assert await blobs.head(key) is None
 
 
 # -- signed uploads ----------------------------------------------------------------------------
@@ -451,7 +500,7 @@ async def all_unavailable(blobs: S3Blobs, server: S3, tmp_path: Path) -> None:
         blobs.get("a/b", limit_bytes=1),
         blobs.put("a/b", b"x", content_type=PNG),
         blobs.delete("a/b"),
-        blobs.upload("a/b", source, content_type=PNG),
+        blobs.upload("a/b", copying(source), content_type=PNG, scratch=tmp_path),
         blobs.download("a/b", tmp_path / "copy"),
         return_exceptions=True,
     )
@@ -673,6 +722,15 @@ async def test_drafts_of_a_killed_process_are_swept_after_a_day(tmp_path: Path) 
 
 
 # -- means -------------------------------------------------------------------------------------
+
+
+def copying(path: Path) -> Callable[[Sink], None]:
+    def write(sink: Sink) -> None:
+        with path.open("rb") as file:
+            while chunk := file.read(MIB):
+                sink.write(chunk)
+
+    return write
 
 
 def files_under(folder: Path, name: str = "*") -> list[Path]:

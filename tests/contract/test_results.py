@@ -475,3 +475,88 @@ async def test_a_hundred_concurrent_requests_end_once_each(results: Results, ver
 
 async def test_ping(results: Results) -> None:
     await results.ping()
+
+
+# -- postponed ---------------------------------------------------------------------------------
+
+REFUSED = Outcome(status=503, headers=(("Content-Type", "application/problem+json"),), body=b'{"status":503}')
+
+
+async def test_a_postponed_request_is_queued_and_held_until_its_time(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    behind = await accept(results, version_id)
+    assert await results.postpone(await granted(results, job), REFUSED, wait_s=0.2) is RequestState.QUEUED
+    held = await claim(results, job)
+    assert (held.verdict, held.state) == (Verdict.HELD, RequestState.QUEUED)
+    assert 0 < held.wait_s <= 0.2
+    record = await results.read(job.id)
+    assert record is not None
+    assert (record.state, record.outcome) == (RequestState.QUEUED, None)
+    [load] = await results.load([version_id])
+    assert (load.queued, load.running) == (2, 0)
+    assert (await results.position(record)).rank == 1
+    assert (await claim(results, behind)).verdict is Verdict.GRANTED
+
+
+async def test_a_postponed_attempt_costs_nothing(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    for _ in range(5):
+        await results.postpone(await granted(results, job), REFUSED, wait_s=0)
+    lease = await granted(results, job)
+    assert lease.attempt == 1
+    assert await results.settle(lease, job, FULFILLED, OUTCOME) is FULFILLED
+    record = await results.read(job.id)
+    assert record is not None
+    assert record.outcome == OUTCOME
+
+
+async def test_postponing_twice_gives_back_once(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await results.release(await granted(results, job), refund=False)
+    lease = await granted(results, job)
+    for _ in range(2):
+        assert await results.postpone(lease, REFUSED, wait_s=0) is RequestState.QUEUED
+    assert (await granted(results, job)).attempt == 2
+
+
+async def test_the_last_refusal_is_the_result_at_the_deadline(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id, deadline_s=0.4)
+    assert await results.postpone(await granted(results, job), REFUSED, wait_s=0.1) is RequestState.QUEUED
+    record = await eventually(lambda: results.read(job.id), lambda seen: seen is not None and seen.state.terminal)
+    assert record is not None
+    assert (record.state, record.outcome) == (RequestState.ERRORED, REFUSED)
+    assert (await claim(results, job)).verdict is Verdict.SETTLED
+    assert (await results.load([version_id]))[0].queued == 0
+
+
+async def test_nothing_is_postponed_beyond_its_deadline(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id, deadline_s=5)
+    lease = await granted(results, job)
+    assert await results.postpone(lease, REFUSED, wait_s=5) is RequestState.RUNNING
+    assert await results.settle(lease, job, RequestState.ERRORED, REFUSED) is RequestState.ERRORED
+
+
+async def test_a_postponed_request_that_starts_again_forgets_the_refusal(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id, deadline_s=0.3)
+    await results.postpone(await granted(results, job), REFUSED, wait_s=0)
+    await granted(results, job, lease_s=0.05)
+    record = await eventually(lambda: results.read(job.id), lambda seen: seen is not None and seen.state.terminal)
+    assert record is not None
+    assert (record.state, record.outcome) == (RequestState.EXPIRED, None)
+
+
+async def test_a_cancelled_postponed_request_has_no_result(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await results.postpone(await granted(results, job), REFUSED, wait_s=30)
+    assert await results.cancel(job.id, reason="no more") is RequestState.QUEUED
+    record = await results.read(job.id)
+    assert record is not None
+    assert (record.state, record.outcome) == (RequestState.CANCELLED, None)
+
+
+async def test_only_the_holder_of_the_lease_postpones(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    old = await granted(results, job, lease_s=0.05)
+    await eventually(lambda: claim(results, job), lambda claimed: claimed.verdict is Verdict.GRANTED)
+    assert await results.postpone(old, REFUSED, wait_s=30) is RequestState.RUNNING
+    assert await state_of(results, job) is RequestState.RUNNING

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from broker.errors import ConfigurationError
 from broker.model import Job, Outcome, RequestState
 from tests.unit.container import Container, a_job, answer, container, keeping, raw_container, settings_for
 from workers.inference import Answer, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
@@ -382,37 +381,6 @@ async def test_a_job_whose_kept_connection_dies_is_sent_once_and_lost(tmp_path: 
             await once_and_again(inference)
         assert lost.value.sent
         assert (box.opened, len(box.seen)) == (1, 2)
-
-
-async def test_healthy_means_exactly_the_expected_status(bench: Bench) -> None:
-    assert await bench.inference.healthy()
-    bench.box.healthy = False
-    assert not await bench.inference.healthy()
-    assert bench.inference.fault.endswith("/health answered 503, not 200")
-
-
-async def test_a_redirected_health_check_is_not_healthy(tmp_path: Path) -> None:
-    reply = b"HTTP/1.1 302 Found\r\nLocation: /health\r\nContent-Length: 0\r\n\r\n"
-    async with raw_container(reply) as port, Inference(settings_for(tmp_path, port)) as inference:
-        assert not await inference.healthy()
-
-
-async def test_a_silent_health_check_is_bounded(tmp_path: Path) -> None:
-    async def keep_quiet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(keep_quiet, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server, Inference(settings_for(tmp_path, port, health_timeout_s=0.05)) as inference:
-        assert not await inference.healthy()
-        assert inference.silent
-        assert "not answered within 0.05 s" in inference.fault
-
-
-async def test_another_health_protocol_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="gRPC"):
-        Inference(settings_for(tmp_path, 1, health_protocol="gRPC"))
 
 
 def test_a_problem_of_the_sidecar_names_its_source() -> None:

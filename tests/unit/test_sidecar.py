@@ -8,9 +8,10 @@ import logging
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,9 @@ async def test_artifacts_become_a_zip_in_the_blob_store(rig: Rig) -> None:
     rig.box.handler = draw
     record = await rig.run()
     assert record.state is RequestState.FULFILLED
-    assert record.outcome == Outcome(status=302, blob_key=f"results/acme/{record.id}/1.zip")
+    assert record.outcome is not None
+    assert record.outcome.status == 302
+    assert record.outcome.blob_key.startswith(f"results/acme/{record.id}/")
     assert await rig.blobs.head(record.outcome.blob_key) is not None
     await rig.nothing_left()
 
@@ -517,6 +520,141 @@ async def test_after_a_reconnect_no_more_jobs_run_than_there_are_slots(rig: Rig)
     await rig.nothing_left()
 
 
+# -- a container that is busy ------------------------------------------------------------------
+
+
+def busy(status: int = 503, retry_after: str = "1", **given: Any) -> Handler:
+    return lambda _: answer(b'{"error": "busy"}', status=status, headers={"Retry-After": retry_after}, **given)
+
+
+def ok(_: web.Request) -> Awaitable[web.StreamResponse]:
+    return answer(b'"done"')
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_busy_container_is_given_the_job_again_later_at_no_cost(rig: Rig, status: int) -> None:
+    rig.set(max_attempts=1)
+    times: list[float] = []
+
+    async def in_time(request: web.Request) -> web.StreamResponse:
+        times.append(time.monotonic())
+        return await (busy(status) if len(times) < 3 else ok)(request)
+
+    rig.box.handler = in_time
+    record = await rig.run()
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 1)
+    assert [later - earlier >= 1 for earlier, later in pairwise(times)] == [True, True]
+    assert rig.results.claims == 3
+    await rig.nothing_left()
+
+
+async def test_a_refusal_without_retry_after_is_a_result(rig: Rig) -> None:
+    rig.box.handler = lambda _: answer(b"{}", status=503)
+    record = await rig.run()
+    assert (record.state, record.attempt, len(rig.box.bodies)) == (RequestState.ERRORED, 1, 1)
+
+
+async def test_a_refusal_beyond_the_deadline_is_the_result_at_once(rig: Rig) -> None:
+    rig.box.handler = busy(retry_after="30")
+    async with rig.sidecar():
+        record = await rig.ended(await rig.submit(deadline_s=20))
+    assert record.state is RequestState.ERRORED
+    assert record.outcome is not None
+    assert (record.outcome.status, json.loads(record.outcome.body)["detail"]) == (503, "busy")
+    assert time.time() - record.created_at < 10
+    await rig.nothing_left()
+
+
+async def test_in_passthrough_the_caller_is_told_when_to_try_again(rig: Rig) -> None:
+    rig.box.handler = busy(retry_after="7")
+    record = await rig.run(passthrough=True)
+    assert record.state is RequestState.ERRORED
+    assert record.outcome is not None
+    assert ("Retry-After", "7") in record.outcome.headers
+    assert len(rig.box.bodies) == 1
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+async def test_a_postponed_job_leaves_its_slot_to_others(rig: Rig, slots: int) -> None:
+    rig.set(max_request_concurrency=slots)
+
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        return await (busy(retry_after="30") if rig.box.bodies[-1] == b"refuse" else ok)(request)
+
+    rig.box.handler = refuse
+    async with rig.sidecar():
+        postponed = [await rig.submit(body=b"refuse") for _ in range(slots)]
+        await eventually(lambda: calls(rig), lambda count: count == slots)
+        others = [await rig.submit() for _ in range(20)]
+        for job in others:
+            await rig.ended(job)
+        [load] = await rig.results.load([VERSION_ID])
+        assert (load.queued, load.running) == (slots, 0)
+        for rank, job in enumerate(postponed, start=1):
+            record = await rig.until(job, lambda record: record.state is RequestState.QUEUED)
+            assert (await rig.results.position(record)).rank == rank
+    assert rig.box.most_running <= slots
+    assert len([body for body in rig.box.bodies if body == b"refuse"]) == slots  # and nobody asks again meanwhile
+    given_back = [await rig.queue.take(VERSION_ID) for _ in postponed]
+    assert {loan.job.id for loan in given_back if loan is not None} == {job.id for job in postponed}
+
+
+async def test_a_container_that_refuses_everything_is_not_flooded(rig: Rig) -> None:
+    rig.box.handler = busy(retry_after="30")
+    async with rig.sidecar():
+        for _ in range(30):
+            await rig.submit()
+        await rig.box.called.wait()
+        await asyncio.sleep(1)  # nothing announces that nothing happened
+        assert len(rig.box.bodies) <= 5
+
+
+async def test_a_postponed_job_that_is_cancelled_never_starts_again(rig: Rig) -> None:
+    rig.box.handler = busy(retry_after="30")
+    async with rig.sidecar():
+        job = await rig.submit()
+        await eventually(
+            lambda: state_of(rig, job), lambda state: state is RequestState.QUEUED and len(rig.box.bodies) == 1
+        )
+        await rig.results.cancel(job.id, reason="no more")
+        await eventually(lambda: claims(rig), lambda count: count == 2)
+    assert len(rig.box.bodies) == 1
+    await rig.nothing_left()
+
+
+async def test_a_drain_gives_a_postponed_job_back_and_its_time_still_counts(rig: Rig) -> None:
+    rig.box.handler = in_turn(busy(retry_after="2"), ok)
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        await eventually(lambda: state_of(rig, job), lambda state: state is RequestState.QUEUED)
+    refused_at = time.monotonic()
+    rig.stop = asyncio.Event()
+    async with rig.sidecar():
+        record = await rig.ended(job)
+    assert (record.state, record.attempt) == (RequestState.FULFILLED, 1)
+    assert time.monotonic() - refused_at > 1
+    assert len(rig.box.bodies) == 2
+    await rig.nothing_left()
+
+
+async def calls(rig: Rig) -> int:
+    return len(rig.box.bodies)
+
+
+async def instance_status(rig: Rig) -> InstanceStatus | None:
+    instances = await rig.catalog.instances(VERSION_ID)
+    return instances[0].status if instances else None
+
+
+async def claims(rig: Rig) -> int:
+    return rig.results.claims
+
+
+async def state_of(rig: Rig, job: Job) -> RequestState:
+    return (await rig.results.read(job.id) or fail()).state
+
+
 # -- the container ------------------------------------------------------------------------------
 
 
@@ -569,6 +707,46 @@ async def test_a_container_that_refuses_connections_costs_no_attempt(rig: Rig) -
         assert record is not None
         assert record.attempt <= 1
         assert not record.state.terminal
+
+
+async def test_a_container_that_restarts_is_noticed_at_once_and_gets_its_job_again(rig: Rig) -> None:
+    rig.set(health_interval_s=600)
+
+    async def restart(request: web.Request) -> web.StreamResponse:
+        rig.box.healthy = False
+        return await crash(request)
+
+    rig.box.handler = in_turn(restart, ok)
+    async with rig.sidecar():
+        job = await rig.submit()
+        other = await rig.submit()
+        await eventually(lambda: instance_status(rig), lambda status: status is InstanceStatus.ERRORED)
+        await eventually(lambda: state_of(rig, job), lambda state: state is RequestState.QUEUED)
+        assert len(rig.box.bodies) == 1
+        rig.box.healthy = True
+        records = await rig.ended(job), await rig.ended(other)
+    assert [record.state for record in records] == [RequestState.FULFILLED] * 2
+    assert sorted(record.attempt for record in records) == [1, 2]
+    await rig.nothing_left()
+
+
+async def test_calls_that_were_cut_together_ask_the_container_how_it_is_together(rig: Rig) -> None:
+    rig.set(max_request_concurrency=100, health_interval_s=600, max_attempts=2)
+    all_here = asyncio.Event()
+
+    async def crash_together(request: web.Request) -> web.StreamResponse:
+        if rig.box.running == 100:
+            all_here.set()
+        await all_here.wait()
+        return await (crash if len(rig.box.bodies) == 100 else ok)(request)
+
+    rig.box.handler = crash_together
+    async with rig.sidecar():
+        jobs = [await rig.submit() for _ in range(100)]
+        await all_here.wait()
+        before = rig.box.health_checks
+        assert {(await rig.ended(job)).attempt for job in jobs} == {2}
+        assert rig.box.health_checks - before < 10
 
 
 async def test_an_unhealthy_container_gets_no_new_work_until_it_is_well(rig: Rig) -> None:

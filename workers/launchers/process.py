@@ -8,7 +8,8 @@ has died, the instance is not alive. Each instance has a folder, `<data_dir>/ins
     assets/          responses/       scratch/       request directories
     secrets/         the secrets file, if the version has secrets; gone with the instance
 
-Every port that a version names (inference, health) is the one free loopback port that the process is given in PORT.
+Every port that a version names (inference, health) is the one free loopback port that the process is given in PORT;
+only a gRPC health check at another port than the inference's has one of its own, HEALTH_PORT.
 An instance of a GPU type has that many cards to itself: CUDA_VISIBLE_DEVICES shows it those and no others, and where
 no card is free, none is started. Instances of the type `CPU` are shown no cards, and there may be any number of them.
 There is no isolation: a container here may do what the user who runs the controller may do. It is given none of the
@@ -188,9 +189,17 @@ class ProcessLauncher:
         await self._open()
         image = find_image(self._images, version.container_image)
         cards = await self._choose(specification)
-        port = _free_port({instance.port for instance in self._instances.values()})
+        taken = {instance.port for instance in self._instances.values()}
+        port = _free_port(taken)
         folder = self._root / instance_id
-        settings = self._sidecar_settings(instance_id, version, specification, port=port, folder=folder)
+        settings = self._sidecar_settings(
+            instance_id,
+            version,
+            specification,
+            port=port,
+            health_port=_free_port({*taken, port}) if _is_asked_apart(version) else port,
+            folder=folder,
+        )
         try:
             container = await asyncio.to_thread(_spawn_container, image, version, settings, folder, cards, secrets)
         except BaseException:
@@ -256,7 +265,14 @@ class ProcessLauncher:
             self._lock, self._instances = await asyncio.to_thread(_take_over, self._root)
 
     def _sidecar_settings(
-        self, instance_id: str, version: Version, specification: GpuSpecification, *, port: int, folder: Path
+        self,
+        instance_id: str,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        port: int,
+        health_port: int,
+        folder: Path,
     ) -> SidecarSettings:
         shared = {name: getattr(self._settings, name) for name in Settings.model_fields}
         return load(
@@ -276,9 +292,9 @@ class ProcessLauncher:
             inference_host=_HOST,
             inference_port=port,
             inference_url=version.inference_url,
-            health_protocol="gRPC" if version.health.protocol.lower() == "grpc" else "HTTP",
+            health_protocol=version.health.protocol,
             health_uri=version.health.uri,
-            health_port=port,
+            health_port=health_port,
             health_timeout_s=_seconds(version.health.timeout),
             health_expected_status=version.health.expected_status,
             max_request_concurrency=specification.max_request_concurrency,
@@ -346,6 +362,7 @@ def _container_environment(image: Image, version: Version, settings: SidecarSett
         **dict(version.container_environment),
         "HOST": _HOST,
         "PORT": str(settings.inference_port),
+        **({"HEALTH_PORT": str(settings.health_port)} if settings.health_port != settings.inference_port else {}),
         "NVCF_BACKEND": settings.backend,
         "NVCF_ENV": settings.environment,
         "NVCF_FUNCTION_ID": version.function_id,
@@ -396,6 +413,10 @@ def _adopt(folder: Path) -> _Instance | None:
         return None
     logger.info("instance_adopted", extra={"instance_id": instance.instance_id, "version_id": instance.version_id})
     return instance
+
+
+def _is_asked_apart(version: Version) -> bool:
+    return version.health.protocol.lower() == "grpc" and version.health.port != version.inference_port
 
 
 def _free_port(taken: set[int]) -> int:

@@ -38,6 +38,7 @@ class _Entry:
     token: str = ""
     worker: str = ""
     lease_until: float = 0.0
+    not_before: float = 0.0
     started_at: float = 0.0
     finished_at: float = 0.0
     reason: str = ""
@@ -45,6 +46,7 @@ class _Entry:
     hidden: bool = False
 
     def record(self) -> Record:
+        """The outcome of a request that is not terminal is nobody's to read."""
         return Record(
             id=self.id,
             account=self.account,
@@ -58,7 +60,7 @@ class _Entry:
             finished_at=self.finished_at,
             worker=self.worker,
             reason=self.reason,
-            outcome=self.outcome,
+            outcome=self.outcome if self.state.terminal else None,
         )
 
 
@@ -133,6 +135,9 @@ class MemoryResults:
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
         if entry.state is RequestState.RUNNING and entry.lease_until > now:
             return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=entry.lease_until - now)
+        if entry.not_before > now:
+            return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=entry.not_before - now)
+        entry.not_before, entry.outcome = 0.0, None
         if entry.attempt >= max_attempts:
             self._finish(
                 entry, RequestState.DEAD, reason=f"the worker or its container died in {entry.attempt} attempts"
@@ -164,6 +169,17 @@ class MemoryResults:
             entry.attempt -= refund
             entry.token, entry.worker, entry.lease_until = "", "", 0.0
             self._move(entry, RequestState.QUEUED)
+        return entry.state
+
+    async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
+        entry = self._entries.get(lease.request_id)
+        if entry is None:
+            return RequestState.QUEUED
+        not_before = self._now() + wait_s
+        ours = entry.state is RequestState.RUNNING and entry.token == lease.token
+        if ours and not_before < entry.deadline_at:
+            entry.not_before, entry.outcome = not_before, outcome
+            return await self.release(lease, refund=True)
         return entry.state
 
     async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
@@ -259,7 +275,10 @@ class MemoryResults:
         held = entry.state is RequestState.RUNNING and entry.lease_until > now
         if entry.state.terminal or held or now < entry.deadline_at:
             return False
-        self._finish(entry, RequestState.EXPIRED, reason=OVERDUE)
+        if entry.outcome is not None:  # of the attempt that was postponed last
+            self._finish(entry, RequestState.ERRORED, outcome=entry.outcome)
+        else:
+            self._finish(entry, RequestState.EXPIRED, reason=OVERDUE)
         return True
 
     def _finish(self, entry: _Entry, state: RequestState, *, reason: str = "", outcome: Outcome | None = None) -> None:

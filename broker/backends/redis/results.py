@@ -183,6 +183,8 @@ class RedisResults:
         verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
         if verdict is Verdict.SETTLED:
             await self._leave(job.version_id, job.id)
+        elif state is RequestState.QUEUED:
+            await self._back_in_line(job.version_id, job.id)
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=int(claimed[2]), token=token)
         return Claim(
             verdict=verdict,
@@ -204,9 +206,22 @@ class RedisResults:
         )
         state = RequestState(_text(reply))
         if state is RequestState.QUEUED:
-            await self._connection.run(
-                scripts.MOVE.call((_running(lease.version_id), _waiting(lease.version_id)), lease.request_id)
+            await self._back_in_line(lease.version_id, lease.request_id)
+        return state
+
+    async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
+        [reply] = await self._connection.run(
+            scripts.POSTPONE.call(
+                (_record(lease.request_id), _body(lease.request_id)),
+                lease.token,
+                int(wait_s * 1000),
+                pack_outcome(outcome),
+                self._retention_ms,
             )
+        )
+        state = RequestState(_text(reply))
+        if state is RequestState.QUEUED:
+            await self._back_in_line(lease.version_id, lease.request_id)
         return state
 
     async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
@@ -325,6 +340,9 @@ class RedisResults:
         if record is not None and int(reply[12]):
             await self._leave(record.version_id, request_id)
         return record
+
+    async def _back_in_line(self, version_id: str, request_id: str) -> None:
+        await self._connection.run(scripts.MOVE.call((_running(version_id), _waiting(version_id)), request_id))
 
     async def _leave(self, version_id: str, request_id: str) -> None:
         await self._connection.run(*_leaving(version_id, request_id))

@@ -7,7 +7,7 @@ A version's order is another slot, best effort and rebuildable:
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
-e ended · m reason · h channels to hint, space separated · x hidden
+e ended · m reason · h channels to hint, space separated · x hidden · z not to be claimed before (POSTPONE)
 """
 
 from __future__ import annotations
@@ -40,22 +40,27 @@ _FINISH = (
     + """
 local terminal = {fulfilled=1, errored=1, expired=1, cancelled=1, dead=1, abandoned=1}
 local function finish(r, b, state, reason, retention, body)
-  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's')
+  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'z')
   local id = string.match(r, '{(.-)}')
   local ttl = math.max(retention, (tonumber(old[1]) or now) - now + 180000)
   redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
   redis.call('HDEL', r, 'h', 'k', 'l')
   redis.call('PEXPIRE', r, ttl)
-  if body then redis.call('SET', b, body, 'PX', ttl) end
+  if body then redis.call('SET', b, body, 'PX', ttl) elseif old[5] then redis.call('DEL', b) end
   for channel in string.gmatch(old[2] or '', '%S+') do redis.call('PUBLISH', channel, id) end
   if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
   return state
 end
 local function overdue(r, b, retention)
-  local f = redis.call('HMGET', r, 's', 'd', 'l')
+  local f = redis.call('HMGET', r, 's', 'd', 'l', 'z')
   local idle = f[1] == 'queued' or (f[1] == 'running' and tonumber(f[3] or 0) <= now)
   if idle and now >= tonumber(f[2]) then
-    finish(r, b, 'expired', 'not finished before its deadline', retention)
+    local last = f[4] and redis.call('GET', b)
+    if last then
+      finish(r, b, 'errored', '', retention, last)
+    else
+      finish(r, b, 'expired', 'not finished before its deadline', retention)
+    end
     return true
   end
   return false
@@ -151,15 +156,21 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 # KEYS record body
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
 # returns {verdict, state, attempt, wait_ms, remaining_ms}
+# What POSTPONE kept goes when the next attempt starts.
 CLAIM = Script(
     _REBUILD
     + """
 local r = KEYS[1]
 rebuild(r, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[6] + 0)
 overdue(r, KEYS[2], ARGV[6] + 0)
-local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd')
+local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'z')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
+if f[6] then
+  if tonumber(f[6]) > now then return {'held', 'queued', n, f[6] - now} end
+  redis.call('HDEL', r, 'z')
+  redis.call('DEL', KEYS[2])
+end
 if f[1] == 'running' and tonumber(f[4] or 0) > now then
   if f[3] == ARGV[2] then return {'granted', 'running', n, 0, f[5] - now} end
   return {'held', 'running', n, tonumber(f[4]) - now}
@@ -199,6 +210,25 @@ if f[1] == 'running' and f[2] == ARGV[1] then
   return 'queued'
 end
 return f[1]
+"""
+)
+
+# KEYS record body · ARGV token wait_ms outcome retention_ms
+# returns the state left behind; `running` when the deadline would come first
+# The outcome is the result if the deadline comes before the next attempt (overdue).
+POSTPONE = Script(
+    _NOW
+    + """
+local f = redis.call('HMGET', KEYS[1], 's', 't', 'd')
+if not f[1] then return 'queued' end
+if f[1] ~= 'running' or f[2] ~= ARGV[1] then return f[1] end
+local till = now + ARGV[2]
+if till >= tonumber(f[3]) then return 'running' end
+redis.call('HINCRBY', KEYS[1], 'n', -1)
+redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
+redis.call('HSET', KEYS[1], 's', 'queued', 'z', till)
+redis.call('SET', KEYS[2], ARGV[3], 'PX', f[3] - now + ARGV[4])
+return 'queued'
 """
 )
 
