@@ -66,6 +66,11 @@ class Settings(BaseSettings):
     queue_limit: int = Field(
         100_000, ge=1, description="Requests that may wait for one version; one more is answered 429."
     )
+    listed_requests: int = Field(
+        100_000,
+        ge=1,
+        description="Newest requests of an account that `GET /v2/nvcf/requests` finds; all are read by ID.",
+    )
     max_attempts: int = Field(
         3, ge=1, le=100, description="Attempts after which a request whose worker or container died is dead."
     )
