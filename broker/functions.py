@@ -61,6 +61,8 @@ class Definition:
     tags: tuple[str, ...] = ()
     rate_limit: RateLimit | None = None
     secrets: tuple[Plain, ...] = ()
+    queue_timeout_s: float = 0.0
+    run_timeout_s: float = 0.0
 
 
 async def create(broker: Broker, principal: Principal, definition: Definition) -> Version:
@@ -210,6 +212,8 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         description=definition.description or definition.name,
         tags=definition.tags,
         rate_limit=definition.rate_limit,
+        queue_timeout_s=definition.queue_timeout_s,
+        run_timeout_s=definition.run_timeout_s,
     )
     # First, so that no version is ever seen without the secrets it was made with.
     await begin_secrets(broker, version, definition.secrets)

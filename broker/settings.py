@@ -18,6 +18,10 @@ S = TypeVar("S", bound=BaseSettings)
 MIB = 1024 * 1024
 
 
+def _either(name: str, upstream: str) -> AliasChoices:
+    return AliasChoices(f"FNQUEUE_{name.upper()}", upstream)
+
+
 class Settings(BaseSettings):
     """Shared by every process. Environment name: `FNQUEUE_` and the setting's name in upper case."""
 
@@ -140,6 +144,11 @@ class ApiSettings(SecretSettings):
     admin_account: str = Field(
         "default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="The account of `admin_key`."
     )
+    region: str = Field(
+        "",
+        validation_alias=_either("region", "NVCF_REGION"),
+        description="Where this server accepts requests; containers are told as `NVCF-INVOCATION-REGION`.",
+    )
     public_url: str = Field(
         "", description="How clients reach this server, for URLs it hands out; empty: from the request."
     )
@@ -208,10 +217,6 @@ class ControllerSettings(SecretSettings):
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds an instance may take to finish its work when it is stopped."
     )
-
-
-def _either(name: str, upstream: str) -> AliasChoices:
-    return AliasChoices(f"FNQUEUE_{name.upper()}", upstream)
 
 
 class SidecarSettings(Settings):

@@ -32,6 +32,7 @@ from pydantic.alias_generators import to_camel
 
 MAX_INSTANCES = 1_000_000
 MAX_SECRET_CHARACTERS = 32_768
+MAX_TIMEOUT_S = 30 * 86_400
 
 _TAG = re.compile(r"[A-Za-z0-9_:=-]{1,128}", re.ASCII)
 _DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
@@ -108,8 +109,22 @@ def _secret(value: Any) -> str:
     return text
 
 
+def _timeout(value: str) -> str:
+    """What a request may bring as a header too, which is whole seconds."""
+    seconds = _DURATION.validate_python(_duration(value)).total_seconds()
+    if seconds % 1 or seconds > MAX_TIMEOUT_S:
+        raise ValueError(f"must be an ISO-8601 duration of 1 to {MAX_TIMEOUT_S} whole seconds, as PT10M")
+    return value
+
+
+def seconds(duration: str) -> float:
+    """Of an ISO-8601 duration that a model has let pass."""
+    return _DURATION.validate_python(duration).total_seconds()
+
+
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Uri = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_uri)]
+Timeout = Annotated[str, Field(max_length=64), AfterValidator(_timeout)]
 Instances = Annotated[int, Field(le=MAX_INSTANCES)]
 Protocol = Annotated[Literal["HTTP", "GRPC"], BeforeValidator(_upper)]
 
@@ -218,6 +233,8 @@ class CreateFunction(Wire):
     description: Annotated[str, Field(max_length=256)] = ""
     rate_limit: RateLimitModel | None = None
     secrets: list[Secret] = []
+    queue_timeout: Timeout | None = None
+    run_timeout: Timeout | None = None
 
     @model_validator(mode="after")
     def _can_run_here(self) -> CreateFunction:
@@ -265,6 +282,8 @@ class Function(Wire):
     function_type: str
     rate_limit: RateLimitModel | None = None
     secrets: list[str] | None = None
+    queue_timeout: str | None = None
+    run_timeout: str | None = None
 
 
 class FunctionHealth(Wire):
@@ -700,6 +719,64 @@ class Position(Wire):
 class Cancelled(Wire):
     request_id: str
     status: str
+
+
+class RequestSummary(Wire):
+    """`status` is `queued`, `running`, `fulfilled`, `errored`, `expired`, `timed-out`, `cancelled` or `dead`, and
+    `statusCode` that of its answer; `startedAt` is when its last attempt began. One that a wiped store has not seen
+    again names no function."""
+
+    request_id: str
+    function_id: str | None = None
+    function_version_id: str | None = None
+    status: str
+    status_code: int | None = None
+    reason: str | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class RequestList(Wire):
+    """Newest first. `cursor` asks for the next page, which may be empty; without one this is the last."""
+
+    requests: list[RequestSummary]
+    cursor: str | None = None
+
+
+class RequestAttempt(Wire):
+    """`outcome` is `running`, `lost` (its worker fell silent), `failed` (its container did), `returned` (given back,
+    and not counted), or the status of the request that ended with it."""
+
+    number: int
+    instance_id: str
+    outcome: str
+    started_at: datetime
+    ended_at: datetime | None = None
+
+
+class RequestTimings(Wire):
+    """Where the time went. `queueSeconds` is all of its waiting, `coldStartSeconds` the part of that in which no
+    instance was ready; `retriesSeconds` went to attempts that came to nothing. The rest is of the last attempt."""
+
+    queue_seconds: float
+    cold_start_seconds: float | None = None
+    retries_seconds: float | None = None
+    input_seconds: float | None = None
+    container_seconds: float | None = None
+    upload_seconds: float | None = None
+    total_seconds: float
+
+
+class RequestReceipt(RequestSummary):
+    """All that is known of one request. `queueDeadlineAt` is until when its first attempt had to begin,
+    `runTimeoutSeconds` how long each may take; `timings` come with its end."""
+
+    deadline_at: datetime
+    queue_deadline_at: datetime | None = None
+    run_timeout_seconds: float | None = None
+    attempts: list[RequestAttempt]
+    timings: RequestTimings | None = None
 
 
 # -- accounts and sharing ----------------------------------------------------------------------

@@ -129,6 +129,8 @@ def present(version: Version, instances: Iterable[Instance] | None = None) -> wi
         description=version.description,
         function_type=version.function_type,
         rate_limit=limits.present(version.rate_limit) if version.rate_limit else None,
+        queue_timeout=f"PT{version.queue_timeout_s:.15g}S" if version.queue_timeout_s else None,
+        run_timeout=f"PT{version.run_timeout_s:.15g}S" if version.run_timeout_s else None,
     )
 
 
@@ -178,6 +180,8 @@ def _definition(asked: wire.CreateFunction) -> Definition:
         description=asked.description,
         tags=tuple(asked.tags),
         rate_limit=limits.define(asked.rate_limit) if asked.rate_limit else None,
+        queue_timeout_s=wire.seconds(asked.queue_timeout) if asked.queue_timeout else 0.0,
+        run_timeout_s=wire.seconds(asked.run_timeout) if asked.run_timeout else 0.0,
         secrets=plains(asked.secrets),
     )
 

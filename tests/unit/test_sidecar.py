@@ -26,7 +26,18 @@ from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.keyring import Keyring
-from broker.model import Draft, InstanceStatus, Job, Lease, Outcome, Record, RequestState, Verdict
+from broker.model import (
+    NO_TIMINGS,
+    Draft,
+    InstanceStatus,
+    Job,
+    Lease,
+    Outcome,
+    Record,
+    RequestState,
+    Timings,
+    Verdict,
+)
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from tests.eventually import eventually
@@ -63,11 +74,13 @@ class Store(MemoryResults):
         self.claims = 0
         self.refused = asyncio.Event()
 
-    async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
+    async def settle(
+        self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings = NO_TIMINGS
+    ) -> RequestState:
         if self.away:
             self.refused.set()
             raise StoreUnavailable("the store is away")
-        return await super().settle(lease, job, state, outcome)
+        return await super().settle(lease, job, state, outcome, timings)
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Any:
         self.claims += 1
