@@ -241,6 +241,12 @@ class SidecarSettings(Settings):
     )
     backend: str = Field("", validation_alias=_either("backend", "NVCF_BACKEND"), description="Cluster group reported.")
     region: str = Field("", validation_alias=_either("region", "NVCF_REGION"), description="Region reported.")
+    gpu_count: int = Field(0, ge=0, description="Cards of this instance, for its metering.")
+    nspect_id: str = Field(
+        "",
+        validation_alias=_either("nspect_id", "NVCF_NSPECT_ID"),
+        description="Program ID given to the container as `NVCF-NSPECTID`, and put on metering lines.",
+    )
     environment: str = Field(
         "", validation_alias=_either("environment", "NVCF_ENV"), description="Environment name given to the container."
     )

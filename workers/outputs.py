@@ -71,7 +71,7 @@ async def collect(
         await packing.run(f"{job.id}.response", answer, workspace.response if wants_files else None)
     except (_Refused, OSError) as exc:
         detail = str(exc) if isinstance(exc, _Refused) else INFERENCE_FAULT
-        logger.warning("artifacts_refused", extra={"request_id": job.id, "cause": str(exc)})
+        logger.warning("artifacts_refused", extra={"public": True, "request_id": job.id, "cause": str(exc)})
         raise AttemptFailed(problem(job, 500, detail)) from exc
     key = f"results/{job.account}/{job.id}/{attempt}.zip"
     await _upload(blobs, job, key, archive, left_s)

@@ -190,7 +190,9 @@ class ProcessLauncher:
         cards = await self._choose(specification)
         port = _free_port({instance.port for instance in self._instances.values()})
         folder = self._root / instance_id
-        settings = self._sidecar_settings(instance_id, version, specification, port=port, folder=folder)
+        settings = self._sidecar_settings(
+            instance_id, version, specification, port=port, folder=folder, gpu_count=len(cards)
+        )
         try:
             container = await asyncio.to_thread(_spawn_container, image, version, settings, folder, cards, secrets)
         except BaseException:
@@ -256,7 +258,14 @@ class ProcessLauncher:
             self._lock, self._instances = await asyncio.to_thread(_take_over, self._root)
 
     def _sidecar_settings(
-        self, instance_id: str, version: Version, specification: GpuSpecification, *, port: int, folder: Path
+        self,
+        instance_id: str,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        port: int,
+        folder: Path,
+        gpu_count: int,
     ) -> SidecarSettings:
         shared = {name: getattr(self._settings, name) for name in Settings.model_fields}
         return load(
@@ -270,6 +279,7 @@ class ProcessLauncher:
             specification_id=specification.id,
             gpu=specification.gpu,
             instance_type=specification.instance_type,
+            gpu_count=gpu_count,
             backend=specification.backend or BACKEND,
             region=BACKEND,
             environment=BACKEND,
