@@ -140,7 +140,7 @@ class MemoryResults:
             return entry.record()
         if len(self._waiting.get(draft.version_id, ())) >= queue_limit:
             raise QueueFull(f"{queue_limit} requests already wait for this function version")
-        now = self._now()
+        now = int(self._now() * 1000) / 1000  # what is told in milliseconds can be asked for again
         return self._add(draft, created_at=now, deadline_at=now + draft.deadline_s).record()
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
