@@ -187,8 +187,9 @@ class RedisResults:
         highest = f"({min(upper)}" if upper else "+inf"
         lowest = _order(wanted.since) if wanted.since else "-inf"
         key = _account(account)
-        [reply] = await self._connection.run(
-            ("ZRANGE", key, highest, lowest, "BYSCORE", "REV", "LIMIT", 0, limit, "WITHSCORES")
+        _, reply = await self._connection.run(
+            ("ZREMRANGEBYRANK", key, 0, -self._settings.listed_requests - 1),
+            ("ZRANGE", key, highest, lowest, "BYSCORE", "REV", "LIMIT", 0, limit, "WITHSCORES"),
         )
         return [(member, int(score)) for member, score in _pairs(reply)]
 
