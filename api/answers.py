@@ -16,11 +16,17 @@ POLL_AGAIN_S = "1"
 # A container speaks for itself, not for this server: what it must not say in our name.
 _NOT_THE_CONTAINERS = headers.HOP_BY_HOP | {"content-length", "date", "location", "server", "set-cookie"}
 _ENDED_WITHOUT_ANSWER = {
+    RequestState.TIMED_OUT: (problems.RUN_TIMEOUT, "errored", "the request ran for longer than its workers allow"),
     RequestState.EXPIRED: (problems.REQUEST_EXPIRED, "errored", "the request's deadline passed before it was finished"),
     RequestState.CANCELLED: (problems.REQUEST_CANCELLED, "rejected", "the request was cancelled"),
     RequestState.DEAD: (problems.REQUEST_DEAD, "errored", "the request could not be run"),
     RequestState.ABANDONED: (problems.REQUEST_REFUSED, "rejected", "the request was refused and never started"),
 }
+
+
+# Whatever a worker left as their outcome.
+_OURS_TO_TELL = (RequestState.CANCELLED, RequestState.ABANDONED, RequestState.TIMED_OUT)
+_PHASES = ("queue", "coldstart", "retries", "input", "container", "upload", "total")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +43,33 @@ def answer(record: Record, *, status_url: str, download_url: Callable[[str, str]
     """
     if not record.state.terminal:
         return _pending(record, status_url)
-    if record.outcome is None or record.state in (RequestState.CANCELLED, RequestState.ABANDONED):
+    if record.outcome is None or record.state in _OURS_TO_TELL:
         return _ended(record)
     if record.outcome.blob_key:
         return _elsewhere(record, download_url(record.outcome.blob_key, f"{record.id}.zip"))
     return _delivered(record, record.outcome)
+
+
+def phases(record: Record) -> dict[str, float]:
+    """Where the time of a finished request went, in seconds, by the names that `Server-Timing` gives it.
+
+    `queue` is all of its waiting, `coldstart` the part of that in which no instance was ready, `retries` what attempts
+    took that came to nothing. The rest is what its worker measured of the last attempt, without our own overhead.
+    """
+    if not record.finished_at:
+        return {}
+    total_s = max(0.0, record.finished_at - record.created_at)
+    spans = [each.ended_at - each.started_at for each in record.attempts]
+    retries_s = sum(spans[:-1] if record.worker else spans)
+    found = {"queue": max(0.0, total_s - sum(spans)), "retries": retries_s, "total": total_s}
+    if (timings := record.timings) is not None:
+        found |= {
+            "coldstart": timings.cold_start_s,
+            "input": timings.inputs_s,
+            "container": timings.container_s,
+            "upload": timings.upload_s,
+        }
+    return {name: found[name] for name in _PHASES if found.get(name) or name in ("queue", "total")}
 
 
 def timed_out(record: Record) -> Answer:
@@ -61,6 +89,10 @@ def _ended(record: Record) -> Answer:
     kind, status, sentence = _ENDED_WITHOUT_ANSWER.get(
         record.state, (problems.REQUEST_DEAD, "errored", "the request ended without an answer")
     )
+    if record.overslept:
+        kind, status = problems.QUEUE_TIMEOUT, "rejected"
+    if record.state is RequestState.TIMED_OUT and record.run_timeout_s:
+        sentence = f"the request ran for longer than its limit of {record.run_timeout_s:.15g} seconds"
     found = _marked(record, status)
     found["Content-Type"] = problems.CONTENT_TYPE
     if kind.status == 503:
@@ -89,4 +121,7 @@ def _delivered(record: Record, outcome: Outcome) -> Answer:
 
 
 def _marked(record: Record, status: str) -> CIMultiDict[str]:
-    return CIMultiDict({headers.REQUEST_ID: record.id, headers.STATUS: status, headers.EXPOSE_HEADERS: EXPOSED})
+    found = CIMultiDict({headers.REQUEST_ID: record.id, headers.STATUS: status, headers.EXPOSE_HEADERS: EXPOSED})
+    if record.finished_at:
+        found[headers.SERVER_TIMING] = headers.server_timing(phases(record))
+    return found

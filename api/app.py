@@ -202,6 +202,21 @@ def _management(front: Front) -> list[Operation]:
         looks.get(f"{NVCF}/queues{FUNCTION}", queues.of_function, "Queues of a function", gives=wire.Queues),
         looks.get(f"{NVCF}/queues{VERSION}", queues.of_version, "Queue of a version", gives=wire.Queues),
         polls.get(f"{NVCF}/queues/{REQUEST}/position", queues.position, "Place of a request", gives=wire.Position),
+        *_requests(front),
+    ]
+
+
+def _requests(front: Front) -> list[Operation]:
+    lists, asks = scoped(front, "invoke_function"), scoped(front, "invoke_function", paced=False)
+    return [
+        lists.get(
+            f"{NVCF}/requests",
+            requests.list_requests,
+            "List requests",
+            gives=wire.RequestList,
+            parameters=WHICH_REQUESTS,
+        ),
+        asks.get(f"{NVCF}/requests/{REQUEST}", requests.get, "Get a request's receipt", gives=wire.RequestReceipt),
     ]
 
 
@@ -415,6 +430,37 @@ PROVISIONED_BY = Parameter(
     description="Those added by any of these. Absent: all.",
     schema={"type": "array", "items": {"type": "string", "enum": list(PROVISIONERS)}},
 )
+WHICH_REQUESTS = [
+    Parameter(name="functionId", where="query", description="Those of this function.", schema={"type": "string"}),
+    Parameter(name="functionVersionId", where="query", description="Those of this version.", schema={"type": "string"}),
+    Parameter(
+        name="status",
+        where="query",
+        description="Those in any of these. Absent: all.",
+        schema={"type": "array", "items": {"type": "string", "enum": list(requests.STATUSES)}},
+    ),
+    Parameter(
+        name="createdAfter",
+        where="query",
+        description="Those accepted at this time or later.",
+        schema={"type": "string", "format": "date-time"},
+    ),
+    Parameter(
+        name="createdBefore",
+        where="query",
+        description="Those accepted before this time.",
+        schema={"type": "string", "format": "date-time"},
+    ),
+    Parameter(
+        name="limit",
+        where="query",
+        description="The most that a page holds.",
+        schema={"type": "integer", "minimum": 1, "maximum": requests.PAGE_MAX, "default": requests.PAGE_DEFAULT},
+    ),
+    Parameter(
+        name="cursor", where="query", description="From the page before. Absent: the newest.", schema={"type": "string"}
+    ),
+]
 OF_ACCOUNT = Parameter(
     name="nca_id", where="query", description="Whose keys. Absent: the caller's account's.", schema={"type": "string"}
 )
@@ -458,6 +504,20 @@ _SUBMIT = [
         schema={"type": "string", "minLength": 1, "maxLength": headers.IDEMPOTENCY_KEY_MAX},
     ),
     Parameter(
+        name=headers.QUEUE_TIMEOUT,
+        where="header",
+        description="Seconds within which a worker must have begun it; else it ends, `expired`, and never runs. "
+        "Absent: the function's `queueTimeout`.",
+        schema={"type": "integer", "minimum": 1},
+    ),
+    Parameter(
+        name=headers.RUN_TIMEOUT,
+        where="header",
+        description="Seconds after which a running attempt is cut off, and the request ends, `timed-out`. "
+        "Absent: the function's `runTimeout`.",
+        schema={"type": "integer", "minimum": 1},
+    ),
+    Parameter(
         name=headers.ENABLE_GATEWAY_TIMEOUT,
         where="header",
         description="`true`: 504 in place of 202 for a request that is still queued; it is removed then.",
@@ -475,8 +535,9 @@ _MARKS = {
     headers.STATUS: "`fulfilled`, `errored`, `rejected`, `in-progress` or `pending-evaluation`.",
     headers.PERCENT_COMPLETE: "Progress, where the function tells it.",
 }
+_TIMED = _MARKS | {headers.SERVER_TIMING: "Where the time of a finished request went, in milliseconds."}
 _REPLIES = [
-    Reply(status=200, description="The function's answer.", media="*/*", headers=_MARKS),
+    Reply(status=200, description="The function's answer.", media="*/*", headers=_TIMED),
     Reply(
         status=202,
         description="Accepted, and not done yet.",
@@ -485,9 +546,9 @@ _REPLIES = [
     Reply(
         status=302,
         description="The answer is large: a zip file.",
-        headers=_MARKS | {"Location": "Where it is; needs no key."},
+        headers=_TIMED | {"Location": "Where it is; needs no key."},
     ),
-    Reply(status="default", description="The function's own answer, with its status.", media="*/*", headers=_MARKS),
+    Reply(status="default", description="The function's own answer, with its status.", media="*/*", headers=_TIMED),
 ]
 POLL = Facts(parameters=_WAIT, replies=_REPLIES, errors=[410, 500, 504])
 INVOCATION = Facts(takes=object, parameters=[*_WAIT, *_SUBMIT], replies=_REPLIES, errors=[410, 422, 500, 504])

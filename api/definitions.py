@@ -65,6 +65,8 @@ def definition(asked: wire.CreateFunction) -> Definition:
         telemetries=_telemetries(asked.telemetries) if asked.telemetries else None,
         priority=_priority(asked.llm_invocation_config),
         secrets=plains(asked.secrets),
+        queue_timeout_s=wire.seconds(asked.queue_timeout) if asked.queue_timeout else 0.0,
+        run_timeout_s=wire.seconds(asked.run_timeout) if asked.run_timeout else 0.0,
     )
 
 
@@ -177,6 +179,8 @@ def present(
         rate_limit=limits.present(version.rate_limit) if version.rate_limit else None,
         telemetries=_shown_telemetries(version.telemetries) if version.telemetries else None,
         llm_invocation_config=_shown_priority(version.priority) if version.priority else None,
+        queue_timeout=f"PT{version.queue_timeout_s:.15g}S" if version.queue_timeout_s else None,
+        run_timeout=f"PT{version.run_timeout_s:.15g}S" if version.run_timeout_s else None,
     )
     return shown.model_copy(update=dict.fromkeys(_OWNERS_ONLY)) if foreign else shown
 

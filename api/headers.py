@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from multidict import MultiMapping
@@ -20,6 +20,8 @@ STATUS = "NVCF-STATUS"
 PERCENT_COMPLETE = "NVCF-PERCENT-COMPLETE"
 POLL_SECONDS = "NVCF-POLL-SECONDS"
 INPUT_ASSETS = "NVCF-INPUT-ASSET-REFERENCES"
+QUEUE_TIMEOUT = "NVCF-QUEUE-TIMEOUT-SECONDS"
+RUN_TIMEOUT = "NVCF-RUN-TIMEOUT-SECONDS"
 ENABLE_GATEWAY_TIMEOUT = "nvcf-feature-enable-gateway-timeout"
 DISABLE_COMPATIBILITY = "nvcf-feature-disable-worker-compatibility"
 IDEMPOTENCY_KEY = "Idempotency-Key"
@@ -28,6 +30,7 @@ PREFERENCE_APPLIED = "Preference-Applied"
 EXPOSE_HEADERS = "Access-Control-Expose-Headers"
 RATE_LIMIT = "RateLimit"
 RATE_LIMIT_POLICY = "RateLimit-Policy"
+SERVER_TIMING = "Server-Timing"
 EVENT_STREAM = "text/event-stream"
 # What the script of a page may read beside what browsers show anyway. Of errors too, so not only what results carry.
 EXPOSED = (
@@ -85,7 +88,19 @@ _WORKER_OWNED = frozenset(
     }
 )
 # Spoken to this server and answered by it. `Prefer` too: a container that heard `respond-async` could answer 202.
-_OURS = frozenset({"authorization", "cookie", "host", "content-length", "expect", "prefer", "nvcf-poll-seconds"})
+_OURS = frozenset(
+    {
+        "authorization",
+        "cookie",
+        "host",
+        "content-length",
+        "expect",
+        "prefer",
+        "nvcf-poll-seconds",
+        "nvcf-queue-timeout-seconds",
+        "nvcf-run-timeout-seconds",
+    }
+)
 _NEVER_FORWARDED = HOP_BY_HOP | _WORKER_OWNED | _OURS
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
@@ -142,6 +157,22 @@ def wait(headers: MultiMapping[str]) -> Wait:
     if wished_s is not None:
         return Wait(seconds=wished_s, applied=", ".join([*applied, f"wait={wished_s}"]))
     return Wait(seconds=0 if applied else poll, applied="".join(applied))
+
+
+def timeout_s(headers: MultiMapping[str], name: str, *, longest_s: float) -> float:
+    """`NVCF-QUEUE-TIMEOUT-SECONDS` or `NVCF-RUN-TIMEOUT-SECONDS`: whole seconds, 1 to `longest_s`; 0 when absent.
+
+    Raises:
+        BadRequest: any other value, or several; names the header and its limits.
+    """
+    values = headers.getall(name, [])
+    if not values:
+        return 0.0
+    text, longest = values[0], int(longest_s)
+    good = len(values) == 1 and text.isascii() and text.isdigit() and len(text) <= 18
+    if not good or not 1 <= int(text) <= longest:
+        raise BadRequest(f"{name} must be given once, as 1 to {longest} whole seconds", field=name)
+    return float(text)
 
 
 def _preferences(values: Iterable[str]) -> dict[str, str]:
@@ -253,6 +284,11 @@ def bearer(headers: MultiMapping[str]) -> str | None:
 def retry_after(seconds: float) -> str:
     """Whole seconds, at least 1, rounded up."""
     return str(max(1, math.ceil(seconds)))
+
+
+def server_timing(phases: Mapping[str, float]) -> str:
+    """Name and seconds of each phase, as `name;dur=milliseconds` (W3C Server Timing)."""
+    return ", ".join(f"{name};dur={seconds * 1000:.3f}".rstrip("0").rstrip(".") for name, seconds in phases.items())
 
 
 def rate_limit(quotas: Sequence[Quota]) -> dict[str, str]:

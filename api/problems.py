@@ -120,6 +120,8 @@ INTERNAL = Kind(500, OURS + "internal")
 NOT_READY = Kind(503, OURS + "unavailable")
 # Of requests that ended without an answer of their function (api.answers).
 REQUEST_EXPIRED = Kind(504, OURS + "request-expired")
+QUEUE_TIMEOUT = Kind(504, OURS + "queue-timeout")
+RUN_TIMEOUT = Kind(504, OURS + "run-timeout")
 REQUEST_CANCELLED = Kind(410, OURS + "request-cancelled")
 REQUEST_DEAD = Kind(500, OURS + "request-dead")
 REQUEST_REFUSED = Kind(503, OURS + "request-refused")
@@ -132,8 +134,8 @@ def kind_of(error: BaseException) -> Kind:
 
 def kinds() -> tuple[Kind, ...]:
     """All that an answer can be, for the documentation."""
-    others = (INTERNAL, NOT_READY, REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED)
-    return (*_KINDS.values(), *others)
+    ends = (REQUEST_EXPIRED, QUEUE_TIMEOUT, RUN_TIMEOUT, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED)
+    return (*_KINDS.values(), INTERNAL, NOT_READY, *ends)
 
 
 def body(kind: Kind, detail: str = "", **members: str) -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from datetime import datetime
+
 from multidict import MultiMapping
 
 from broker.errors import BadRequest
@@ -15,9 +18,43 @@ def words(query: MultiMapping[str], name: str) -> list[str]:
     return [word.strip() for value in query.getall(name, []) for word in value.split(",") if word.strip()]
 
 
+def choices(query: MultiMapping[str], name: str, known: Collection[str]) -> list[str]:
+    """A list, as `words`, of known words in any case. Raises BadRequest that names those there are."""
+    given = [word.lower() for word in words(query, name)]
+    if any(word not in known for word in given):
+        raise BadRequest(f"{name}: must be of {', '.join(known)}", field=name)
+    return given
+
+
 def boolean(query: MultiMapping[str], name: str, *, absent: bool) -> bool:
     """In any of the usual spellings; given without a value it counts as absent. Raises BadRequest."""
     word = query.get(name, "").strip().lower()
     if word and word not in _YES | _NO:
         raise BadRequest(f"{name}: must be true or false", field=name)
     return word in _YES if word else absent
+
+
+def integer(query: MultiMapping[str], name: str, *, absent: int, least: int, most: int) -> int:
+    """Raises BadRequest that names the bounds."""
+    text = query.get(name, "").strip()
+    if not text:
+        return absent
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and least <= int(text) <= most):
+        raise BadRequest(f"{name}: must be a whole number from {least} to {most}", field=name)
+    return int(text)
+
+
+def instant(query: MultiMapping[str], name: str) -> float:
+    """A time as RFC 3339 writes it, in unix seconds; 0 when absent. Raises BadRequest."""
+    text = query.get(name, "").strip()
+    if not text:
+        return 0.0
+    try:
+        # A plus sign that was not escaped arrives as a blank.
+        time = datetime.fromisoformat(text.replace(" ", "+"))
+        seconds = time.timestamp() if time.tzinfo else 0.0
+    except (ValueError, OverflowError):
+        seconds = 0.0
+    if seconds <= 0:
+        raise BadRequest(f"{name}: must be a time with its offset, as 2026-01-31T08:00:00Z", field=name)
+    return seconds

@@ -83,6 +83,8 @@ class Definition:
     telemetries: Telemetries | None = None
     priority: Priority | None = None
     secrets: tuple[Plain, ...] = ()
+    queue_timeout_s: float = 0.0
+    run_timeout_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +279,8 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         rate_limit=definition.rate_limit,
         telemetries=definition.telemetries,
         priority=definition.priority,
+        queue_timeout_s=definition.queue_timeout_s,
+        run_timeout_s=definition.run_timeout_s,
     )
     # First, so that no version is ever seen without the secrets it was made with.
     await begin_secrets(broker, version, definition.secrets)

@@ -1,4 +1,4 @@
-"""The verbs of an invocation: invoke (submit, then wait), status, cancel, withdraw, position.
+"""The verbs of an invocation: invoke (submit, then wait), status, receipt, page, cancel, withdraw, position.
 
 The steps and their order are those of PROTOCOL §2.4; each shortcut there has a known way to lose a request.
 """
@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import random
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from broker import assets, request_ids
 from broker.errors import (
     AlreadyFinished,
     FnqueueError,
+    Forbidden,
     NotFound,
     PublishRejected,
     PublishUnconfirmed,
@@ -26,7 +28,17 @@ from broker.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from broker.model import Draft, Job, Position, Principal, Record, RequestState, Version
+from broker.model import (
+    Draft,
+    Job,
+    Position,
+    Principal,
+    Record,
+    RequestFilter,
+    RequestPage,
+    RequestState,
+    Version,
+)
 from broker.ports import Broker, Watch
 from broker.visibility import check_request
 
@@ -37,12 +49,15 @@ Spawn = Callable[[Coroutine[Any, Any, Record]], "asyncio.Task[Record]"]
 UNKNOWN = "no such request"
 CANCELLED_BY_CALLER = "cancelled by its caller"
 _SAFETY_READ_S = (10.0, 15.0)
+# A request that is due by this process's clock may not be by the store's, nor by much the other way round.
+_DUE_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
-    filtered; `passthrough` asks for the container's answers as they are."""
+    filtered; `passthrough` asks for the container's answers as they are. `queue_timeout_s` and `run_timeout_s` 0 leave
+    those limits to the version; `region` is where it is accepted."""
 
     principal: Principal
     function_id: str
@@ -53,6 +68,9 @@ class Submission:
     passthrough: bool = False
     poll_s: int = 60
     idempotency_key: str = ""
+    queue_timeout_s: float = 0.0
+    run_timeout_s: float = 0.0
+    region: str = ""
 
 
 async def invoke(broker: Broker, submission: Submission, version: Version, *, wait_s: float, spawn: Spawn) -> Record:
@@ -95,6 +113,8 @@ async def submit(broker: Broker, submission: Submission, version: Version, reque
         version_id=version.id,
         digest=digest,
         deadline_s=broker.settings.request_deadline_s,
+        queue_timeout_s=submission.queue_timeout_s or version.queue_timeout_s,
+        run_timeout_s=submission.run_timeout_s or version.run_timeout_s,
     )
     try:
         record = await _create(broker, draft, submission, watch=watch)
@@ -130,6 +150,26 @@ async def status(broker: Broker, principal: Principal, request_id: str, *, wait_
     if record is None:
         return await _missing(broker, principal, request_id)
     return await _own(broker, principal, record)
+
+
+async def receipt(broker: Broker, principal: Principal, request_id: str) -> Record:
+    """The caller's request as it stands, without its outcome. Raises as `status`."""
+    _own_id(broker, principal, request_id)
+    record = await broker.results.glance(request_id)
+    return await (_own(broker, principal, record) if record else _missing(broker, principal, request_id))
+
+
+async def page(
+    broker: Broker, principal: Principal, wanted: RequestFilter, *, limit: int, after: int = 0
+) -> RequestPage:
+    """The newest requests of the caller's account, as `Results.page`; but for those of functions that the key's
+    resources do not cover, which may make the page shorter still."""
+    found = await broker.results.page(principal.account, wanted, limit=limit, after=after)
+    covered: dict[str, bool] = {}
+    for record in found.records:
+        if record.version_id not in covered:
+            covered[record.version_id] = await _covers(broker, principal, record)
+    return replace(found, records=tuple(record for record in found.records if covered[record.version_id]))
 
 
 async def cancel(broker: Broker, principal: Principal, request_id: str) -> Record:
@@ -187,6 +227,9 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         assets=submission.assets,
         passthrough=submission.passthrough,
         poll_s=submission.poll_s,
+        queue_deadline_at=record.queue_deadline_at,
+        run_timeout_s=record.run_timeout_s,
+        region=submission.region,
     )
     try:
         await _publish(broker, job)
@@ -244,12 +287,21 @@ async def _until_terminal(watch: Watch, record: Record, wait_s: float) -> Record
     loop = asyncio.get_running_loop()
     until = loop.time() + wait_s
     while not record.state.terminal and (left_s := until - loop.time()) > 0:
-        await watch.changed(min(left_s, random.uniform(*_SAFETY_READ_S)))  # noqa: S311  spreads load
+        await watch.changed(min(left_s, _until_read_s(record)))
         try:
             record = await watch.read() or record
         except StoreUnavailable:
             await watch.changed(min(max(0.0, until - loop.time()), 1.0))
     return record
+
+
+def _until_read_s(record: Record) -> float:
+    """An end that nobody announces is looked for when it is due: whoever reads makes it."""
+    safety_s = random.uniform(*_SAFETY_READ_S)  # noqa: S311  spreads load
+    if record.state is not RequestState.QUEUED:
+        return safety_s
+    due_s = record.due_at - time.time()
+    return min(safety_s, due_s if due_s > 0 else _DUE_AGAIN_S)
 
 
 async def _missing(broker: Broker, principal: Principal, request_id: str) -> Record:
@@ -279,6 +331,14 @@ async def _own(broker: Broker, principal: Principal, record: Record) -> Record:
         raise NotFound(UNKNOWN)
     await check_request(broker, principal, record)
     return record
+
+
+async def _covers(broker: Broker, principal: Principal, record: Record) -> bool:
+    try:
+        await check_request(broker, principal, record)
+    except Forbidden:
+        return False
+    return True
 
 
 def _secret(broker: Broker) -> bytes:

@@ -114,7 +114,10 @@ class Telemetries:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
     """One immutable definition of a function. After creation only `status`, `tags`, `rate_limit`, `priority` and the
-    token limits and routing of `models` change."""
+    token limits and routing of `models` change.
+
+    `queue_timeout_s` and `run_timeout_s` hold for requests that bring no limit of their own; 0 is none.
+    """
 
     id: str
     function_id: str
@@ -139,6 +142,8 @@ class Version:
     rate_limit: RateLimit | None = None
     telemetries: Telemetries | None = None
     priority: Priority | None = None
+    queue_timeout_s: float = 0.0
+    run_timeout_s: float = 0.0
 
 
 EVERYONE = "*"
@@ -371,13 +376,18 @@ class Cluster:
 
 
 class RequestState(StrEnum):
-    """`queued -> running -> one terminal state`; the first terminal state never changes (PROTOCOL §2.4)."""
+    """`queued -> running -> one terminal state`; the first terminal state never changes (PROTOCOL §2.4).
+
+    EXPIRED came too late for its queue timeout or for its deadline, which `Record.overslept` tells apart; TIMED_OUT
+    was cut off in an attempt that took longer than its run timeout.
+    """
 
     QUEUED = "queued"
     RUNNING = "running"
     FULFILLED = "fulfilled"
     ERRORED = "errored"
     EXPIRED = "expired"
+    TIMED_OUT = "timed-out"
     CANCELLED = "cancelled"
     DEAD = "dead"
     ABANDONED = "abandoned"
@@ -392,7 +402,8 @@ class Job:
     """What travels through the queue: enough to run the request and to rebuild its record.
 
     `body` is the request body unless it was too large for a message; then `body_key` names the blob.
-    `headers` are the client's, already filtered; `poll_s` is how long the accepting call may wait.
+    `headers` are the client's, already filtered; `poll_s` is how long the accepting call may wait, `region` where it
+    was accepted. `queue_deadline_at` and `run_timeout_s` are as in `Record`.
     """
 
     id: str
@@ -409,6 +420,9 @@ class Job:
     assets: tuple[str, ...] = ()
     passthrough: bool = False
     poll_s: int = 60
+    queue_deadline_at: float = 0.0
+    run_timeout_s: float = 0.0
+    region: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -424,10 +438,61 @@ class Outcome:
     blob_key: str = ""
 
 
+class AttemptEnd(StrEnum):
+    """What became of an attempt. RETURNED cost none of the attempts that a request has; the last six are those of the
+    request that ended with it."""
+
+    RUNNING = "running"
+    LOST = "lost"
+    FAILED = "failed"
+    RETURNED = "returned"
+    FULFILLED = "fulfilled"
+    ERRORED = "errored"
+    EXPIRED = "expired"
+    TIMED_OUT = "timed-out"
+    CANCELLED = "cancelled"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One worker's turn: LOST when its lease ran out, FAILED when it lost its container, RETURNED when it gave the
+    request back unspent. `ended_at` is 0 while it runs."""
+
+    number: int
+    worker: str
+    started_at: float
+    ended_at: float
+    end: AttemptEnd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """How long the parts of the attempt took that ended its request, by its worker's clock.
+
+    `cold_start_s` is the part of the wait before it in which no instance of the version was ready, of which only the
+    first instance to become so can tell. `inputs_s` is what laying out assets and body took, `container_s` the
+    container's own time, `upload_s` that of storing a large answer.
+    """
+
+    cold_start_s: float = 0.0
+    inputs_s: float = 0.0
+    container_s: float = 0.0
+    upload_s: float = 0.0
+
+
+NO_TIMINGS = Timings()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Where one request stands. `outcome` is set when the container or the sidecar produced an answer;
-    `reason` says in one sentence why a request ended without one."""
+    """Where one request stands. `outcome` is set when the container or the sidecar produced an answer, and
+    `status_code` is its HTTP status; `reason` says in one sentence why a request ended without one.
+
+    `queue_deadline_at` is until when its first attempt must start, `run_timeout_s` how long each may take; 0 is no
+    limit but that of `deadline_at`. `attempts` are in order, the newest MOST_ATTEMPTS_KEPT of those that came to
+    nothing, and then the one that runs or ended the request.
+    """
 
     id: str
     account: str
@@ -442,11 +507,59 @@ class Record:
     worker: str = ""
     reason: str = ""
     outcome: Outcome | None = None
+    status_code: int = 0
+    queue_deadline_at: float = 0.0
+    run_timeout_s: float = 0.0
+    attempts: tuple[Attempt, ...] = ()
+    timings: Timings | None = None
+
+    @property
+    def due_at(self) -> float:
+        """When it expires unless a worker takes it before."""
+        waits = self.queue_deadline_at and self.attempt == 0
+        return min(self.queue_deadline_at, self.deadline_at) if waits else self.deadline_at
+
+    @property
+    def overslept(self) -> bool:
+        """Whether it is the queue timeout for which an EXPIRED request came too late."""
+        return self.state is RequestState.EXPIRED and self.due_at < self.deadline_at
+
+
+MOST_ATTEMPTS_KEPT = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFilter:
+    """Which requests of an account; what is left empty or 0 leaves nothing out. `since` is included, `until` is not."""
+
+    function_id: str = ""
+    version_id: str = ""
+    states: frozenset[RequestState] = frozenset()
+    since: float = 0.0
+    until: float = 0.0
+
+    def keeps(self, record: Record) -> bool:
+        return (
+            self.function_id in ("", record.function_id)
+            and self.version_id in ("", record.version_id)
+            and (not self.states or record.state in self.states)
+            and self.since <= record.created_at
+            and (not self.until or record.created_at < self.until)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestPage:
+    """Records without their outcomes, newest first. `after` is where the next page begins; 0 when there is none."""
+
+    records: tuple[Record, ...]
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A request that is about to be accepted. `deadline_s` counts from acceptance, by the store's clock."""
+    """A request that is about to be accepted. The limits count from acceptance, by the store's clock; those that are
+    0 are none."""
 
     id: str
     account: str
@@ -454,6 +567,8 @@ class Draft:
     version_id: str
     digest: str
     deadline_s: float
+    queue_timeout_s: float = 0.0
+    run_timeout_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

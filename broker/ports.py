@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from broker.keyring import Keyring
 from broker.model import (
+    NO_TIMINGS,
     Account,
     Blob,
     Claim,
@@ -32,10 +33,13 @@ from broker.model import (
     Position,
     Record,
     RegistryCredentials,
+    RequestFilter,
+    RequestPage,
     RequestState,
     Secrets,
     Sharing,
     Taken,
+    Timings,
     Version,
     Window,
 )
@@ -109,6 +113,8 @@ class Queue(Protocol):
 
 # -- Results -----------------------------------------------------------------------------------
 
+PAGE_SCAN = 1000
+
 
 class Watch(Protocol):
     """Notices changes of one request. A hint only means "read again"."""
@@ -134,8 +140,9 @@ class Results(Protocol):
         """Free the key if it is still bound to `request_id`."""
 
     async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
-        """Store a new `queued` record at the end of its version's order, or return the one that exists (and
-        count one more submitter). `watch` asks for hints to this process, as `Watch.read` does.
+        """Store a new `queued` record at the end of its version's order and as the newest of its account's, or return
+        the one that exists (and count one more submitter). `watch` asks for hints to this process, as `Watch.read`
+        does.
 
         Raises QueueFull, leaving nothing behind, when `queue_limit` requests already wait for the version.
         """
@@ -147,9 +154,19 @@ class Results(Protocol):
     def watch(self, request_id: str) -> AbstractAsyncContextManager[Watch]: ...
 
     async def read(self, request_id: str) -> Record | None:
-        """The record, None if there is none. A queued record past its deadline is turned `expired` first.
-        A terminal state is returned only once it is as durable as the store is configured to make it;
-        until then the record reads `running`."""
+        """The record, None if there is none. A queued record past its deadline, or never started and past its queue
+        deadline, is turned `expired` first. A terminal state is returned only once it is as durable as the store is
+        configured to make it; until then the record reads `running`."""
+
+    async def glance(self, request_id: str) -> Record | None:
+        """As `read`, without the outcome, which may be megabytes."""
+
+    async def page(self, account: str, wanted: RequestFilter, *, limit: int, after: int = 0) -> RequestPage:
+        """The account's newest requests that `wanted` keeps, at most `limit`, each as `glance` shows it.
+
+        At most PAGE_SCAN are looked at, so that a page may be short, or empty, and still have a next one. Found are
+        those of the account's newest `listed_requests`; the order is that of acceptance and never changes, so that
+        page after page shows each once. Abandoned ones are left out."""
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
         """Ask to run one attempt. A missing record is rebuilt from the job; an attempt past `max_attempts`
@@ -167,7 +184,9 @@ class Results(Protocol):
         `outcome` becomes the result, `errored`, if the deadline comes before the next attempt. RUNNING means that
         the deadline is not further away than `wait_s`, and that nothing was changed."""
 
-    async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
+    async def settle(
+        self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings = NO_TIMINGS
+    ) -> RequestState:
         """Store the attempt's result if it is the first terminal one, durably. Returns the state that now
         stands; idempotent. Raises StoreUnavailable while durability is not reached: settle again."""
 

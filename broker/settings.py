@@ -21,6 +21,10 @@ MIB = 1024 * 1024
 _DURATION = TypeAdapter(timedelta)
 
 
+def _either(name: str, upstream: str) -> AliasChoices:
+    return AliasChoices(f"FNQUEUE_{name.upper()}", upstream)
+
+
 class Settings(BaseSettings):
     """Shared by every process. Environment name: `FNQUEUE_` and the setting's name in upper case."""
 
@@ -68,6 +72,11 @@ class Settings(BaseSettings):
     )
     queue_limit: int = Field(
         100_000, ge=1, description="Requests that may wait for one version; one more is answered 429."
+    )
+    listed_requests: int = Field(
+        100_000,
+        ge=1,
+        description="Newest requests of an account that `GET /v2/nvcf/requests` finds; all are read by ID.",
     )
     max_attempts: int = Field(
         3, ge=1, le=100, description="Attempts after which a request whose worker or container died is dead."
@@ -140,6 +149,11 @@ class ApiSettings(SecretSettings):
     )
     admin_account: str = Field(
         "default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="The account of `admin_key`."
+    )
+    region: str = Field(
+        "",
+        validation_alias=_either("region", "NVCF_REGION"),
+        description="Where this server accepts requests; containers are told as `NVCF-INVOCATION-REGION`.",
     )
     public_url: str = Field(
         "", description="How clients reach this server, for URLs it hands out; empty: from the request."
@@ -216,10 +230,6 @@ class ControllerSettings(SecretSettings):
     )
 
 
-def _either(name: str, upstream: str) -> AliasChoices:
-    return AliasChoices(f"FNQUEUE_{name.upper()}", upstream)
-
-
 def _as_spelt(protocol: Any) -> Any:
     return {"HTTP": "HTTP", "GRPC": "gRPC"}.get(str(protocol).upper(), protocol)
 
@@ -255,6 +265,12 @@ class SidecarSettings(Settings):
     )
     backend: str = Field("", validation_alias=_either("backend", "NVCF_BACKEND"), description="Cluster group reported.")
     region: str = Field("", validation_alias=_either("region", "NVCF_REGION"), description="Region reported.")
+    gpu_count: int = Field(0, ge=0, description="Cards of this instance, for its metering.")
+    nspect_id: str = Field(
+        "",
+        validation_alias=_either("nspect_id", "NVCF_NSPECT_ID"),
+        description="Program ID given to the container as `NVCF-NSPECTID`, and put on metering lines.",
+    )
     environment: str = Field(
         "", validation_alias=_either("environment", "NVCF_ENV"), description="Environment name given to the container."
     )

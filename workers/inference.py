@@ -29,6 +29,9 @@ CONNECT_TIMEOUT_S = 5.0
 KEPT_S = 1.0
 MAX_PARSED_ERROR_BYTES = 256 * 1024
 SPILL_CHUNK_BYTES = 1024 * 1024
+# Upstream's (contract/invocation.md §5, "Sizes").
+MAX_ANSWER_HEADERS = 64
+MAX_ANSWER_HEADER_BYTES = 400 * 1024
 
 HOP_BY_HOP = frozenset(
     {
@@ -86,6 +89,10 @@ class Answer:
     def failed(self) -> bool:
         return self.status >= 400
 
+    @property
+    def size_bytes(self) -> int:
+        return self.spilled.stat().st_size if self.spilled else len(self.body)
+
     def outcome(self) -> Outcome:
         return Outcome(status=self.status, headers=self.headers, body=self.body)
 
@@ -125,6 +132,10 @@ class RunTimedOut(AttemptFailed):
 
     def __init__(self, job: Job) -> None:
         super().__init__(problem(job, 504, OVERDUE))
+
+
+class _TooManyHeaders(ValueError):
+    pass
 
 
 class Inference:
@@ -185,7 +196,7 @@ class Inference:
         Raises:
             ContainerLost, RunTimedOut.
             ContainerBusy: 429 or 503 with `Retry-After`, outside passthrough, where the caller is told instead.
-            AttemptFailed: what came back was not HTTP, or more than `max_artifact_bytes` of it.
+            AttemptFailed: what came back was not HTTP, or more than `max_artifact_bytes` of it, or too many headers.
         """
         try:
             async with asyncio.timeout(budget_s):
@@ -224,6 +235,8 @@ class Inference:
             raise ContainerLost("the container refused the connection", sent=False) from exc
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
             raise ContainerLost("the container closed the connection", sent=True) from exc
+        except _TooManyHeaders as exc:
+            raise AttemptFailed(problem(job, 500, str(exc))) from exc
         except (aiohttp.ClientError, ValueError) as exc:
             raise AttemptFailed(problem(job, 500, CONNECTION_FAULT, source="inference-connection")) from exc
 
@@ -365,13 +378,19 @@ def _stated_error(body: bytes) -> str:
 
 def _presentable(response: aiohttp.ClientResponse) -> tuple[tuple[str, str], ...]:
     """The container's headers that may reach a client in our name; `Content-Encoding` among them, because the
-    body was not decoded."""
+    body was not decoded. Raises _TooManyHeaders."""
     kept = [
         (name, value)
         for name, value in end_to_end(response.headers.items())
         if name.lower() not in _NOT_THE_CONTAINERS and not name.lower().replace("_", "-").startswith("nvcf-")
     ]
-    return tuple((name, value) for name, value in kept if _is_text(name + value))
+    kept = [(name, value) for name, value in kept if _is_text(name + value)]
+    size_bytes = sum(len(name) + len(value) for name, value in kept)
+    if len(kept) > MAX_ANSWER_HEADERS or size_bytes > MAX_ANSWER_HEADER_BYTES:
+        raise _TooManyHeaders(
+            f"The answer has more than {MAX_ANSWER_HEADERS} headers or {MAX_ANSWER_HEADER_BYTES} bytes of them"
+        )
+    return tuple(kept)
 
 
 def _is_text(value: str) -> bool:

@@ -26,7 +26,18 @@ PREPARE_FAULT = "Internal error while preparing for inference"
 
 _PARALLEL_DOWNLOADS = 8
 # Spoken to the front end, or set by the client library for its own connection to the container.
-_NEVER_FORWARDED = frozenset({"authorization", "content-length", "cookie", "expect", "host", "nvcf-poll-seconds"})
+_NEVER_FORWARDED = frozenset(
+    {
+        "authorization",
+        "content-length",
+        "cookie",
+        "expect",
+        "host",
+        "nvcf-poll-seconds",
+        "nvcf-queue-timeout-seconds",
+        "nvcf-run-timeout-seconds",
+    }
+)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -87,7 +98,7 @@ def headers_for_all(settings: SidecarSettings) -> Mapping[str, str]:
     return {
         "NVCF-FUNCTION-NAME": settings.function_name,
         "NVCF-MAX-RESPONSE-SIZE-BYTES": str(settings.max_response_bytes),
-        "NVCF-NSPECTID": "",
+        "NVCF-NSPECTID": settings.nspect_id,
         "NVCF-BACKEND": settings.backend,
         "NVCF-INSTANCETYPE": settings.instance_type,
         "NVCF-REGION": settings.region,
@@ -98,6 +109,8 @@ def headers_for_all(settings: SidecarSettings) -> Mapping[str, str]:
 
 def container_headers(job: Job, room: Workspace, for_all: Mapping[str, str], budget_s: float) -> list[tuple[str, str]]:
     """The client's headers that may reach the container, and ours in place of any that claim to be ours.
+
+    The invocation region is where the request was accepted; a front end without a region leaves it to the sidecar.
 
     `for_all` comes from `headers_for_all`. `budget_s` is what is left for the attempt; it caps the poll seconds
     that the container is told.
@@ -115,6 +128,8 @@ def container_headers(job: Job, room: Workspace, for_all: Mapping[str, str], bud
         "NVCF-FUNCTION-ASSET-IDS": ",".join(job.assets),
         "NVCF-POLL-SECONDS": str(int(max(0.0, min(job.poll_s - age_s, budget_s)))),
     }
+    if job.region:
+        ours["NVCF-INVOCATION-REGION"] = job.region
     # Some servers read `nvcf_sub` and `nvcf-sub` as one name.
     dropped = _NEVER_FORWARDED | {name.lower() for name in ours}
     theirs = [pair for pair in end_to_end(job.headers) if pair[0].lower().replace("_", "-") not in dropped]

@@ -86,7 +86,7 @@ async def collect(
         await _upload(blobs, job, key, pack, workspace.scratch, left_s)
     except (_Refused, _Unreadable, OSError) as exc:
         detail = str(exc) if isinstance(exc, _Refused) else INFERENCE_FAULT
-        logger.warning("artifacts_refused", extra={"request_id": job.id, "cause": str(exc)})
+        logger.warning("artifacts_refused", extra={"public": True, "request_id": job.id, "cause": str(exc)})
         raise AttemptFailed(problem(job, 500, detail)) from exc
     return Outcome(status=302, blob_key=key)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from broker.errors import StoreUnavailable, Unavailable
-from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Verdict
+from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Timings, Verdict
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from workers import loops
@@ -31,6 +31,7 @@ from workers.inference import (
     problem,
 )
 from workers.inputs import container_headers, headers_for_all, workspace
+from workers.metering import HEARTBEAT_S, Meter
 from workers.outputs import collect
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class LeaseLost(Exception):
 class _Run:
     """One job of this process, from its delivery to the end of its loan.
 
-    `refund` tells whether handing the attempt back now would cost nothing. `ends_at` is by the monotonic clock.
+    `refund` tells whether handing the attempt back now would cost nothing. `ends_at` and `leased_until` are by the
+    monotonic clock; `run_limited` tells that it is the run timeout that ends it, and not the request's deadline.
     """
 
     delivery: Delivery
@@ -69,12 +71,27 @@ class _Run:
     refund: bool = True
     started_at: float = 0.0
     ends_at: float = 0.0
+    run_limited: bool = False
+    leased_until: float = 0.0
+    cold_start_s: float = 0.0
+    inputs_s: float = 0.0
     container_s: float = 0.0
+    upload_s: float = 0.0
+    size_bytes: int = 0
     facts: dict[str, object] = field(default_factory=dict)
 
     @property
     def job(self) -> Job:
         return self.delivery.job
+
+    @property
+    def timings(self) -> Timings:
+        return Timings(
+            cold_start_s=self.cold_start_s,
+            inputs_s=self.inputs_s,
+            container_s=self.container_s,
+            upload_s=self.upload_s,
+        )
 
     def left_s(self) -> float:
         return max(0.0, self.ends_at - time.monotonic())
@@ -117,6 +134,8 @@ class Sidecar:
         self._stand_ins = 0
         self._jobs = asyncio.TaskGroup()
         self._id = settings.instance_id or str(uuid.uuid4())
+        self._meter = Meter(settings, self._id)
+        self._ready_at = 0.0
         self._created_at = time.time()
         self._started = False
         self._draining = False
@@ -125,30 +144,43 @@ class Sidecar:
         """As `serve`; once in the life of a Sidecar."""
         try:
             async with (
-                loops.beside(loops.every(self._settings.beat_s, self._beat, name="beat")),
+                loops.beside(
+                    loops.every(self._settings.beat_s, self._beat, name="beat"),
+                    loops.every(HEARTBEAT_S, self._report, name="metering"),
+                ),
                 status_server(self._settings.status_port, self._missing),
             ):
                 await loops.either(self._gate.start(), stop.wait())
                 if not stop.is_set():
                     await self._work(stop)
         finally:
+            await self._report()
             with suppress(Unavailable, TimeoutError):
                 async with asyncio.timeout(self._settings.store_timeout_s):
                     await self._catalog.retire(self._instance())
 
     async def _work(self, stop: asyncio.Event) -> None:
+        await self._report()
         self._started = True
         with suppress(StoreUnavailable):
+            await self._note_readiness()
             await self._beat()
         logger.info(
-            "sidecar_started", extra={"instance_id": self._id, "version_id": self._settings.function_version_id}
+            "sidecar_started",
+            extra={"public": True, "instance_id": self._id, "version_id": self._settings.function_version_id},
         )
         checking = loops.every(0, self._gate.check_when_due, name="health")
         async with loops.beside(checking), self._jobs:
             async with loops.beside(loops.every(1.0, self._consume, name="consume")):
                 await stop.wait()
             await self._drain()
-        logger.info("sidecar_stopped", extra={"instance_id": self._id})
+        logger.info("sidecar_stopped", extra={"public": True, "instance_id": self._id})
+
+    async def _note_readiness(self) -> None:
+        """What was accepted before now waited for a cold start, unless another instance was there to take it."""
+        others = await self._catalog.instances(self._settings.function_version_id)
+        if not any(other.status is InstanceStatus.RUNNING and other.id != self._id for other in others):
+            self._ready_at = (await self._results.epoch(fresh=True)).now
 
     async def _consume(self) -> None:
         """Take deliveries for as long as the container is healthy."""
@@ -239,7 +271,7 @@ class Sidecar:
         try:
             state, outcome = await self._attempt(run, claim.lease)
         except LeaseLost as lost:
-            await self._end(run, lost.state)
+            await self._end(run, lost.state, metered=await self._ended_by(run, claim.lease, lost.state))
         except ContainerLost as lost:
             await self._hand_back(run, lost)
         except ContainerBusy as busy:
@@ -253,6 +285,7 @@ class Sidecar:
         job = run.job
 
         async def claim() -> Claim:
+            run.leased_until = time.monotonic() + self._settings.lease_s
             return await self._results.claim(
                 job, worker=self._id, lease_s=self._settings.lease_s, max_attempts=self._settings.max_attempts
             )
@@ -264,7 +297,11 @@ class Sidecar:
             answer = await loops.insist(claim, on=StoreUnavailable, name="claim")
         if answer.lease is not None:
             run.lease, run.started_at = answer.lease, time.monotonic()
-            run.ends_at = run.started_at + min(answer.remaining_s, self._settings.run_timeout_s)
+            run_timeout_s = min(job.run_timeout_s or self._settings.run_timeout_s, self._settings.run_timeout_s)
+            run.ends_at = run.started_at + min(answer.remaining_s, run_timeout_s)
+            run.run_limited = run_timeout_s < answer.remaining_s
+            if answer.lease.attempt == 1:
+                run.cold_start_s = max(0.0, self._ready_at - job.created_at)
             run.facts = {"attempt": answer.lease.attempt, "queued_s": round(max(0.0, time.time() - job.created_at), 3)}
         return answer
 
@@ -281,6 +318,8 @@ class Sidecar:
                     expected=(AttemptFailed, ContainerLost, ContainerBusy),
                     request_id=run.job.id,
                 )
+        except RunTimedOut as late:
+            return RequestState.TIMED_OUT if run.run_limited else late.state, late.outcome
         except AttemptFailed as failed:
             return failed.state, failed.outcome
         except loops.Fault:
@@ -290,6 +329,7 @@ class Sidecar:
     async def _answer(self, run: _Run, lease: Lease) -> Outcome:
         job, settings = run.job, self._settings
         async with workspace(self._blobs, settings, job, self._clerk) as room:
+            run.inputs_s = time.monotonic() - run.started_at
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
             with self._calling(run):
                 answer = await self._inference.infer(
@@ -300,7 +340,11 @@ class Sidecar:
                     budget_s=run.left_s(),
                     attempt=lease.attempt,
                 )
-            return await collect(self._blobs, settings, job, answer, room, left_s=run.left_s)
+            run.size_bytes, since = answer.size_bytes, time.monotonic()
+            outcome = await collect(self._blobs, settings, job, answer, room, left_s=run.left_s)
+            if outcome.blob_key:
+                run.upload_s = time.monotonic() - since
+            return outcome
 
     @contextmanager
     def _calling(self, run: _Run) -> Iterator[None]:
@@ -323,9 +367,11 @@ class Sidecar:
                 if not run.left_s():
                     raise RunTimedOut(run.job)
                 with suppress(StoreUnavailable):
+                    asked_at = time.monotonic()
                     state = await self._results.renew(lease, lease_s=self._settings.lease_s)
                     if state is not RequestState.RUNNING:
                         raise LeaseLost(state)
+                    run.leased_until = asked_at + self._settings.lease_s
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:
@@ -359,12 +405,12 @@ class Sidecar:
         if state is RequestState.RUNNING:
             await self._finish(run, lease, RequestState.ERRORED, busy.outcome)
         else:
-            await self._end(run, state)
+            await self._end(run, state, metered=await self._ended_by(run, lease, state))
         return 0.0
 
     async def _finish(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> None:
         stands = await self._settle(run, lease, state, outcome)
-        await self._end(run, stands, outcome)
+        await self._end(run, stands, outcome, metered=await self._ended_by(run, lease, stands))
         # A body in the blob store is of no use once there is a result, nor is a result that came too late.
         if stands in (RequestState.FULFILLED, RequestState.ERRORED):
             self._discard(run.job.body_key)
@@ -375,9 +421,20 @@ class Sidecar:
         """The state that stands, once it does durably; message and lease are kept until then (PROTOCOL step 9)."""
 
         async def settle() -> RequestState:
-            return await self._results.settle(lease, run.job, state, outcome)
+            return await self._results.settle(lease, run.job, state, outcome, run.timings)
 
         return await loops.insist(settle, on=StoreUnavailable, name="settle")
+
+    async def _ended_by(self, run: _Run, lease: Lease, state: RequestState) -> bool:
+        """Whether the request ended with this attempt, which nobody else may bill then. No other worker could end it
+        while the lease lived; of one that may have run out, the record tells."""
+        if not state.terminal or time.monotonic() < run.leased_until:
+            return state.terminal
+        try:
+            record = await self._results.glance(run.job.id)
+        except StoreUnavailable:
+            return False
+        return record is not None and (record.worker, record.attempt) == (self._id, lease.attempt)
 
     def _discard(self, key: str) -> None:
         """Delete an object in the background. Best effort: what a blob store that is away keeps is left to its own
@@ -400,7 +457,9 @@ class Sidecar:
         assert run.lease is not None
         run.refund = not lost.sent
         backoff_s = min(self._settings.crash_backoff_s * 2 ** (run.lease.attempt - 1), LONGEST_BACKOFF_S)
-        logger.warning("container_lost", extra={"request_id": run.job.id, "cause": str(lost), **run.facts})
+        logger.warning(
+            "container_lost", extra={"public": True, "request_id": run.job.id, "cause": str(lost), **run.facts}
+        )
         pause_s = max(backoff_s, SHORTEST_BACKOFF_S) * random.uniform(0.5, 1)  # noqa: S311  spreads load
         with run.wait(), suppress(TimeoutError):
             await self._gate.check()
@@ -419,29 +478,37 @@ class Sidecar:
         await self._end(run, state)
 
     async def _end(
-        self, run: _Run, state: RequestState, outcome: Outcome | None = None, *, copied: bool = False
+        self,
+        run: _Run,
+        state: RequestState,
+        outcome: Outcome | None = None,
+        *,
+        copied: bool = False,
+        metered: bool = False,
     ) -> None:
-        """End the loan. A request that is not terminal is somebody's to run: a message of it must remain."""
+        """End the loan. A request that is not terminal is somebody's to run: a message of it must remain. `metered`:
+        it ended with this run."""
         if self._runs.get(run.job.id) is run:
             del self._runs[run.job.id]
         if state.terminal or copied:
             await run.delivery.ack()
         else:
             await run.delivery.requeue()
-        self._log(run, state, outcome)
+        self._log(run, state, outcome, metered=metered)
 
-    def _log(self, run: _Run, state: RequestState, outcome: Outcome | None) -> None:
+    def _log(self, run: _Run, state: RequestState, outcome: Outcome | None, *, metered: bool) -> None:
         if run.lease is None:
             return
-        facts = {
-            "request_id": run.job.id,
-            "function_id": run.job.function_id,
-            "version_id": run.job.version_id,
+        facts: dict[str, object] = {
             "state": state.value,
             "status": outcome.status if outcome else 0,
             "container_s": round(run.container_s, 3),
+            **run.facts,
         }
-        logger.info("invocation", extra=facts | run.facts)
+        if metered:
+            self._meter.invocation(run.job, state, size_bytes=run.size_bytes, duration_s=run.container_s, facts=facts)
+        else:
+            logger.info("attempt_given_up", extra={"public": True, "request_id": run.job.id} | facts)
 
     async def _drain(self) -> None:
         """End what has not started, let the rest finish for up to `drain_s`, then hand that back too."""
@@ -454,10 +521,13 @@ class Sidecar:
                 if run.waiting:
                     run.task.cancel()
         if tasks:
-            logger.info("draining", extra={"instance_id": self._id, "running": len(tasks)})
+            logger.info("draining", extra={"public": True, "instance_id": self._id, "running": len(tasks)})
             _, late = await asyncio.wait(tasks, timeout=self._settings.drain_s)
             for task in late:
                 task.cancel()
+
+    async def _report(self) -> None:
+        self._meter.infrastructure(ready=self._started)
 
     async def _beat(self) -> None:
         await self._catalog.beat(self._instance(), ttl_s=self._settings.beat_s * BEATS)

@@ -35,6 +35,9 @@ class Call:
     forwarded: tuple[tuple[str, str], ...]
     passthrough: bool
     idempotency_key: str
+    queue_timeout_s: float
+    run_timeout_s: float
+    region: str
 
     def submission(self, body: bytes) -> Submission:
         return Submission(
@@ -47,6 +50,9 @@ class Call:
             passthrough=self.passthrough,
             poll_s=max(1, int(self.wait.seconds)),
             idempotency_key=self.idempotency_key,
+            queue_timeout_s=self.queue_timeout_s,
+            run_timeout_s=self.run_timeout_s,
+            region=self.region,
         )
 
 
@@ -99,6 +105,9 @@ async def _admit(front: Front, request: web.Request) -> Call:
         forwarded=headers.forwarded(arrived),
         passthrough=headers.passthrough(arrived),
         idempotency_key=headers.idempotency_key(arrived),
+        queue_timeout_s=headers.timeout_s(arrived, headers.QUEUE_TIMEOUT, longest_s=front.settings.request_deadline_s),
+        run_timeout_s=headers.timeout_s(arrived, headers.RUN_TIMEOUT, longest_s=front.settings.request_deadline_s),
+        region=front.settings.region,
     )
     request[TAKEN] = await front.rate_limiter.take(principal, version)
     limits.require(request[TAKEN])

@@ -97,6 +97,9 @@ _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "body_key": str,
     "passthrough": bool,
     "poll_s": int,
+    "queue_deadline_at": (int, float),
+    "run_timeout_s": (int, float),
+    "region": str,
 }
 
 

@@ -1,6 +1,7 @@
 """Logs: one JSON object a line on standard error, or readable text for people.
 
-Event names are constant; facts are fields given in `extra`.
+Event names are constant; facts are fields given in `extra`. `public` marks the lines that a function's author may see,
+`metering` those that are billed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any, Literal
 
 import orjson
 
+# What is billed must not be lost to a log level.
+METERING = "fnqueue.metering"
+
 # A record's own attributes come first, what was given in `extra` after them.
 _OWN = len(vars(logging.makeLogRecord({})))
 _ADDED = frozenset({"message", "asctime"})  # by a formatter that had the record before
@@ -24,6 +28,7 @@ def configure(level: str, log_format: Literal["json", "text"]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger(METERING).setLevel(logging.INFO)
     for noisy in ("aio_pika", "aiormq", "botocore", "boto3", "urllib3", "s3transfer", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 

@@ -63,7 +63,7 @@ from fnqueue.wire.deployments import (
     UpdateGpuSpecification,
     Wanted,
 )
-from fnqueue.wire.fields import Wire
+from fnqueue.wire.fields import Wire, seconds
 from fnqueue.wire.functions import (
     CreateFunction,
     EnvironmentVariable,
@@ -101,7 +101,7 @@ from fnqueue.wire.keys import (
 from fnqueue.wire.limits import RateLimitModel, SetRateLimit
 from fnqueue.wire.llm import LlmConfig, LlmConfigUpdate, LlmInvocationConfig, ModelUpdate, Priority
 from fnqueue.wire.problems import Problem
-from fnqueue.wire.queues import Cancelled, Position, QueueDepth, Queues
+from fnqueue.wire.queues import Position, QueueDepth, Queues
 from fnqueue.wire.registries import (
     CreateRegistryCredential,
     RecognizedRegistries,
@@ -111,6 +111,14 @@ from fnqueue.wire.registries import (
     RegistryCredentialList,
     RegistrySecret,
     UpdateRegistryCredential,
+)
+from fnqueue.wire.requests import (
+    Cancelled,
+    RequestAttempt,
+    RequestList,
+    RequestReceipt,
+    RequestSummary,
+    RequestTimings,
 )
 from fnqueue.wire.secrets import PutSecrets, Secret
 
@@ -203,7 +211,12 @@ __all__ = [
     "RegistryCredentialAnswer",
     "RegistryCredentialList",
     "RegistrySecret",
+    "RequestAttempt",
+    "RequestList",
+    "RequestReceipt",
     "RequestStatus",
+    "RequestSummary",
+    "RequestTimings",
     "Resource",
     "ScaleDown",
     "ScaleUp",
@@ -226,4 +239,5 @@ __all__ = [
     "UpdateRegistryCredential",
     "Wanted",
     "Wire",
+    "seconds",
 ]

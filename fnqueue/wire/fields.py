@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 MAX_INSTANCES = 1_000_000
+MAX_TIMEOUT_S = 30 * 86_400
 
 _TAG = re.compile(r"[A-Za-z0-9_:=-]{1,128}", re.ASCII)
 _DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
@@ -85,6 +86,13 @@ def seconds(duration: str) -> float:
         return 0.0
 
 
+def _timeout(value: str) -> str:
+    """What a request may bring as a header too, which is whole seconds."""
+    if not 0 < seconds(value) <= MAX_TIMEOUT_S or seconds(value) % 1:
+        raise ValueError(f"must be an ISO-8601 duration of 1 to {MAX_TIMEOUT_S} whole seconds, as PT10M")
+    return value
+
+
 def _without_blanks(value: Any) -> Any:
     if isinstance(value, list):
         return [item for item in value if not isinstance(item, str) or item.strip()]
@@ -104,6 +112,7 @@ def unique(names: Iterable[str], what: str) -> None:
 Uri = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_uri)]
 Instances = Annotated[int, Field(le=MAX_INSTANCES)]
 Duration = Annotated[str, Field(max_length=64), AfterValidator(_duration)]
+Timeout = Annotated[str, Field(max_length=64), AfterValidator(_timeout)]
 Tags = Annotated[list[str], Field(max_length=64), AfterValidator(_tags)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 AccountId = Annotated[str, Field(min_length=1, max_length=128)]

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from fnqueue.wire.fields import Duration, Name, Tags, Uri, Wire, unique, upper
+from fnqueue.wire.fields import Duration, Name, Tags, Timeout, Uri, Wire, unique, upper
 from fnqueue.wire.limits import RateLimitModel
 from fnqueue.wire.llm import LlmConfig, LlmInvocationConfig, ModelUpdate
 from fnqueue.wire.secrets import Secret
@@ -107,6 +107,8 @@ class CreateFunction(Wire):
     secrets: list[Secret] = []
     telemetries: Telemetries | None = None
     llm_invocation_config: LlmInvocationConfig | None = None
+    queue_timeout: Timeout | None = None
+    run_timeout: Timeout | None = None
 
     @model_validator(mode="after")
     def _is_something_to_run(self) -> CreateFunction:
@@ -222,6 +224,8 @@ class Function(Wire):
     secrets: list[str] | None = None
     telemetries: Telemetries | None = None
     llm_invocation_config: LlmInvocationConfig | None = None
+    queue_timeout: str | None = None
+    run_timeout: str | None = None
 
 
 class FunctionAnswer(Wire):

@@ -28,8 +28,3 @@ class Position(Wire):
     function_version_id: str
     position_in_queue: int
     queue_length: int | None = None
-
-
-class Cancelled(Wire):
-    request_id: str
-    status: str

@@ -87,6 +87,8 @@ def settings_for(folder: Path) -> dict[str, str]:
         "FNQUEUE_LEASE_S": "3",
         "FNQUEUE_RENEW_S": "0.5",
         "FNQUEUE_DRAIN_S": "3",
+        "FNQUEUE_SWEEP_S": "1",
+        "FNQUEUE_REGION": "here",
     }
 
 

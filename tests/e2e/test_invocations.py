@@ -137,7 +137,7 @@ async def test_the_function_is_told_who_asks_for_what_and_nothing_of_the_caller_
         "NVCF-INSTANCETYPE": "CPU",
         "NVCF-REGION": "local",
         "NVCF-ENV": "local",
-        "NVCF-INVOCATION-REGION": "local",
+        "NVCF-INVOCATION-REGION": "here",
     }
     assert all(folder.endswith(f"/{request_id}") for folder in folders.values())
     assert not {name.lower() for name, _ in reply.json["headers"]} & {"authorization", "cookie", "prefer"}

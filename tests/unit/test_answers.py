@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from api.answers import Answer, answer, timed_out
-from broker.model import Outcome, Record, RequestState
+from api.answers import Answer, answer, phases, timed_out
+from broker.model import Attempt, AttemptEnd, Outcome, Record, RequestState, Timings
 
 ID = "0655fbd8-96c2-4a19-b877-4d42dfeceedf"
 STATUS_URL = f"http://here/v2/nvcf/pexec/status/{ID}"
@@ -94,6 +94,7 @@ def test_a_large_result_is_elsewhere() -> None:
     ("state", "code", "slug", "status"),
     [
         (RequestState.EXPIRED, 504, "request-expired", "errored"),
+        (RequestState.TIMED_OUT, 504, "run-timeout", "errored"),
         (RequestState.CANCELLED, 410, "request-cancelled", "rejected"),
         (RequestState.DEAD, 500, "request-dead", "errored"),
         (RequestState.ABANDONED, 503, "request-refused", "rejected"),
@@ -112,6 +113,53 @@ def test_an_end_without_an_answer_is_a_problem(state: RequestState, code: int, s
 
 def test_an_expired_attempt_is_answered_with_what_its_sidecar_said() -> None:
     assert answered(RequestState.EXPIRED, replace(OK, status=504)).body == b"hi"
+
+
+def test_a_request_that_nobody_took_in_time_was_rejected() -> None:
+    record = replace(RECORD, state=RequestState.EXPIRED, queue_deadline_at=5.0, finished_at=5.0, reason="because")
+    ended = answer(record, status_url=STATUS_URL, download_url=lambda key, name: "")
+    assert (ended.status, ended.headers["NVCF-STATUS"]) == (504, "rejected")
+    assert json.loads(ended.body)["type"] == "urn:fnqueue:problem-details:queue-timeout"
+
+
+@pytest.mark.parametrize(("limit_s", "said"), [(30.0, "its limit of 30 seconds"), (0.0, "its workers allow")])
+def test_a_request_that_ran_for_too_long_says_so(limit_s: float, said: str) -> None:
+    record = replace(RECORD, state=RequestState.TIMED_OUT, attempt=1, run_timeout_s=limit_s, outcome=OK)
+    ended = answer(record, status_url=STATUS_URL, download_url=lambda key, name: "")
+    problem = json.loads(ended.body)
+    assert (ended.status, ended.headers["NVCF-STATUS"]) == (504, "errored")
+    assert problem["type"] == "urn:fnqueue:problem-details:run-timeout"
+    assert said in problem["detail"]
+
+
+def test_a_result_tells_where_its_time_went() -> None:
+    lost = Attempt(number=1, worker="a", started_at=102.0, ended_at=105.0, end=AttemptEnd.LOST)
+    last = Attempt(number=2, worker="b", started_at=106.0, ended_at=110.0, end=AttemptEnd.FULFILLED)
+    record = replace(
+        RECORD,
+        state=RequestState.FULFILLED,
+        outcome=OK,
+        created_at=100.0,
+        finished_at=110.0,
+        worker="b",
+        attempts=(lost, last),
+        timings=Timings(cold_start_s=1.5, inputs_s=0.25, container_s=3.5),
+    )
+    assert phases(record) == {
+        "queue": 3.0,
+        "coldstart": 1.5,
+        "retries": 3.0,
+        "input": 0.25,
+        "container": 3.5,
+        "total": 10.0,
+    }
+    told = answer(record, status_url=STATUS_URL, download_url=lambda key, name: "").headers["Server-Timing"]
+    assert told.startswith("queue;dur=3000, coldstart;dur=1500, retries;dur=3000, ")
+    assert list(phases(record)) == [part.partition(";")[0] for part in told.split(", ")]
+
+
+def test_an_unfinished_request_tells_no_times() -> None:
+    assert phases(replace(RECORD, state=RequestState.RUNNING, started_at=1.0)) == {}
 
 
 def test_a_cancelled_request_shows_no_result() -> None:

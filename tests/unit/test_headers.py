@@ -118,6 +118,8 @@ def test_what_a_container_must_not_see_is_not_forwarded() -> None:
             ("nvcf_ncaid", "victim"),
             ("NVCF-SUB", "victim"),
             ("NVCF-Poll-Seconds", "5"),
+            ("NVCF-Queue-Timeout-Seconds", "5"),
+            ("nvcf_run_timeout_seconds", "5"),
             ("X-Mine", "a"),
             ("X-Mine", "b"),
             ("Content-Encoding", "gzip"),
@@ -132,6 +134,25 @@ def test_headers_for_the_container_are_capped() -> None:
         headers.forwarded(given(*((f"x-{n}", "v") for n in range(65))))
     with pytest.raises(BadRequest, match="32768 bytes"):
         headers.forwarded(given(*((f"x-{n}", "v" * 8000) for n in range(5))))
+
+
+@pytest.mark.parametrize("name", [headers.QUEUE_TIMEOUT, headers.RUN_TIMEOUT])
+def test_limits_are_whole_seconds_within_bounds(name: str) -> None:
+    assert headers.timeout_s(given(), name, longest_s=86_400) == 0
+    assert headers.timeout_s(given((name, "1")), name, longest_s=86_400) == 1
+    assert headers.timeout_s(given((name.lower(), "86400")), name, longest_s=86_400) == 86_400
+    for wrong in ("0", "-1", "1.5", "86401", "x", "", "9" * 30, "\u0663"):
+        with pytest.raises(BadRequest, match=f"{name} must be given once, as 1 to 86400") as refused:
+            headers.timeout_s(given((name, wrong)), name, longest_s=86_400)
+        assert refused.value.field == name
+    with pytest.raises(BadRequest):
+        headers.timeout_s(given((name, "1"), (name, "2")), name, longest_s=86_400)
+
+
+def test_server_timing_is_in_milliseconds() -> None:
+    assert headers.server_timing({"queue": 0, "container": 0.0123456, "total": 100}) == (
+        "queue;dur=0, container;dur=12.346, total;dur=100000"
+    )
 
 
 def test_a_header_that_is_not_text_is_refused() -> None:

@@ -128,6 +128,34 @@ async def test_headers_that_are_not_the_containers_to_set_are_dropped(bench: Ben
     assert sorted(name for name, _ in got.headers) == ["Content-Type", "X-Own"]
 
 
+async def test_the_containers_hop_by_hop_headers_go_no_further(tmp_path: Path) -> None:
+    head = b"Connection: close, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: 5\r\nTrailer: X-T\r\nX-Own: 1\r\nContent-Length: 2"
+    found = await infer_raw(tmp_path, b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n{}")
+    assert found.headers == (("X-Own", "1"),)
+
+
+@pytest.mark.parametrize(
+    ("headers", "fits"),
+    [
+        ({f"X-{n}": "v" for n in range(63)}, True),
+        ({f"X-{n}": "v" for n in range(64)}, False),
+        ({f"X-{n}": "v" * 8000 for n in range(51)}, True),
+        ({f"X-{n}": "v" * 8000 for n in range(52)}, False),
+    ],
+    ids=["as many as may", "one too many", "as large as may", "too large"],
+)
+async def test_an_answer_has_a_bounded_number_of_headers(bench: Bench, headers: dict[str, str], fits: bool) -> None:
+    """One more is the content type."""
+    bench.answers(b"{}", headers=headers)
+    if fits:
+        assert len((await bench.infer()).headers) == len(headers) + 1
+        return
+    with pytest.raises(AttemptFailed) as failed:
+        await bench.infer()
+    assert failed.value.outcome.status == 500
+    assert b"64 headers or 409600 bytes" in failed.value.outcome.body
+
+
 async def test_a_header_that_is_not_text_is_dropped(tmp_path: Path) -> None:
     got = await infer_raw(tmp_path, b"HTTP/1.1 200 OK\r\nX-Bad: \xff\xfe\r\nX-Own: 1\r\nContent-Length: 2\r\n\r\nok")
     assert got == Answer(status=200, headers=(("X-Own", "1"),), body=b"ok")

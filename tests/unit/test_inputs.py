@@ -251,6 +251,17 @@ def test_the_container_is_told_everything_it_may_know(settings: SidecarSettings)
     }
 
 
+def test_the_invocation_region_is_where_the_request_was_accepted(settings: SidecarSettings) -> None:
+    found = dict(told(settings, region="us-2", headers=(("nvcf_invocation-region", "forged"),)))
+    assert (found["NVCF-INVOCATION-REGION"], found["NVCF-REGION"]) == ("us-2", "eu-1")
+    assert "forged" not in found.values()
+
+
+def test_the_program_id_is_the_instances(settings: SidecarSettings) -> None:
+    named = settings.model_copy(update={"nspect_id": "NSPECT-1"})
+    assert dict(told(named, headers=(("nvcf-nspectid", "forged"),)))["NVCF-NSPECTID"] == "NSPECT-1"
+
+
 def told(settings: SidecarSettings, budget_s: float = 3600, **given: Any) -> list[tuple[str, str]]:
     job = a_job(**given)
     return container_headers(job, room_of(job, settings), headers_for_all(settings), budget_s)
@@ -288,6 +299,8 @@ def test_a_forged_list_of_assets_is_dropped_without_a_replacement(settings: Side
         "TE",
         "Expect",
         "Proxy-Authorization",
+        "NVCF-QUEUE-TIMEOUT-SECONDS",
+        "nvcf-run-timeout-seconds",
         "X-Named",
     ],
 )

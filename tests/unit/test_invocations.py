@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -16,6 +17,7 @@ from broker.backends.memory.queue import MemoryQueue
 from broker.errors import (
     AlreadyFinished,
     FnqueueError,
+    Forbidden,
     IdempotencyKeyReused,
     NotFound,
     PublishRejected,
@@ -26,7 +28,18 @@ from broker.errors import (
     Unavailable,
 )
 from broker.invocations import Submission
-from broker.model import FunctionStatus, Job, Lease, Outcome, Principal, Record, RequestState, Verdict, Version
+from broker.model import (
+    FunctionStatus,
+    Job,
+    Lease,
+    Outcome,
+    Principal,
+    Record,
+    RequestFilter,
+    RequestState,
+    Verdict,
+    Version,
+)
 from broker.ports import Broker, Delivery
 
 PRINCIPAL = Principal(account="acme", subject="key-1", scopes=frozenset(accounts.SCOPES))
@@ -318,6 +331,7 @@ async def test_foreign_random_and_guessed_ids_are_all_unknown(
     record = await invoke(memory_broker, version, tasks)
     verbs: list[Callable[[str], Coroutine[Any, Any, Any]]] = [
         lambda request_id: invocations.status(memory_broker, STRANGER, request_id, wait_s=0),
+        lambda request_id: invocations.receipt(memory_broker, STRANGER, request_id),
         lambda request_id: invocations.cancel(memory_broker, STRANGER, request_id),
         lambda request_id: invocations.position(memory_broker, STRANGER, request_id),
     ]
@@ -343,6 +357,47 @@ async def test_an_id_from_before_the_store_was_wiped_is_pending(memory_broker: B
     lost = request_ids.mint(secret, "acme", (epoch.number + 1) % 256)
     record = await invocations.status(memory_broker, PRINCIPAL, lost, wait_s=0)
     assert (record.id, record.state) == (lost, RequestState.QUEUED)
+
+
+async def test_a_request_has_its_own_limits_or_its_functions(
+    memory_broker: Broker, version: Version, tasks: Tasks
+) -> None:
+    limited = replace(version, queue_timeout_s=30.0, run_timeout_s=7.0)
+    plain = await invoke(memory_broker, version, tasks)
+    theirs = await invoke(memory_broker, limited, tasks, region="eu")
+    own = await invoke(memory_broker, limited, tasks, queue_timeout_s=5.0, run_timeout_s=60.0)
+    told = [(round(record.queue_deadline_at - record.created_at, 3), record.run_timeout_s) for record in (theirs, own)]
+    assert (plain.queue_deadline_at, plain.run_timeout_s) == (0, 0)
+    assert told == [(30, 7), (5, 60)]
+    jobs = [delivery.job for _ in range(3) if (delivery := await memory_broker.queue.take(version.id))]
+    assert [(job.queue_deadline_at, job.run_timeout_s) for job in jobs] == [
+        (record.queue_deadline_at, record.run_timeout_s) for record in (plain, theirs, own)
+    ]
+    assert [job.region for job in jobs] == ["", "eu", ""]
+
+
+async def test_a_waiting_caller_is_told_at_once_that_nobody_took_it(
+    memory_broker: Broker, version: Version, tasks: Tasks
+) -> None:
+    began = time.monotonic()
+    record = await invoke(memory_broker, version, tasks, wait_s=30, queue_timeout_s=0.1)
+    assert record.overslept
+    assert time.monotonic() - began < 5
+
+
+async def test_a_key_for_one_function_lists_only_its_requests(
+    memory_broker: Broker, version: Version, tasks: Tasks
+) -> None:
+    other = replace(version, id=str(uuid.uuid4()), function_id=str(uuid.uuid4()))
+    await memory_broker.queue.declare(other.id)
+    mine = await invoke(memory_broker, version, tasks)
+    hidden = await invoke(memory_broker, other, tasks)
+    narrow = replace(PRINCIPAL, resources=frozenset({f"function/{version.function_id}/*"}))
+    for principal, seen in ((PRINCIPAL, [hidden.id, mine.id]), (narrow, [mine.id]), (STRANGER, [])):
+        page = await invocations.page(memory_broker, principal, RequestFilter(), limit=10)
+        assert [record.id for record in page.records] == seen
+    with pytest.raises(Forbidden):
+        await invocations.receipt(memory_broker, narrow, hidden.id)
 
 
 async def test_cancel_is_final_and_can_be_repeated(memory_broker: Broker, version: Version, tasks: Tasks) -> None:

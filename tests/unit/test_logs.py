@@ -58,6 +58,12 @@ def test_what_another_formatter_added_is_no_fact() -> None:
     assert set(orjson.loads(as_json(record))) == {"time", "level", "logger", "event", "status"}
 
 
+def test_what_is_billed_is_written_at_any_level() -> None:
+    logs.configure("ERROR", "json")
+    assert logging.getLogger(logs.METERING).isEnabledFor(logging.INFO)
+    assert not logging.getLogger("sidecar").isEnabledFor(logging.INFO)
+
+
 def test_text_shows_the_same_facts() -> None:
     logs.configure("INFO", "text")
     [handler] = logging.getLogger().handlers

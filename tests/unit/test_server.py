@@ -185,6 +185,7 @@ async def test_a_pending_answer_has_no_body_and_no_type(house: House) -> None:
     ("method", "path"),
     [
         ("GET", f"{NVCF}/pexec/status/{{id}}"),
+        ("GET", f"{NVCF}/requests/{{id}}"),
         ("DELETE", f"{NVCF}/requests/{{id}}"),
         ("GET", f"{NVCF}/queues/{{id}}/position"),
     ],

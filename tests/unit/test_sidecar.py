@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -27,7 +27,20 @@ from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.keyring import Keyring
-from broker.model import Draft, InstanceStatus, Job, Lease, Outcome, Record, RequestState, Verdict
+from broker.model import (
+    NO_TIMINGS,
+    AttemptEnd,
+    Draft,
+    Instance,
+    InstanceStatus,
+    Job,
+    Lease,
+    Outcome,
+    Record,
+    RequestState,
+    Timings,
+    Verdict,
+)
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from tests.eventually import eventually
@@ -54,21 +67,29 @@ class LendingQueue(MemoryQueue):
 
 class Store(MemoryResults):
     """Its `settle` is away while `away` is set; `refused` counts how often that was seen. `offset_s` moves its
-    clock; `broken` makes claims fail as a bug would; `claims` counts them."""
+    clock; `broken` makes claims fail as a bug would; `claims` counts them. Renewals go nowhere unless `renewing`."""
 
     def __init__(self, settings: SidecarSettings) -> None:
         self.offset_s = 0.0
         super().__init__(settings, now=lambda: time.time() + self.offset_s)
         self.away = False
+        self.renewing = True
         self.broken = 0
         self.claims = 0
         self.refused = asyncio.Event()
 
-    async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
+    async def settle(
+        self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings = NO_TIMINGS
+    ) -> RequestState:
         if self.away:
             self.refused.set()
             raise StoreUnavailable("the store is away")
-        return await super().settle(lease, job, state, outcome)
+        return await super().settle(lease, job, state, outcome, timings)
+
+    async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
+        if not self.renewing:
+            raise StoreUnavailable("the store is away")
+        return await super().renew(lease, lease_s=lease_s)
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Any:
         self.claims += 1
@@ -76,6 +97,11 @@ class Store(MemoryResults):
             self.broken -= 1
             raise LookupError("a bug")
         return await super().claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts)
+
+
+class NoDownloads:
+    async def download(self, key: str, path: Path) -> None:
+        await asyncio.Event().wait()
 
 
 @dataclass
@@ -117,7 +143,7 @@ class Rig:
             finally:
                 self.stop.set()
 
-    async def submit(self, *, deadline_s: float = 60, copies: int = 1, **given: Any) -> Job:
+    async def submit(self, *, deadline_s: float = 60, queue_timeout_s: float = 0, copies: int = 1, **given: Any) -> Job:
         job = a_job(**given)
         draft = Draft(
             id=job.id,
@@ -126,9 +152,16 @@ class Rig:
             version_id=job.version_id,
             digest=job.digest,
             deadline_s=deadline_s,
+            queue_timeout_s=queue_timeout_s,
+            run_timeout_s=job.run_timeout_s,
         )
         record = await self.results.create(draft, queue_limit=100, watch=True)
-        job = replace(job, created_at=record.created_at, deadline_at=record.deadline_at)
+        job = replace(
+            job,
+            created_at=record.created_at,
+            deadline_at=record.deadline_at,
+            queue_deadline_at=record.queue_deadline_at,
+        )
         for _ in range(copies):
             await self.queue.publish(job, timeout_s=1)
         return job
@@ -822,14 +855,41 @@ async def test_no_job_is_taken_before_the_container_is_ready(rig: Rig) -> None:
 # -- time --------------------------------------------------------------------------------------
 
 
-async def test_an_attempt_that_takes_too_long_expires(rig: Rig) -> None:
-    rig.set(run_timeout_s=0.1)
+@pytest.mark.parametrize(("asked_s", "allowed_s"), [(0.1, 3600), (0, 0.1), (60, 0.1)])
+async def test_an_attempt_that_takes_too_long_is_cut_off(rig: Rig, asked_s: float, allowed_s: float) -> None:
+    rig.set(run_timeout_s=allowed_s)
     rig.box.handler = never
-    record = await rig.run()
-    assert record.state is RequestState.EXPIRED
-    assert record.outcome is not None
-    assert record.outcome.status == 504
+    record = await rig.run(run_timeout_s=asked_s)
+    assert record.state is RequestState.TIMED_OUT
+    assert record.status_code == 504
     await asyncio.wait_for(rig.box.left.wait(), 5)
+    await rig.nothing_left()
+
+
+async def test_each_attempt_has_the_whole_run_timeout(rig: Rig) -> None:
+    rig.box.handler = in_turn(crash, never)
+    record = await rig.run(run_timeout_s=0.3)
+    assert (record.state, record.attempt) == (RequestState.TIMED_OUT, 2)
+    [crashed, cut_off] = record.attempts
+    assert (crashed.end, cut_off.end) == (AttemptEnd.FAILED, AttemptEnd.TIMED_OUT)
+    assert cut_off.ended_at - cut_off.started_at >= 0.3
+
+
+async def test_inputs_that_do_not_come_count_against_the_run_timeout(rig: Rig) -> None:
+    rig.blobs = cast("FileBlobs", NoDownloads())
+    record = await rig.run(run_timeout_s=0.1, assets=(ASSET,))
+    assert record.state is RequestState.TIMED_OUT
+    assert rig.box.bodies == []
+
+
+async def test_what_missed_its_queue_timeout_never_starts(rig: Rig) -> None:
+    job = await rig.submit(queue_timeout_s=5)
+    rig.results.offset_s = 6
+    async with rig.sidecar():
+        await eventually(lambda: looked(rig), lambda loans: loans == 1)
+        record = await rig.ended(job)
+    assert record.overslept
+    assert rig.box.bodies == []
     await rig.nothing_left()
 
 
@@ -859,6 +919,140 @@ async def test_an_overdue_job_never_starts(rig: Rig) -> None:
         assert (await rig.ended(job)).state is RequestState.EXPIRED
     assert rig.box.bodies == []
     await rig.nothing_left()
+
+
+# -- what it took ------------------------------------------------------------------------------
+
+
+async def test_the_parts_of_an_attempt_are_measured(rig: Rig) -> None:
+    async def work(request: web.Request) -> web.StreamResponse:
+        folder = Path(request.headers["NVCF-LARGE-OUTPUT-DIR"])
+        (folder / "file").write_bytes(b"x")
+        await asyncio.sleep(0.05)
+        return await answer(b"{}")
+
+    rig.box.handler = work
+    timings = (await rig.run()).timings
+    assert timings is not None
+    assert timings.container_s >= 0.05
+    assert timings.inputs_s > 0
+    assert timings.upload_s > 0
+
+
+async def test_what_was_asked_before_any_instance_was_ready_waited_for_a_cold_start(rig: Rig) -> None:
+    rig.box.healthy = False
+    job = await rig.submit()
+    async with rig.sidecar():
+        await eventually(lambda: checked(rig), lambda seen: seen >= 3)
+        rig.box.healthy = True
+        cold = await rig.ended(job)
+        warm = await rig.ended(await rig.submit())
+    assert cold.timings is not None
+    assert 0.04 < cold.timings.cold_start_s <= cold.started_at - cold.created_at
+    assert warm.timings is not None
+    assert warm.timings.cold_start_s == 0
+
+
+async def test_no_start_is_cold_while_another_instance_is_ready(rig: Rig) -> None:
+    other = Instance(
+        id="other", function_id="f", version_id=VERSION_ID, account="acme", gpu="CPU", instance_type="CPU", backend="",
+        status=InstanceStatus.RUNNING, created_at=1, updated_at=1,
+    )  # fmt: skip
+    await rig.catalog.beat(other, ttl_s=60)
+    job = await rig.submit()
+    async with rig.sidecar():
+        record = await rig.ended(job)
+    assert record.timings is not None
+    assert record.timings.cold_start_s == 0
+
+
+def metered(caplog: pytest.LogCaptureFixture, event_type: str = "NVCF_Invocation") -> list[dict[str, Any]]:
+    lines = [vars(found) for found in caplog.records if found.name == "fnqueue.metering"]
+    assert all(line["metering"] for line in lines)
+    return [line for line in lines if line["event_type"] == event_type]
+
+
+async def test_an_invocation_is_billed_on_one_line(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rig.set(gpu="H100", gpu_count=2, instance_type="NCP.GPU.H100_2x", backend="here", region="eu", account="owner")
+    record = await rig.run(
+        headers=(("X-Billing-Project", "p1"), ("x-billing-USER", "u"), ("X-Other", "o")), subject="key-9"
+    )
+    [line] = metered(caplog)
+    told = {
+        "request_id": record.id, "sub": "key-9", "nca_id": "acme", "owner_nca_id": "owner", "size": 11, "duration": 1,
+        "response_type": "FULFILLED", "gpus": 2, "gpu_type": "H100", "instance_type": "NCP.GPU.H100_2x",
+        "backend": "here", "region": "eu", "billing_headers": {"x-billing-project": "p1", "x-billing-user": "u"},
+        "function_id": record.function_id, "function_version_id": VERSION_ID, "attempt": 1, "status": 200,
+    }  # fmt: skip
+    assert {name: line[name] for name in told} == told
+    assert line["function_id"] == rig.settings.function_id
+
+
+async def test_retries_are_billed_once_and_told_apart(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rig.box.handler = in_turn(crash, lambda _: answer(b"no", status=500))
+    record = await rig.run()
+    [line] = metered(caplog)
+    assert (line["request_id"], line["response_type"], line["attempt"]) == (record.id, "ERRORED", 2)
+    given_up = [vars(found) for found in caplog.records if found.getMessage() == "attempt_given_up"]
+    assert [(found["public"], found["attempt"]) for found in given_up] == [(True, 1)]
+
+
+async def test_a_cancelled_run_is_billed_for_what_it_took(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rig.box.handler = never
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        await rig.results.cancel(job.id, reason="")
+        await asyncio.wait_for(rig.box.left.wait(), 5)
+    [line] = metered(caplog)
+    assert (line["request_id"], line["response_type"], line["state"]) == (job.id, "ERRORED", "cancelled")
+
+
+async def test_a_worker_that_lost_its_request_bills_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """It slept through its lease, and another one ended the request."""
+    caplog.set_level(logging.INFO)
+    gate = Gate()
+    rig.box.handler = gate
+    rig.set(lease_s=0.2, renew_s=0.05)
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        rig.results.renewing = False
+        await asyncio.sleep(0.3)
+        claim = await rig.results.claim(job, worker="another", lease_s=60, max_attempts=3)
+        assert claim.lease is not None
+        await rig.results.settle(claim.lease, job, RequestState.FULFILLED, Outcome(status=200))
+        gate.open.set()
+        await eventually(lambda: busy_slots(rig), lambda found: not found)
+    assert metered(caplog) == []
+
+
+async def busy_slots(rig: Rig) -> int:
+    return sum(instance.busy for instance in await rig.catalog.instances(VERSION_ID))
+
+
+async def test_what_no_worker_ran_is_not_billed(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    job = await rig.submit()
+    await rig.results.cancel(job.id, reason="")
+    async with rig.sidecar():
+        await eventually(lambda: looked(rig), lambda loans: loans == 1)
+    assert metered(caplog) == []
+
+
+async def test_the_instance_itself_is_metered_from_before_it_is_ready(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await rig.run()
+    lines = metered(caplog, "NVCF_Infrastructure")
+    assert [line["status"] for line in lines] == ["initializing", "initializing", "ready"]
+    assert lines[0]["duration"] == 0
+    assert lines[-1]["duration"] > 0
+    assert {line["nca_id"] for line in lines} == {rig.settings.account}
 
 
 # -- the store ---------------------------------------------------------------------------------

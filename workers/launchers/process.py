@@ -199,6 +199,7 @@ class ProcessLauncher:
             port=port,
             health_port=_free_port({*taken, port}) if _is_asked_apart(version) else port,
             folder=folder,
+            gpu_count=len(cards),
         )
         try:
             container = await asyncio.to_thread(_spawn_container, image, version, settings, folder, cards, secrets)
@@ -273,6 +274,7 @@ class ProcessLauncher:
         port: int,
         health_port: int,
         folder: Path,
+        gpu_count: int,
     ) -> SidecarSettings:
         shared = {name: getattr(self._settings, name) for name in Settings.model_fields}
         return load(
@@ -286,6 +288,7 @@ class ProcessLauncher:
             specification_id=specification.id,
             gpu=specification.gpu,
             instance_type=specification.instance_type,
+            gpu_count=gpu_count,
             backend=specification.backend or BACKEND,
             region=BACKEND,
             environment=BACKEND,

@@ -6,6 +6,7 @@ No method awaits between its check and its change, so each is one compare-and-se
 from __future__ import annotations
 
 import bisect
+import heapq
 import secrets
 import time
 from collections import deque
@@ -15,15 +16,37 @@ from dataclasses import dataclass, replace
 
 from broker.backends.hints import Hints, Watch
 from broker.errors import IdempotencyKeyReused, QueueFull
-from broker.model import Claim, Draft, Epoch, Job, Lease, Load, Outcome, Position, Record, RequestState, Verdict
+from broker.model import (
+    MOST_ATTEMPTS_KEPT,
+    NO_TIMINGS,
+    Attempt,
+    AttemptEnd,
+    Claim,
+    Draft,
+    Epoch,
+    Job,
+    Lease,
+    Load,
+    Outcome,
+    Position,
+    Record,
+    RequestFilter,
+    RequestPage,
+    RequestState,
+    Timings,
+    Verdict,
+)
+from broker.ports import PAGE_SCAN
 from broker.settings import Settings
 
 OVERDUE = "not finished before its deadline"
+OVERSLEPT = "no worker took it before its queue timeout"
 
 
 @dataclass(slots=True, kw_only=True)
 class _Entry:
-    """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it."""
+    """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it; `worker` is set
+    from a claim until the attempt comes to nothing, and `past` holds those that did."""
 
     id: str
     account: str
@@ -32,6 +55,8 @@ class _Entry:
     order: int
     created_at: float
     deadline_at: float
+    queue_deadline_at: float = 0.0
+    run_timeout_s: float = 0.0
     state: RequestState = RequestState.QUEUED
     submitters: int = 1
     attempt: int = 0
@@ -43,6 +68,8 @@ class _Entry:
     finished_at: float = 0.0
     reason: str = ""
     outcome: Outcome | None = None
+    timings: Timings | None = None
+    past: tuple[Attempt, ...] = ()
     hidden: bool = False
 
     def record(self) -> Record:
@@ -61,7 +88,20 @@ class _Entry:
             worker=self.worker,
             reason=self.reason,
             outcome=self.outcome if self.state.terminal else None,
+            status_code=self.outcome.status if self.outcome and self.state.terminal else 0,
+            queue_deadline_at=self.queue_deadline_at,
+            run_timeout_s=self.run_timeout_s,
+            attempts=self.past + ((self.turn(AttemptEnd(self.state), self.finished_at),) if self.worker else ()),
+            timings=self.timings,
         )
+
+    def turn(self, end: AttemptEnd, ended_at: float) -> Attempt:
+        return Attempt(number=self.attempt, worker=self.worker, started_at=self.started_at, ended_at=ended_at, end=end)
+
+    def close(self, end: AttemptEnd, ended_at: float) -> None:
+        if self.worker:
+            self.past = (*self.past, self.turn(end, ended_at))[-MOST_ATTEMPTS_KEPT:]
+            self.worker = ""
 
 
 class MemoryResults:
@@ -76,6 +116,8 @@ class MemoryResults:
         self._finished: deque[tuple[float, str]] = deque()
         self._waiting: dict[str, list[tuple[int, str]]] = {}
         self._running: dict[str, set[str]] = {}
+        self._due: dict[str, list[tuple[float, str]]] = {}
+        self._accounts: dict[str, list[tuple[int, str]]] = {}
         self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}
         self._orders = 0
 
@@ -100,7 +142,7 @@ class MemoryResults:
             return entry.record()
         if len(self._waiting.get(draft.version_id, ())) >= queue_limit:
             raise QueueFull(f"{queue_limit} requests already wait for this function version")
-        now = self._now()
+        now = int(self._now() * 1000) / 1000  # what is told in milliseconds can be asked for again
         return self._add(draft, created_at=now, deadline_at=now + draft.deadline_s).record()
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
@@ -127,6 +169,29 @@ class MemoryResults:
         self._expire(entry)
         return entry.record()
 
+    async def glance(self, request_id: str) -> Record | None:
+        record = await self.read(request_id)
+        return replace(record, outcome=None) if record else None
+
+    async def page(self, account: str, wanted: RequestFilter, *, limit: int, after: int = 0) -> RequestPage:
+        listed = self._accounts.get(account, [])
+        if len(listed) > self._settings.listed_requests:
+            del listed[: -self._settings.listed_requests]
+        bounds = [bound for bound in (after, _order(wanted.until)) if bound]
+        end = bisect.bisect_left(listed, (min(bounds), "")) if bounds else len(listed)
+        lowest = bisect.bisect_left(listed, (_order(wanted.since), ""))
+        begin = max(end - PAGE_SCAN, lowest)
+        found: list[Record] = []
+        for order, request_id in reversed(looked := listed[begin:end]):
+            record = await self.glance(request_id)
+            if record is None or record.state is RequestState.ABANDONED:
+                listed.remove((order, request_id))
+            elif wanted.keeps(record):
+                found.append(record)
+                if len(found) == limit:
+                    return RequestPage(records=tuple(found), after=order)
+        return RequestPage(records=tuple(found), after=looked[0][0] if begin > lowest else 0)
+
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
         entry = self._entries.get(job.id) or self._rebuild(job)
         now = self._now()
@@ -143,6 +208,7 @@ class MemoryResults:
                 entry, RequestState.DEAD, reason=f"the worker or its container died in {entry.attempt} attempts"
             )
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
+        entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, RequestState.RUNNING)
         entry.attempt += 1
         entry.token = secrets.token_hex(16)
@@ -166,8 +232,9 @@ class MemoryResults:
         if entry is None:
             return RequestState.QUEUED
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
+            entry.close(AttemptEnd.RETURNED if refund else AttemptEnd.FAILED, self._now())
             entry.attempt -= refund
-            entry.token, entry.worker, entry.lease_until = "", "", 0.0
+            entry.token, entry.lease_until = "", 0.0
             self._move(entry, RequestState.QUEUED)
         return entry.state
 
@@ -182,12 +249,15 @@ class MemoryResults:
             return await self.release(lease, refund=True)
         return entry.state
 
-    async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
+    async def settle(
+        self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings = NO_TIMINGS
+    ) -> RequestState:
         entry = self._entries.get(job.id)
         if entry is None:
             entry = self._rebuild(job)
             entry.state, entry.attempt, entry.token = RequestState.RUNNING, lease.attempt, lease.token
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
+            entry.timings = timings
             self._finish(entry, state, outcome=outcome)
         return entry.state
 
@@ -228,6 +298,10 @@ class MemoryResults:
     async def sweep(self, version_id: str, *, limit: int) -> int:
         ids = [request_id for _, request_id in self._waiting.get(version_id, ())][:limit]
         ids += list(self._running.get(version_id, ()))[: limit - len(ids)]
+        due = self._due.get(version_id, [])
+        while due and due[0][0] <= self._now():
+            ids.append(heapq.heappop(due)[1])
+        ids = [request_id for request_id in dict.fromkeys(ids) if request_id in self._entries]
         return sum(self._expire(self._entries[request_id]) for request_id in ids)
 
     async def epoch(self, *, fresh: bool = False) -> Epoch:
@@ -253,10 +327,25 @@ class MemoryResults:
             order=self._orders,
             created_at=created_at,
             deadline_at=deadline_at,
+            queue_deadline_at=created_at + draft.queue_timeout_s if draft.queue_timeout_s else 0.0,
+            run_timeout_s=draft.run_timeout_s,
         )
         self._entries[entry.id] = entry
         self._waiting.setdefault(entry.version_id, []).append((entry.order, entry.id))
+        if entry.queue_deadline_at:
+            heapq.heappush(self._due.setdefault(entry.version_id, []), (entry.queue_deadline_at, entry.id))
+        self._list(entry)
         return entry
+
+    def _list(self, entry: _Entry) -> None:
+        """As the newest of its account, or where a rebuilt one was before."""
+        listed = self._accounts.setdefault(entry.account, [])
+        order = _order(entry.created_at)
+        while (at := bisect.bisect_left(listed, (order, ""))) < len(listed) and listed[at][0] == order:
+            order += 1
+        listed.insert(at, (order, entry.id))
+        if len(listed) > 2 * self._settings.listed_requests:
+            del listed[: -self._settings.listed_requests]
 
     def _rebuild(self, job: Job) -> _Entry:
         draft = Draft(
@@ -266,6 +355,8 @@ class MemoryResults:
             version_id=job.version_id,
             digest=job.digest,
             deadline_s=job.deadline_at - job.created_at,
+            queue_timeout_s=max(0.0, job.queue_deadline_at - job.created_at),
+            run_timeout_s=job.run_timeout_s,
         )
         return self._add(draft, created_at=job.created_at, deadline_at=job.deadline_at)
 
@@ -273,15 +364,18 @@ class MemoryResults:
         """PROTOCOL R3: whoever looks at an overdue request that nobody runs ends it."""
         now = self._now()
         held = entry.state is RequestState.RUNNING and entry.lease_until > now
-        if entry.state.terminal or held or now < entry.deadline_at:
+        due_at = entry.deadline_at if entry.not_before else entry.record().due_at
+        if entry.state.terminal or held or now < due_at:
             return False
         if entry.outcome is not None:  # of the attempt that was postponed last
             self._finish(entry, RequestState.ERRORED, outcome=entry.outcome)
         else:
-            self._finish(entry, RequestState.EXPIRED, reason=OVERDUE)
+            self._finish(entry, RequestState.EXPIRED, reason=OVERDUE if due_at == entry.deadline_at else OVERSLEPT)
         return True
 
     def _finish(self, entry: _Entry, state: RequestState, *, reason: str = "", outcome: Outcome | None = None) -> None:
+        if entry.state is RequestState.RUNNING and outcome is None and entry.lease_until <= self._now():
+            entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, state)
         entry.reason, entry.outcome, entry.finished_at = reason, outcome, self._now()
         self._finished.append((entry.finished_at, entry.id))
@@ -302,3 +396,8 @@ class MemoryResults:
     def _drop_old(self) -> None:
         while self._finished and self._finished[0][0] + self._settings.result_ttl_s < self._now():
             self._entries.pop(self._finished.popleft()[1], None)
+
+
+def _order(seconds: float) -> int:
+    """A place in an account's list: microseconds, so that whole milliseconds leave room between them."""
+    return int(seconds * 1_000_000)

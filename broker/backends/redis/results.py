@@ -6,11 +6,13 @@ import asyncio
 import hashlib
 import logging
 import secrets
+import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+import orjson
 from redis.exceptions import RedisError
 
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
@@ -19,6 +21,9 @@ from broker.backends.redis import scripts
 from broker.backends.redis.connection import Command, Connection
 from broker.errors import IdempotencyKeyReused, QueueFull, StoreUnavailable
 from broker.model import (
+    NO_TIMINGS,
+    Attempt,
+    AttemptEnd,
     Claim,
     Draft,
     Epoch,
@@ -28,15 +33,24 @@ from broker.model import (
     Outcome,
     Position,
     Record,
+    RequestFilter,
+    RequestPage,
     RequestState,
+    Timings,
     Verdict,
 )
+from broker.ports import PAGE_SCAN
 from broker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 _EPOCH_REFRESH_S = 2.0
 _STRAY_AFTER_S = 60.0
+_PAGE_BATCH = 250
+# A record is made some time before its entry in the account's list, and unfinished it lives this much longer than
+# its deadline and retention.
+_INDEXED_WITHIN_S = 1.0
+_FINISHED_LIVES_MS = 180_000
 
 
 class RedisResults:
@@ -68,8 +82,9 @@ class RedisResults:
     async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
         nonce = secrets.token_hex(4)
         waiting = _waiting(draft.version_id)
-        room, made = await self._connection.run(
-            scripts.ENQUEUE.call((waiting,), draft.id, queue_limit),
+        queue_ms = int(draft.queue_timeout_s * 1000)
+        room, made, _ = await self._connection.run(
+            scripts.ENQUEUE.call((waiting, _due(draft.version_id)), draft.id, queue_limit, queue_ms),
             scripts.CREATE.call(
                 (_record(draft.id),),
                 draft.account,
@@ -79,11 +94,17 @@ class RedisResults:
                 self._retention_ms,
                 nonce,
                 self._channel if watch else "",
+                queue_ms,
+                int(draft.run_timeout_s * 1000),
             ),
+            self._index(draft.account, draft.id, draft.deadline_s),
         )
-        is_new, state, created, deadline, function_id, version_id = made
+        is_new, state, created, deadline, function_id, version_id, queue_deadline, run_ms = made
         if is_new and not room:
-            await self._connection.run(scripts.DISCARD.call((_record(draft.id),), nonce))
+            await self._connection.run(
+                scripts.DISCARD.call((_record(draft.id),), nonce),
+                ("ZREM", _account(draft.account), _member(draft.id)),
+            )
             raise QueueFull(f"{queue_limit} requests already wait for this function version")
         record = Record(
             id=draft.id,
@@ -93,6 +114,8 @@ class RedisResults:
             state=RequestState(_text(state)),
             created_at=int(created) / 1000,
             deadline_at=int(deadline) / 1000,
+            queue_deadline_at=int(queue_deadline) / 1000,
+            run_timeout_s=int(run_ms) / 1000,
         )
         if not is_new and (record.state is not RequestState.QUEUED or record.version_id != draft.version_id):
             await self._connection.run(("ZREM", waiting, draft.id))
@@ -108,14 +131,14 @@ class RedisResults:
         return bool(abandoned)
 
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
-        before, version_id = await self._connection.run(
+        before, [version_id, queue_deadline] = await self._connection.run(
             scripts.CANCEL.call((_record(request_id), _body(request_id)), reason, self._retention_ms),
-            ("HGET", _record(request_id), "v"),
+            ("HMGET", _record(request_id), "v", "q"),
             durable=True,
         )
         if before is None:
             return None
-        await self._leave(_text(version_id), request_id)
+        await self._leave(_text(version_id), request_id, timed=queue_deadline is not None)
         return RequestState(_text(before))
 
     # -- readers ----------------------------------------------------------------------------------
@@ -127,6 +150,48 @@ class RedisResults:
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, "")
+
+    async def glance(self, request_id: str) -> Record | None:
+        [record] = await self._read_all([request_id], "", whole=False)
+        return record
+
+    async def page(self, account: str, wanted: RequestFilter, *, limit: int, after: int = 0) -> RequestPage:
+        found: list[Record] = []
+        strays: list[bytes] = []
+        looked, batch = 0, limit
+        while looked < PAGE_SCAN:
+            batch = min(batch, PAGE_SCAN - looked)
+            entries = await self._listed(account, wanted, after, batch)
+            records = await self._read_all([str(uuid.UUID(bytes=member)) for member, _ in entries], "", whole=False)
+            for (member, order), record in zip(entries, records, strict=True):
+                after = order
+                if record is None or record.state is RequestState.ABANDONED:
+                    strays.append(member)
+                elif wanted.keeps(record):
+                    found.append(record)
+                    if len(found) == limit:
+                        break
+            if len(found) == limit:
+                break
+            if len(entries) < batch:
+                after = 0
+                break
+            looked, batch = looked + batch, _PAGE_BATCH
+        if strays:
+            await self._connection.run(("ZREM", _account(account), *strays))
+        return RequestPage(records=tuple(found), after=after)
+
+    async def _listed(self, account: str, wanted: RequestFilter, after: int, limit: int) -> Sequence[tuple[bytes, int]]:
+        """The next entries of the account's list, with their places in it."""
+        upper = [bound for bound in (after, _order(wanted.until + _INDEXED_WITHIN_S) if wanted.until else 0) if bound]
+        highest = f"({min(upper)}" if upper else "+inf"
+        lowest = _order(wanted.since) if wanted.since else "-inf"
+        key = _account(account)
+        _, reply = await self._connection.run(
+            ("ZREMRANGEBYRANK", key, 0, -self._settings.listed_requests - 1),
+            ("ZRANGE", key, highest, lowest, "BYSCORE", "REV", "LIMIT", 0, limit, "WITHSCORES"),
+        )
+        return [(member, int(score)) for member, score in _pairs(reply)]
 
     async def forget(self, request_id: str) -> None:
         await self._connection.run(scripts.FORGET.call((_record(request_id), _body(request_id))))
@@ -182,9 +247,14 @@ class RedisResults:
         )
         verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
         if verdict is Verdict.SETTLED:
-            await self._leave(job.version_id, job.id)
+            await self._leave(job.version_id, job.id, timed=job.queue_deadline_at > 0)
         elif state is RequestState.QUEUED:
             await self._back_in_line(job.version_id, job.id)
+        elif verdict is Verdict.GRANTED and int(claimed[5]):
+            with suppress(StoreUnavailable):
+                await self._connection.run(
+                    self._index(job.account, job.id, job.deadline_at - job.created_at, _order(job.created_at))
+                )
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=int(claimed[2]), token=token)
         return Claim(
             verdict=verdict,
@@ -224,7 +294,9 @@ class RedisResults:
             await self._back_in_line(lease.version_id, lease.request_id)
         return state
 
-    async def settle(self, lease: Lease, job: Job, state: RequestState, outcome: Outcome) -> RequestState:
+    async def settle(
+        self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings = NO_TIMINGS
+    ) -> RequestState:
         reply, *_ = await self._connection.run(
             scripts.SETTLE.call(
                 (_record(job.id), _body(job.id)),
@@ -232,10 +304,11 @@ class RedisResults:
                 lease.attempt,
                 state,
                 pack_outcome(outcome),
+                _numbers(outcome, timings),
                 self._retention_ms,
                 *_job(job),
             ),
-            *_leaving(job.version_id, job.id),
+            *_leaving(job.version_id, job.id, timed=job.queue_deadline_at > 0),
             durable=True,
         )
         stands = RequestState(_text(reply))
@@ -255,14 +328,26 @@ class RedisResults:
             verdict=Verdict(_text(ended[0])), state=RequestState(_text(ended[1])), wait_s=int(ended[2]) / 1000
         )
         if claim.verdict is Verdict.SETTLED:
-            await self._leave(job.version_id, job.id)
+            await self._leave(job.version_id, job.id, timed=job.queue_deadline_at > 0)
         return claim
 
     async def sweep(self, version_id: str, *, limit: int) -> int:
         epoch = await self.epoch(fresh=True)
         before = (epoch.now - _STRAY_AFTER_S) * 1_000_000
         places = (_waiting(version_id), RequestState.QUEUED), (_running(version_id), RequestState.RUNNING)
-        return sum([await self._sweep(place, belongs, before, limit) for place, belongs in places])
+        changed = sum([await self._sweep(place, belongs, before, limit) for place, belongs in places])
+        return changed + await self._sweep_due(version_id, epoch.now, limit)
+
+    async def _sweep_due(self, version_id: str, now: float, limit: int) -> int:
+        """Queue timeouts end in another order than that of the queue, and far behind what a sweep looks at there."""
+        [ids] = await self._connection.run(
+            ("ZRANGE", _due(version_id), "-inf", int(now * 1000), "BYSCORE", "LIMIT", 0, limit)
+        )
+        if not ids:
+            return 0
+        records = await self._read_all([_text(request_id) for request_id in ids], "", whole=False)
+        await self._connection.run(("ZREM", _due(version_id), *ids))
+        return sum(record is not None and record.overslept for record in records)
 
     async def _sweep(self, place: str, belongs: RequestState, before: float, limit: int) -> int:
         """Reading expires what is overdue; an entry without a record may be one that is being created."""
@@ -323,29 +408,48 @@ class RedisResults:
     # -- pieces -----------------------------------------------------------------------------------
 
     async def _read(self, request_id: str, channel: str) -> Record | None:
+        [record] = await self._read_all([request_id], channel, whole=True)
+        return record
+
+    async def _read_all(self, request_ids: Sequence[str], channel: str, *, whole: bool) -> list[Record | None]:
+        """In one exchange; `whole` records have their outcomes."""
+        if not request_ids:
+            return []
         touch = self._settings.durable_replicas > 0
-        command = scripts.READ.call((_record(request_id), _body(request_id)), self._retention_ms, channel, int(touch))
+        commands = [
+            scripts.READ.call((_record(each), _body(each)), self._retention_ms, channel, int(touch), int(whole))
+            for each in request_ids
+        ]
         try:
-            [reply] = await self._connection.run(command, durable=touch)
+            replies = await self._connection.run(*commands, durable=touch)
         except StoreUnavailable:
             if not touch:
                 raise
             # Replicas are away: a live record can still be shown, a terminal one reads as still running.
-            [reply] = await self._connection.run(command)
-            record = _parse(request_id, reply)
-            if record is None or not record.state.terminal:
-                return record
-            return replace(record, state=RequestState.RUNNING, outcome=None, finished_at=0.0)
-        record = _parse(request_id, reply)
-        if record is not None and int(reply[12]):
-            await self._leave(record.version_id, request_id)
-        return record
+            replies = await self._connection.run(*commands)
+            return [_still_running(_parse(each, reply)) for each, reply in zip(request_ids, replies, strict=True)]
+        records = [_parse(each, reply) for each, reply in zip(request_ids, replies, strict=True)]
+        leaving = [
+            command
+            for record, reply in zip(records, replies, strict=True)
+            if record is not None and int(reply[12])
+            for command in _leaving(record.version_id, record.id, timed=record.queue_deadline_at > 0)
+        ]
+        if leaving:
+            await self._connection.run(*leaving)
+        return records
 
     async def _back_in_line(self, version_id: str, request_id: str) -> None:
         await self._connection.run(scripts.MOVE.call((_running(version_id), _waiting(version_id)), request_id))
 
-    async def _leave(self, version_id: str, request_id: str) -> None:
-        await self._connection.run(*_leaving(version_id, request_id))
+    def _index(self, account: str, request_id: str, deadline_s: float, accepted: int = 0) -> Command:
+        """`accepted` is the place of one that was accepted before; 0 is now."""
+        ttl_ms = int(deadline_s * 1000) + self._retention_ms + _FINISHED_LIVES_MS
+        limit = self._settings.listed_requests
+        return scripts.INDEX.call((_account(account),), _member(request_id), accepted, limit, ttl_ms)
+
+    async def _leave(self, version_id: str, request_id: str, *, timed: bool) -> None:
+        await self._connection.run(*_leaving(version_id, request_id, timed=timed))
 
 
 def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
@@ -353,12 +457,16 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         return None
     state, account, function_id, version_id = (_text(part) for part in reply[:4])
     created, deadline, attempt, started, ended = (int(part) for part in reply[4:9])
-    body = reply[11]
+    body, worker = reply[11], _text(reply[9])
     try:
         outcome = unpack_outcome(body) if body else None
     except Unreadable:
         logger.error("outcome_unreadable", extra={"request_id": request_id})
         outcome = None
+    attempts = tuple(_attempt(*each) for each in orjson.loads(reply[15] or b"[]"))
+    if worker:
+        attempts += (_attempt(attempt, worker, started, ended, _text(state)),)
+    status_code, timings = _parse_numbers(reply[16])
     return Record(
         id=request_id,
         account=account,
@@ -370,9 +478,52 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         attempt=attempt,
         started_at=started / 1000,
         finished_at=ended / 1000,
-        worker=_text(reply[9]),
+        worker=worker,
         reason=_text(reply[10]),
         outcome=outcome,
+        status_code=status_code,
+        queue_deadline_at=int(reply[13]) / 1000,
+        run_timeout_s=int(reply[14]) / 1000,
+        attempts=attempts,
+        timings=timings,
+    )
+
+
+def _attempt(number: int, worker: str, started: int, ended: int, end: str) -> Attempt:
+    return Attempt(number=number, worker=worker, started_at=started / 1000, ended_at=ended / 1000, end=AttemptEnd(end))
+
+
+def _still_running(record: Record | None) -> Record | None:
+    if record is None or not record.state.terminal:
+        return record
+    attempts = record.attempts
+    if record.worker:
+        attempts = (*attempts[:-1], replace(attempts[-1], ended_at=0.0, end=AttemptEnd.RUNNING))
+    return replace(
+        record,
+        state=RequestState.RUNNING,
+        outcome=None,
+        finished_at=0.0,
+        status_code=0,
+        timings=None,
+        attempts=attempts,
+    )
+
+
+def _numbers(outcome: Outcome, timings: Timings) -> str:
+    parts = (timings.cold_start_s, timings.inputs_s, timings.container_s, timings.upload_s)
+    return " ".join(str(number) for number in (outcome.status, *(int(part * 1000) for part in parts)))
+
+
+def _parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
+    if not raw:
+        return 0, None
+    status, cold_start, inputs, container, upload = (int(part) for part in raw.split())
+    return status, Timings(
+        cold_start_s=cold_start / 1000,
+        inputs_s=inputs / 1000,
+        container_s=container / 1000,
+        upload_s=upload / 1000,
     )
 
 
@@ -383,6 +534,8 @@ def _job(job: Job) -> tuple[str | int, ...]:
         job.version_id,
         int(job.created_at * 1000),
         int(job.deadline_at * 1000),
+        round(job.queue_deadline_at * 1000),
+        round(job.run_timeout_s * 1000),
     )
 
 
@@ -402,8 +555,28 @@ def _running(version_id: str) -> str:
     return f"fnq:{{{version_id}}}:x"
 
 
-def _leaving(version_id: str, request_id: str) -> tuple[Command, Command]:
-    return ("ZREM", _waiting(version_id), request_id), ("ZREM", _running(version_id), request_id)
+def _due(version_id: str) -> str:
+    return f"fnq:{{{version_id}}}:d"
+
+
+def _account(account: str) -> str:
+    return f"fnq:{{{account}}}:a"
+
+
+def _member(request_id: str) -> bytes:
+    """A third shorter in memory than its text."""
+    return uuid.UUID(request_id).bytes
+
+
+def _order(seconds: float) -> int:
+    """A place in an account's list."""
+    return int(seconds * 1_000_000)
+
+
+def _leaving(version_id: str, request_id: str, *, timed: bool) -> tuple[Command, ...]:
+    """`timed`: it has a queue deadline."""
+    places = (_waiting(version_id), _running(version_id), *((_due(version_id),) if timed else ()))
+    return tuple(("ZREM", place, request_id) for place in places)
 
 
 def _idempotency(account: str, key: str) -> str:
@@ -411,10 +584,14 @@ def _idempotency(account: str, key: str) -> str:
 
 
 def _scored(reply: Sequence[Any]) -> list[tuple[str, float]]:
+    return [(_text(member), score) for member, score in _pairs(reply)]
+
+
+def _pairs(reply: Sequence[Any]) -> list[tuple[bytes, float]]:
     """RESP3 answers pairs, RESP2 a flat list."""
     if reply and isinstance(reply[0], list | tuple):
-        return [(_text(member), float(score)) for member, score in reply]
-    return [(_text(reply[at]), float(reply[at + 1])) for at in range(0, len(reply), 2)]
+        return [(member, float(score)) for member, score in reply]
+    return [(reply[at], float(reply[at + 1])) for at in range(0, len(reply), 2)]
 
 
 def _text(raw: bytes | str) -> str:

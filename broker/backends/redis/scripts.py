@@ -4,10 +4,15 @@ Keys of one request share a hash tag, so that they live in one slot of a Redis C
     fnq:{<id>}:r   hash, the record      fnq:{<id>}:b   string, the packed outcome
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
+    fnq:{<version>}:d   sorted set of ids by queue deadline, of those that have one
+An account's requests are another one, bounded, and mended by whoever reads it:
+    fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
-e ended · m reason · h channels to hint, space separated · x hidden · z not to be claimed before (POSTPONE)
+e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
+Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
+G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
 """
 
 from __future__ import annotations
@@ -34,36 +39,56 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
-# finish(): the only place where a record becomes terminal. The record outlives every copy of its message.
-_FINISH = (
+# close(): an attempt came to nothing. Of those, the newest 32 are kept.
+_CLOSE = (
     _NOW
     + """
-local terminal = {fulfilled=1, errored=1, expired=1, cancelled=1, dead=1, abandoned=1}
+local function close(r, how, at)
+  local f = redis.call('HMGET', r, 'n', 'w', 'b', 'G')
+  if not f[2] then return end
+  local past = f[4] and cjson.decode(f[4]) or {}
+  past[#past + 1] = {tonumber(f[1]), f[2], tonumber(f[3]), tonumber(at), how}
+  if #past > 32 then table.remove(past, 1) end
+  redis.call('HSET', r, 'G', cjson.encode(past))
+  redis.call('HDEL', r, 'w')
+end
+"""
+)
+
+# finish(): the only place where a record becomes terminal. The record outlives every copy of its message.
+_FINISH = (
+    _CLOSE
+    + """
+local terminal = {fulfilled=1, errored=1, expired=1, ['timed-out']=1, cancelled=1, dead=1, abandoned=1}
 local function finish(r, b, state, reason, retention, body)
-  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'z')
+  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z')
+  if old[4] == 'running' and not body and tonumber(old[5] or 0) <= now then close(r, 'lost', old[5] or now) end
   local id = string.match(r, '{(.-)}')
   local ttl = math.max(retention, (tonumber(old[1]) or now) - now + 180000)
   redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
-  redis.call('HDEL', r, 'h', 'k', 'l')
+  redis.call('HDEL', r, 'h', 'k', 'l', 't')
   redis.call('PEXPIRE', r, ttl)
-  if body then redis.call('SET', b, body, 'PX', ttl) elseif old[5] then redis.call('DEL', b) end
+  if body then redis.call('SET', b, body, 'PX', ttl) elseif old[6] then redis.call('DEL', b) end
   for channel in string.gmatch(old[2] or '', '%S+') do redis.call('PUBLISH', channel, id) end
   if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
   return state
 end
 local function overdue(r, b, retention)
-  local f = redis.call('HMGET', r, 's', 'd', 'l', 'z')
+  local f = redis.call('HMGET', r, 's', 'd', 'l', 'Q', 'n', 'Z')
   local idle = f[1] == 'queued' or (f[1] == 'running' and tonumber(f[3] or 0) <= now)
-  if idle and now >= tonumber(f[2]) then
-    local last = f[4] and redis.call('GET', b)
-    if last then
-      finish(r, b, 'errored', '', retention, last)
-    else
-      finish(r, b, 'expired', 'not finished before its deadline', retention)
-    end
-    return true
+  if not idle then return false end
+  local due, reason = tonumber(f[2]), 'not finished before its deadline'
+  if f[4] and tonumber(f[5]) == 0 and not f[6] and tonumber(f[4]) < due then
+    due, reason = tonumber(f[4]), 'no worker took it before its queue timeout'
   end
-  return false
+  if now < due then return false end
+  local last = f[6] and redis.call('GET', b)
+  if last then
+    finish(r, b, 'errored', '', retention, last)
+  else
+    finish(r, b, 'expired', reason, retention)
+  end
+  return true
 end
 """
 )
@@ -72,16 +97,19 @@ end
 _REBUILD = (
     _FINISH
     + """
-local function rebuild(r, account, fn, version, created, deadline, retention)
-  if redis.call('EXISTS', r) == 1 then return end
+local function rebuild(r, retention, account, fn, version, created, deadline, queue_deadline, run)
+  if redis.call('EXISTS', r) == 1 then return 0 end
   redis.call('HSET', r, 's', 'queued', 'a', account, 'f', fn, 'v', version, 'c', created, 'd', deadline, 'n', 0, 'p', 1)
+  if queue_deadline ~= '0' then redis.call('HSET', r, 'Q', queue_deadline) end
+  if run ~= '0' then redis.call('HSET', r, 'U', run) end
   redis.call('PEXPIRE', r, math.max(1, deadline - now) + retention)
+  return 1
 end
 """
 )
 
-# KEYS record · ARGV account function version deadline_ms retention_ms nonce channel
-# returns {1 if made now, state, created, deadline, function, version}
+# KEYS record · ARGV account function version deadline_ms retention_ms nonce channel queue_ms run_ms
+# returns {1 if made now, state, created, deadline, function, version, queue_deadline, run_ms}
 CREATE = Script(
     _NOW
     + """
@@ -91,6 +119,8 @@ if not s then
   local deadline = now + ARGV[4]
   redis.call('HSET', KEYS[1], 's', 'queued', 'a', ARGV[1], 'f', ARGV[2], 'v', ARGV[3], 'c', now, 'd', deadline,
     'n', 0, 'p', 1, 'o', ARGV[6])
+  if ARGV[8] ~= '0' then redis.call('HSET', KEYS[1], 'Q', now + ARGV[8]) end
+  if ARGV[9] ~= '0' then redis.call('HSET', KEYS[1], 'U', ARGV[9]) end
   redis.call('PEXPIRE', KEYS[1], ARGV[4] + ARGV[5])
   made = 1
 elseif redis.call('HGET', KEYS[1], 'o') == ARGV[6] then
@@ -99,8 +129,8 @@ else
   redis.call('HINCRBY', KEYS[1], 'p', 1)
 end
 if made == 1 and ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'h', ARGV[7]) end
-local f = redis.call('HMGET', KEYS[1], 's', 'c', 'd', 'f', 'v')
-return {made, f[1], f[2], f[3], f[4], f[5]}
+local f = redis.call('HMGET', KEYS[1], 's', 'c', 'd', 'f', 'v', 'Q', 'U')
+return {made, f[1], f[2], f[3], f[4], f[5], f[6] or '0', f[7] or '0'}
 """
 )
 
@@ -131,57 +161,59 @@ return 1
 """
 )
 
-# KEYS record body · ARGV retention_ms channel touch
+# KEYS record body · ARGV retention_ms channel touch whole
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
-#   body, 1 if it expired just now}
+#   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result}
 # A touched terminal record is written to, so that WAIT on this connection covers what was read.
 READ = Script(
     _FINISH
     + """
 if redis.call('HEXISTS', KEYS[1], 's') == 0 or redis.call('HEXISTS', KEYS[1], 'x') == 1 then return nil end
 local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
-local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h')
+local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I')
 local body = ''
 if terminal[f[1]] then
-  body = redis.call('GET', KEYS[2]) or ''
+  body = ARGV[4] == '1' and redis.call('GET', KEYS[2]) or ''
   if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'y', now) end
 elseif ARGV[2] ~= '' and not string.find(f[12] or '', ARGV[2], 1, true) and #(f[12] or '') < 512 then
   redis.call('HSET', KEYS[1], 'h', (f[12] and f[12] .. ' ' or '') .. ARGV[2])
 end
 return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
-  f[10] or '', f[11] or '', body, expired and 1 or 0}
+  f[10] or '', f[11] or '', body, expired and 1 or 0, f[13] or '0', f[14] or '0', f[15] or '', f[16] or ''}
 """
 )
 
 # KEYS record body
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
-# returns {verdict, state, attempt, wait_ms, remaining_ms}
+#   queue_deadline run_ms
+# returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt}
 # What POSTPONE kept goes when the next attempt starts.
 CLAIM = Script(
     _REBUILD
     + """
 local r = KEYS[1]
-rebuild(r, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[6] + 0)
+local rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
 overdue(r, KEYS[2], ARGV[6] + 0)
-local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'z')
+local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
 if f[6] then
   if tonumber(f[6]) > now then return {'held', 'queued', n, f[6] - now} end
-  redis.call('HDEL', r, 'z')
+  redis.call('HDEL', r, 'Z')
   redis.call('DEL', KEYS[2])
 end
 if f[1] == 'running' and tonumber(f[4] or 0) > now then
-  if f[3] == ARGV[2] then return {'granted', 'running', n, 0, f[5] - now} end
+  if f[3] == ARGV[2] then return {'granted', 'running', n, 0, f[5] - now, rebuilt} end
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
 if n >= tonumber(ARGV[5]) then
   finish(r, KEYS[2], 'dead', 'the worker or its container died in ' .. n .. ' attempts', ARGV[6] + 0)
   return {'settled', 'dead', n, 0}
 end
+if f[1] == 'running' then close(r, 'lost', f[4] or now) end
 redis.call('HSET', r, 's', 'running', 'n', n + 1, 't', ARGV[2], 'l', now + ARGV[4], 'w', ARGV[1], 'k', ARGV[3],
   'b', now)
-return {'granted', 'running', n + 1, 0, f[5] - now}
+return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt}
 """
 )
 
@@ -200,10 +232,12 @@ return 'running'
 
 # KEYS record · ARGV token refund(0|1) · returns the state left behind
 RELEASE = Script(
-    """
+    _CLOSE
+    + """
 local f = redis.call('HMGET', KEYS[1], 's', 't')
 if not f[1] then return 'queued' end
 if f[1] == 'running' and f[2] == ARGV[1] then
+  close(KEYS[1], ARGV[2] == '1' and 'returned' or 'failed', now)
   redis.call('HINCRBY', KEYS[1], 'n', 0 - ARGV[2])
   redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
   redis.call('HSET', KEYS[1], 's', 'queued')
@@ -217,46 +251,50 @@ return f[1]
 # returns the state left behind; `running` when the deadline would come first
 # The outcome is the result if the deadline comes before the next attempt (overdue).
 POSTPONE = Script(
-    _NOW
+    _CLOSE
     + """
 local f = redis.call('HMGET', KEYS[1], 's', 't', 'd')
 if not f[1] then return 'queued' end
 if f[1] ~= 'running' or f[2] ~= ARGV[1] then return f[1] end
 local till = now + ARGV[2]
 if till >= tonumber(f[3]) then return 'running' end
+close(KEYS[1], 'returned', now)
 redis.call('HINCRBY', KEYS[1], 'n', -1)
 redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
-redis.call('HSET', KEYS[1], 's', 'queued', 'z', till)
+redis.call('HSET', KEYS[1], 's', 'queued', 'Z', till)
 redis.call('SET', KEYS[2], ARGV[3], 'PX', f[3] - now + ARGV[4])
 return 'queued'
 """
 )
 
-# KEYS record body · ARGV token attempt state outcome retention_ms account function version created deadline
+# KEYS record body
+# ARGV token attempt state outcome numbers retention_ms account function version created deadline queue_deadline run_ms
 # returns the state that stands
 SETTLE = Script(
     _REBUILD
     + """
 local r = KEYS[1]
 if redis.call('EXISTS', r) == 0 then
-  rebuild(r, ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10] + 0, ARGV[5] + 0)
+  rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
   redis.call('HSET', r, 's', 'running', 'n', ARGV[2], 't', ARGV[1])
 end
 local f = redis.call('HMGET', r, 's', 't')
 if f[1] == 'running' and f[2] == ARGV[1] then
-  return finish(r, KEYS[2], ARGV[3], '', ARGV[5] + 0, ARGV[4])
+  redis.call('HSET', r, 'I', ARGV[5])
+  return finish(r, KEYS[2], ARGV[3], '', ARGV[6] + 0, ARGV[4])
 end
 return f[1]
 """
 )
 
-# KEYS record body · ARGV state reason retention_ms account function version created deadline
+# KEYS record body
+# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms
 # returns {verdict, state, wait_ms}
 END = Script(
     _REBUILD
     + """
 local r = KEYS[1]
-rebuild(r, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[3] + 0)
+rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9], ARGV[10])
 local f = redis.call('HMGET', r, 's', 'l')
 if terminal[f[1]] then return {'settled', f[1], 0} end
 if f[1] == 'running' and tonumber(f[2] or 0) > now then return {'held', f[1], tonumber(f[2]) - now} end
@@ -309,13 +347,36 @@ return 0
 """
 )
 
-# KEYS waiting · ARGV id limit · returns 0 when the queue is full
+# KEYS waiting due · ARGV id limit queue_ms · returns 0 when the queue is full
 ENQUEUE = Script(
-    """
+    _NOW
+    + """
 if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 1 end
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
-local time = redis.call('TIME')
 redis.call('ZADD', KEYS[1], time[1] * 1000000 + time[2], ARGV[1])
+if ARGV[3] ~= '0' then redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1]) end
+return 1
+"""
+)
+
+# KEYS account · ARGV id accepted_us(0: now) limit ttl_ms
+# Puts a request among those of its account, of which the newest `limit` stay, and none for longer than a record lives.
+# That is seen to at one of sixteen: it would take as long as the rest.
+INDEX = Script(
+    """
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local at = ARGV[2] == '0' and now or tonumber(ARGV[2])
+if redis.call('ZADD', KEYS[1], 'NX', at, ARGV[1]) == 0 then return 0 end
+while redis.call('ZCOUNT', KEYS[1], at, at) > 1 do
+  at = at + 1
+  redis.call('ZADD', KEYS[1], 'XX', at, ARGV[1])
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+if at % 16 == 0 then
+  redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -ARGV[3] - 1)
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[4] * 1000)
+end
 return 1
 """
 )

@@ -1,0 +1,70 @@
+"""Requests as things: lists and receipts (fnqueue's own)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from fnqueue.wire.fields import Wire
+
+
+class Cancelled(Wire):
+    request_id: str
+    status: str
+
+
+class RequestSummary(Wire):
+    """`status` is `queued`, `running`, `fulfilled`, `errored`, `expired`, `timed-out`, `cancelled` or `dead`, and
+    `statusCode` that of its answer; `startedAt` is when its last attempt began. One that a wiped store has not seen
+    again names no function."""
+
+    request_id: str
+    function_id: str | None = None
+    function_version_id: str | None = None
+    status: str
+    status_code: int | None = None
+    reason: str | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class RequestList(Wire):
+    """Newest first. `cursor` asks for the next page, which may be empty; without one this is the last."""
+
+    requests: list[RequestSummary]
+    cursor: str | None = None
+
+
+class RequestAttempt(Wire):
+    """`outcome` is `running`, `lost` (its worker fell silent), `failed` (its container did), `returned` (given back,
+    and not counted), or the status of the request that ended with it."""
+
+    number: int
+    instance_id: str
+    outcome: str
+    started_at: datetime
+    ended_at: datetime | None = None
+
+
+class RequestTimings(Wire):
+    """Where the time went. `queueSeconds` is all of its waiting, `coldStartSeconds` the part of that in which no
+    instance was ready; `retriesSeconds` went to attempts that came to nothing. The rest is of the last attempt."""
+
+    queue_seconds: float
+    cold_start_seconds: float | None = None
+    retries_seconds: float | None = None
+    input_seconds: float | None = None
+    container_seconds: float | None = None
+    upload_seconds: float | None = None
+    total_seconds: float
+
+
+class RequestReceipt(RequestSummary):
+    """All that is known of one request. `queueDeadlineAt` is until when its first attempt had to begin,
+    `runTimeoutSeconds` how long each may take; `timings` come with its end."""
+
+    deadline_at: datetime
+    queue_deadline_at: datetime | None = None
+    run_timeout_seconds: float | None = None
+    attempts: list[RequestAttempt]
+    timings: RequestTimings | None = None
