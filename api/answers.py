@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from multidict import CIMultiDict
@@ -78,14 +78,19 @@ def _elsewhere(record: Record, url: str) -> Answer:
 def _delivered(record: Record, outcome: Outcome) -> Answer:
     """The container's answer. Its 202 becomes 200: nothing more will come, and 202 would be polled for ever."""
     status = 200 if outcome.status == 202 else outcome.status
-    found = _marked(record, "fulfilled" if 200 <= status < 400 else "errored")
-    for name, value in outcome.headers:
+    return Answer(status=status, headers=spoken(record, status, outcome.headers), body=outcome.body)
+
+
+def spoken(record: Record, status: int, said: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
+    """The headers of an answer of a container that had this status and `said` these; ours among them."""
+    found = _marked(record, "fulfilled" if 100 < status < 400 else "errored")
+    for name, value in said:
         key = name.lower()
         if key == "access-control-expose-headers":
             found[headers.EXPOSE_HEADERS] = f"{found[headers.EXPOSE_HEADERS]}, {value}"
         elif key not in _NOT_THE_CONTAINERS and not key.startswith(("nvcf-", "access-control-")):
             found.add(name, value)
-    return Answer(status=status, headers=found, body=outcome.body)
+    return found
 
 
 def _marked(record: Record, status: str) -> CIMultiDict[str]:

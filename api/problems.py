@@ -58,6 +58,14 @@ class BodyTooSlow(FnqueueError):
     """The client did not send its body in the time it had."""
 
 
+class TimedOut(FnqueueError):
+    """What the caller waited for did not come in time, and will not come."""
+
+
+class WorkerLost(FnqueueError):
+    """The worker died while the caller was connected to it."""
+
+
 # After these, what the client still sends of its body is not read.
 CLOSING = (BodyTooSlow, PayloadTooLarge)
 
@@ -85,9 +93,11 @@ _KINDS: dict[type[BaseException], Kind] = {
     QueueFull: Kind(429, OURS + "queue-full"),
     RateLimited: Kind(429, OURS + "rate-limited"),
     TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
+    WorkerLost: Kind(502, OURS + "worker-lost"),
     TryLater: Kind(503, OURS + "unavailable"),
     Overloaded: Kind(503, OURS + "overloaded"),
     Unavailable: Kind(503, OURS + "unavailable"),
+    TimedOut: Kind(504, OURS + "timed-out"),
 }
 INTERNAL = Kind(500, OURS + "internal")
 NOT_READY = Kind(503, OURS + "unavailable")

@@ -26,7 +26,7 @@ from broker.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from broker.model import Draft, Job, Position, Principal, Record, RequestState, Version
+from broker.model import Channel, Draft, Job, Position, Principal, Record, RequestState, Version
 from broker.ports import Broker, Watch
 from broker.visibility import check_request
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 Spawn = Callable[[Coroutine[Any, Any, Record]], "asyncio.Task[Record]"]
 
 UNKNOWN = "no such request"
+NOT_PICKED_UP = "not picked up within the caller's wait"
 CANCELLED_BY_CALLER = "cancelled by its caller"
 _SAFETY_READ_S = (10.0, 15.0)
 
@@ -53,6 +54,7 @@ class Submission:
     passthrough: bool = False
     poll_s: int = 60
     idempotency_key: str = ""
+    channel: Channel | None = None
 
 
 async def invoke(broker: Broker, submission: Submission, version: Version, *, wait_s: float, spawn: Spawn) -> Record:
@@ -150,9 +152,9 @@ async def cancel(broker: Broker, principal: Principal, request_id: str) -> Recor
     return replace(record, state=RequestState.CANCELLED, reason=CANCELLED_BY_CALLER)
 
 
-async def withdraw(broker: Broker, record: Record) -> Record:
-    """Take a request that is still queued out of the queue, and return it as it then stands."""
-    await broker.results.cancel(record.id, reason="not picked up within the caller's wait")
+async def withdraw(broker: Broker, record: Record, *, reason: str = NOT_PICKED_UP) -> Record:
+    """End a request whose caller does not wait for it any more, and return it as it then stands."""
+    await broker.results.cancel(record.id, reason=reason)
     return await broker.results.read(record.id) or record
 
 
@@ -187,6 +189,7 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         assets=submission.assets,
         passthrough=submission.passthrough,
         poll_s=submission.poll_s,
+        channel=submission.channel,
     )
     try:
         await _publish(broker, job)

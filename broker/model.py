@@ -290,11 +290,26 @@ class RequestState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Channel:
+    """Where the one front end that holds the caller's connection waits for the sidecar that runs the job.
+
+    `token` opens it once and is a secret. `websocket` tells whether the caller asked for a WebSocket; else
+    `body_bytes` is the declared length of the body that will come over the channel, -1 when it was not declared.
+    """
+
+    url: str
+    token: str = field(repr=False)
+    websocket: bool = False
+    body_bytes: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What travels through the queue: enough to run the request and to rebuild its record.
 
     `body` is the request body unless it was too large for a message; then `body_key` names the blob.
-    `headers` are the client's, already filtered; `poll_s` is how long the accepting call may wait.
+    `headers` are the client's, already filtered; `poll_s` is how long the accepting call may wait. With a `channel`
+    there is no body here, and one attempt only: what a container was sent over a channel cannot be sent again.
     """
 
     id: str
@@ -311,6 +326,7 @@ class Job:
     assets: tuple[str, ...] = ()
     passthrough: bool = False
     poll_s: int = 60
+    channel: Channel | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,13 @@ class Settings(BaseSettings):
         le=16 * MIB,
         description="Request bodies above this travel through the blob store instead of the queue.",
     )
+    max_message_bytes: int = Field(
+        MIB,
+        ge=64 * 1024,
+        le=64 * MIB,
+        description="Largest message of a WebSocket, in either direction; a larger one closes it with 1009. Each open "
+        "one may hold a few of these in memory.",
+    )
     rate_limit_unreachable: Literal["open", "closed"] = Field(
         "open",
         description="What becomes of invocations of rate limited functions while the counters cannot be reached: "
@@ -186,6 +193,37 @@ class ApiSettings(SecretSettings):
         25, ge=0, le=50, description="Registry credentials that an account may have, unless its record says otherwise."
     )
     shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
+    attach_host: str = Field(
+        "",
+        description="Address to listen on for sidecars, which attach here to run WebSockets and bidirectional streams; "
+        "empty: that of `host`.",
+    )
+    attach_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port for the same; 0 takes a free one. Processes that share a `port` need one each.",
+    )
+    attach_address: str = Field(
+        "",
+        description="Name or address by which sidecars reach exactly this process (on Kubernetes, the pod's IP); "
+        "empty: the address that it listens on, or this machine's own where that is every address.",
+    )
+    max_channels: int = Field(
+        1000, ge=0, description="WebSockets and bidirectional streams at once, queued ones included; beyond it 503."
+    )
+    channel_idle_s: float = Field(
+        600, gt=0, le=86_400, description="Seconds without a byte in either direction after which a channel is closed."
+    )
+    channel_body_bytes: int = Field(
+        5 * 1024 * MIB, ge=1024, description="Largest request body that may be streamed to a function; beyond it 413."
+    )
+    channel_drain_s: float = Field(
+        20,
+        ge=0,
+        le=7200,
+        description="Seconds that open channels may go on when this process is told to stop, before they are closed.",
+    )
 
 
 class ControllerSettings(SecretSettings):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import orjson
 
-from broker.model import Job, Outcome
+from broker.model import Channel, Job, Outcome
 
 T = TypeVar("T")
 
@@ -55,6 +55,8 @@ def unpack_job(envelope: bytes | str, body: bytes) -> Job:
             raise Unreadable("written by another release")
         fields["headers"] = tuple((str(name), str(value)) for name, value in fields["headers"])
         fields["assets"] = tuple(str(asset) for asset in fields["assets"])
+        if fields.get("channel") is not None:
+            fields["channel"] = _build(Channel, fields["channel"])
         job = Job(body=body, **{name: fields[name] for name in _JOB_FIELDS if name in fields})
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise Unreadable("not a job") from exc
@@ -97,6 +99,7 @@ _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "body_key": str,
     "passthrough": bool,
     "poll_s": int,
+    "channel": (Channel, types.NoneType),
 }
 
 

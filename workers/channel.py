@@ -1,0 +1,357 @@
+"""The sidecar's end of a channel: it calls the front end that holds the caller's connection, then the container, and
+passes on what each of them sends (broker.channels).
+
+Nothing is read from one side before the other has taken what was read before, so that a slow reader slows the writer
+down and memory stays flat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from types import TracebackType
+from typing import NoReturn, Self
+
+import aiohttp
+from aiohttp import ClientWSTimeout, WSMsgType
+from aiohttp.abc import AddrInfoType  # type: ignore[attr-defined]  # exported there, and nowhere public
+from yarl import URL
+
+from broker import channels
+from broker.channels import CHUNK_BYTES, Close, CloseCode, Failure, Garbled, Head, Kind, Message
+from broker.model import Job, Outcome, RequestState
+from broker.settings import SidecarSettings
+from workers import loops
+from workers.inference import (
+    AttemptFailed,
+    ContainerLost,
+    Inference,
+    connection_fault,
+    presentable,
+    problem,
+    translated,
+)
+
+logger = logging.getLogger(__name__)
+
+GONE = "The front end that held the caller's connection has gone, and the connection with it"
+ENDED = "The request was ended before its function had answered"
+STOPPED = "The worker was stopped before its function had answered"
+UNCLOSED = "The function's container closed the WebSocket without a word"
+
+DIAL_S = 5.0
+_FAREWELL_S = 1.0
+_CLOSE_S = 2.0
+# As on the front end's side: a machine that has gone is noticed after 30 s.
+_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+_MESSAGES = {
+    WSMsgType.TEXT: Kind.TEXT,
+    WSMsgType.BINARY: Kind.BINARY,
+    WSMsgType.PING: Kind.PING,
+    WSMsgType.PONG: Kind.PONG,
+}
+_OPCODES = {kind: opcode for opcode, kind in _MESSAGES.items()}
+
+
+class ClientLeft(Exception):
+    """The front end ends the call, and says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class FrontEndGone(AttemptFailed):
+    """Nobody is left who could be given an answer."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(problem(job, 500, GONE))
+
+
+def stopped(job: Job) -> Outcome:
+    """For a call that this sidecar could not finish before it had to stop."""
+    return problem(job, 503, STOPPED)
+
+
+class Dialer:
+    """Opens channels to front ends; opened and closed as an async context manager."""
+
+    def __init__(self, settings: SidecarSettings) -> None:
+        self._largest_bytes = max(settings.max_message_bytes, CHUNK_BYTES) + 2
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_kept_alive)
+        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @asynccontextmanager
+    async def line(self, job: Job) -> AsyncIterator[Line]:
+        """The channel of `job`, not opened yet. What ends the body early is told to the front end.
+
+        Raises:
+            AttemptFailed: in place of ContainerLost, too, for there will be no other attempt.
+        """
+        assert self._session is not None, "Dialer is used outside of its context"
+        line = Line(job, self._session, self._largest_bytes)
+        try:
+            yield line
+        except AttemptFailed as failed:
+            await line.fail(failed.outcome)
+            raise
+        except ContainerLost as lost:
+            outcome = connection_fault(job)
+            await line.fail(outcome)
+            raise AttemptFailed(outcome) from lost
+        except asyncio.CancelledError:
+            await line.fail(stopped(job), code=CloseCode.SERVICE_RESTART)
+            raise
+        finally:
+            await line.close()
+
+
+class Line:
+    """One end of a channel."""
+
+    def __init__(self, job: Job, session: aiohttp.ClientSession, largest_bytes: int) -> None:
+        self.job = job
+        self._session = session
+        self._largest_bytes = largest_bytes
+        self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
+        self._said_all = False
+
+    async def open(self) -> None:
+        """Call the front end, once: the token is good for one call. Raises FrontEndGone."""
+        channel = self.job.channel
+        assert channel is not None, "only a job with a channel has somebody to call"
+        try:
+            async with asyncio.timeout(DIAL_S):
+                self._socket = await self._session.ws_connect(
+                    channel.url,
+                    headers={"Authorization": f"Bearer {channel.token}"},
+                    timeout=ClientWSTimeout(ws_close=_CLOSE_S),
+                    autoclose=False,
+                    max_msg_size=self._largest_bytes,
+                )
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
+            facts = {"request_id": self.job.id, "url": channel.url, "cause": type(exc).__name__}
+            logger.warning("front_end_gone", extra=facts)
+            raise FrontEndGone(self.job) from None  # the cause shows the token to whoever prints it
+
+    async def receive(self) -> Message:
+        """Raises FrontEndGone, ClientLeft."""
+        assert self._socket is not None, "the line is not open"
+        got = await self._socket.receive()
+        if got.type is not WSMsgType.BINARY:
+            raise FrontEndGone(self.job)
+        try:
+            found = channels.parse(got.data)
+        except Garbled as exc:
+            raise FrontEndGone(self.job) from exc
+        if found.kind is Kind.ABORT:
+            self._said_all = True
+            raise ClientLeft(found.payload.decode(errors="replace"))
+        return found
+
+    async def send(self, kind: Kind, payload: bytes = b"") -> None:
+        """Returns when there is room for more. Raises FrontEndGone."""
+        assert self._socket is not None, "the line is not open"
+        try:
+            await self._socket.send_bytes(channels.message(kind, payload))
+        except ConnectionError as exc:
+            raise FrontEndGone(self.job) from exc
+        self._said_all = kind in (Kind.END, Kind.CLOSE, Kind.FAIL)
+
+    async def fail(self, outcome: Outcome, *, code: CloseCode = CloseCode.INTERNAL_ERROR) -> None:
+        """Tell the front end, if it can be told, that there is nothing but this."""
+        if self._socket is None or self._said_all:
+            return
+        failure = Failure(status=outcome.status, problem=outcome.body, code=code)
+        with suppress(FrontEndGone, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                await self.send(Kind.FAIL, channels.pack_failure(failure))
+
+    async def close(self) -> None:
+        if self._socket is None:
+            return
+        await self.fail(problem(self.job, 410, ENDED))
+        with suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(_CLOSE_S):
+                await self._socket.close()
+
+
+async def converse(
+    line: Line, inference: Inference, settings: SidecarSettings, headers: Iterable[tuple[str, str]]
+) -> Outcome:
+    """Pass on what the caller and the container send, over an open line, until either is done.
+
+    What there is to keep of it: a status, 204 where all went well, because the bytes are with the caller already.
+
+    Raises:
+        ClientLeft, ContainerLost.
+        AttemptFailed: the front end has gone, or the container does not speak HTTP.
+    """
+    assert line.job.channel is not None, "the line is of a job with a channel"
+    kind = _WebSocket if line.job.channel.websocket else _Exchange
+    status = await kind(line, inference, settings, headers).run()
+    return Outcome(status=status if status >= 400 else 204)
+
+
+class _Exchange:
+    """A request with a body that comes over the line, and its answer."""
+
+    def __init__(
+        self, line: Line, inference: Inference, settings: SidecarSettings, headers: Iterable[tuple[str, str]]
+    ) -> None:
+        self._line = line
+        self._inference = inference
+        self._headers = list(headers)
+        self._chunks: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1)
+
+    async def run(self) -> int:
+        """The container's status."""
+        async with loops.beside(self._up()):
+            with translated(self._line.job):
+                return await self._down()
+
+    async def _up(self) -> None:
+        """Takes the caller's body, and sees when the line ends before its time."""
+        while True:
+            kind, payload = await self._line.receive()
+            if kind is Kind.DATA and payload:
+                await self._chunks.put(payload)
+            elif kind is Kind.END:
+                await self._chunks.put(b"")
+            else:
+                raise FrontEndGone(self._line.job)
+
+    async def _body(self) -> AsyncIterator[bytes]:
+        while chunk := await self._chunks.get():
+            yield chunk
+
+    async def _down(self) -> int:
+        job, channel = self._line.job, self._line.job.channel
+        assert channel is not None, "the line is of a job with a channel"
+        if channel.body_bytes > 0:
+            self._headers.append(("Content-Length", str(channel.body_bytes)))
+        async with self._inference.session.request(
+            job.method,
+            self._inference.url(job.target),
+            data=self._body() if channel.body_bytes else None,
+            headers=self._headers,
+            allow_redirects=False,
+        ) as response:
+            if not 200 <= response.status <= 599:
+                raise ValueError(f"the container answered {response.status}")
+            await self._line.send(Kind.HEAD, channels.pack_head(_head(response.status, response.headers)))
+            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                await self._line.send(Kind.DATA, chunk)
+        await self._line.send(Kind.END)
+        return response.status
+
+
+class _WebSocket:
+    """Messages in both directions. No extension is agreed on with the container, so they cross unchanged."""
+
+    def __init__(
+        self, line: Line, inference: Inference, settings: SidecarSettings, headers: Iterable[tuple[str, str]]
+    ) -> None:
+        self._line = line
+        self._inference = inference
+        self._largest_bytes = settings.max_message_bytes + 1
+        self._offered = [value for name, value in headers if name.lower() == "sec-websocket-protocol"]
+        self._headers = [pair for pair in headers if not pair[0].lower().startswith("sec-websocket-")]
+        self._opened: asyncio.Future[aiohttp.ClientWebSocketResponse[bool]] = asyncio.Future()
+        self._close = Close(code=CloseCode.GOING_AWAY)
+        self._refused = 0
+
+    async def run(self) -> int:
+        """The status of the container's handshake."""
+        try:
+            with translated(self._line.job):
+                await loops.either(self._up(), self._down())
+        finally:
+            if self._opened.done():
+                with suppress(TimeoutError, ConnectionError):
+                    async with asyncio.timeout(_CLOSE_S):
+                        await self._opened.result().close(code=self._close.code, message=self._close.reason)
+        return self._refused or 101
+
+    async def _up(self) -> None:
+        """From the caller, until it closes; and sees when the line ends before its time."""
+        while True:
+            kind, payload = await self._line.receive()
+            container = await asyncio.shield(self._opened)
+            if (opcode := _OPCODES.get(kind)) is not None:
+                await container.send_frame(payload, opcode)
+            elif kind is Kind.CLOSE:
+                self._close = channels.unpack_close(payload)
+                return
+            else:
+                raise FrontEndGone(self._line.job)
+
+    async def _down(self) -> None:
+        """The handshake, then from the container, until it closes."""
+        job, line = self._line.job, self._line
+        try:
+            container = await self._connect()
+        except aiohttp.WSServerHandshakeError as refused:
+            if not 200 <= refused.status <= 599:
+                raise
+            self._refused = refused.status
+            await line.send(Kind.HEAD, channels.pack_head(_head(refused.status, refused.headers or {}, empty=True)))
+            return await line.send(Kind.END)
+        self._opened.set_result(container)
+        await line.send(Kind.HEAD, channels.pack_head(Head(status=101, protocol=container.protocol or "")))
+        while True:
+            got = await container.receive()
+            if (kind := _MESSAGES.get(got.type)) is not None:
+                await line.send(kind, got.data)
+            elif got.type is WSMsgType.CLOSE:
+                self._close = channels.closing(got.data, got.extra or "")
+                return await line.send(Kind.CLOSE, channels.pack_close(self._close))
+            else:
+                raise AttemptFailed(problem(job, 500, UNCLOSED, source="inference-connection"))
+
+    async def _connect(self) -> aiohttp.ClientWebSocketResponse[bool]:
+        return await self._inference.session.ws_connect(
+            self._inference.url(self._line.job.target),
+            method=self._line.job.method,
+            protocols=[name.strip() for value in self._offered for name in value.split(",") if name.strip()],
+            headers=self._headers,
+            timeout=ClientWSTimeout(ws_close=_CLOSE_S),
+            autoclose=False,
+            autoping=False,
+            max_msg_size=self._largest_bytes,
+            decode_text=False,
+        )
+
+
+def _head(status: int, said: Mapping[str, str], *, empty: bool = False) -> Head:
+    kept = presentable(said)
+    length = said.get("Content-Length", "")
+    if empty:
+        kept = tuple((name, value) for name, value in kept if name.lower() not in ("content-encoding", "content-type"))
+    elif length:
+        kept = (*kept, ("Content-Length", length))
+    return Head(status=status, headers=kept)
+
+
+def _kept_alive(address: AddrInfoType) -> socket.socket:
+    """A socket whose kernel looks, all the time, whether the other machine is there."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family=family, type=kind, proto=protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):  # not on every system
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return made
