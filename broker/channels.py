@@ -74,7 +74,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why there is no more: `problem` is a problem+json body of that `status`, `code` what a WebSocket is closed with."""
+    """Why there is no more: `problem` is a problem+json body of that `status`, `code` is for closing a WebSocket."""
 
     status: int
     problem: bytes

@@ -10,27 +10,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Self
 
 import aiohttp
-from aiohttp import ClientWSTimeout, WSMsgType
-from aiohttp.abc import AddrInfoType  # type: ignore[attr-defined]  # exported there, and nowhere public
-from yarl import URL
+from aiohttp import AddrInfoType, ClientWSTimeout, WSMsgType
 
 from broker import channels
 from broker.channels import CHUNK_BYTES, Close, CloseCode, Failure, Garbled, Head, Kind, Message
-from broker.model import Job, Outcome, RequestState
+from broker.model import Channel, Job, Outcome
 from broker.settings import SidecarSettings
 from workers import loops
 from workers.inference import (
+    CLOSE_TIMEOUT_S,
     AttemptFailed,
     ContainerLost,
     Inference,
+    Refused,
+    Response,
     connection_fault,
-    presentable,
     problem,
     translated,
 )
@@ -44,7 +44,7 @@ UNCLOSED = "The function's container closed the WebSocket without a word"
 
 DIAL_S = 5.0
 _FAREWELL_S = 1.0
-_CLOSE_S = 2.0
+_LAST_WORDS_S = 1.0
 # As on the front end's side: a machine that has gone is noticed after 30 s.
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _MESSAGES = {
@@ -129,16 +129,20 @@ class Line:
         self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
         self._said_all = False
 
+    @property
+    def channel(self) -> Channel:
+        assert self.job.channel is not None, "a line is for a job with a channel"
+        return self.job.channel
+
     async def open(self) -> None:
         """Call the front end, once: the token is good for one call. Raises FrontEndGone."""
-        channel = self.job.channel
-        assert channel is not None, "only a job with a channel has somebody to call"
+        channel = self.channel
         try:
             async with asyncio.timeout(DIAL_S):
                 self._socket = await self._session.ws_connect(
                     channel.url,
                     headers={"Authorization": f"Bearer {channel.token}"},
-                    timeout=ClientWSTimeout(ws_close=_CLOSE_S),
+                    timeout=ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
                     autoclose=False,
                     max_msg_size=self._largest_bytes,
                 )
@@ -152,6 +156,7 @@ class Line:
         assert self._socket is not None, "the line is not open"
         got = await self._socket.receive()
         if got.type is not WSMsgType.BINARY:
+            self._said_all = True
             raise FrontEndGone(self.job)
         try:
             found = channels.parse(got.data)
@@ -168,6 +173,7 @@ class Line:
         try:
             await self._socket.send_bytes(channels.message(kind, payload))
         except ConnectionError as exc:
+            await asyncio.sleep(_LAST_WORDS_S)  # who receives is told more: what was sent before, why it ended
             raise FrontEndGone(self.job) from exc
         self._said_all = kind in (Kind.END, Kind.CLOSE, Kind.FAIL)
 
@@ -185,43 +191,58 @@ class Line:
             return
         await self.fail(problem(self.job, 410, ENDED))
         with suppress(TimeoutError, ConnectionError):
-            async with asyncio.timeout(_CLOSE_S):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._socket.close()
 
 
 async def converse(
-    line: Line, inference: Inference, settings: SidecarSettings, headers: Iterable[tuple[str, str]]
+    line: Line,
+    inference: Inference,
+    settings: SidecarSettings,
+    headers: Sequence[tuple[str, str]],
+    *,
+    budget_s: float,
 ) -> Outcome:
     """Pass on what the caller and the container send, over an open line, until either is done.
 
     What there is to keep of it: a status, 204 where all went well, because the bytes are with the caller already.
 
     Raises:
-        ClientLeft, ContainerLost.
+        ClientLeft, ContainerLost, RunTimedOut.
         AttemptFailed: the front end has gone, or the container does not speak HTTP.
     """
-    assert line.job.channel is not None, "the line is of a job with a channel"
-    kind = _WebSocket if line.job.channel.websocket else _Exchange
-    status = await kind(line, inference, settings, headers).run()
+    kind = _WebSocket if line.channel.websocket else _Exchange
+    status = await kind(line, inference, headers).run(settings, budget_s=budget_s)
     return Outcome(status=status if status >= 400 else 204)
 
 
 class _Exchange:
-    """A request with a body that comes over the line, and its answer."""
+    """A request whose body comes over the line, and its answer."""
 
-    def __init__(
-        self, line: Line, inference: Inference, settings: SidecarSettings, headers: Iterable[tuple[str, str]]
-    ) -> None:
+    def __init__(self, line: Line, inference: Inference, headers: Sequence[tuple[str, str]]) -> None:
         self._line = line
         self._inference = inference
-        self._headers = list(headers)
+        self._headers = headers
         self._chunks: asyncio.Queue[bytes] = asyncio.Queue(maxsize=1)
 
-    async def run(self) -> int:
+    async def run(self, settings: SidecarSettings, *, budget_s: float) -> int:
         """The container's status."""
-        async with loops.beside(self._up()):
-            with translated(self._line.job):
-                return await self._down()
+        length = self._line.channel.body_bytes
+        async with (
+            loops.beside(self._up()),
+            self._inference.exchange(
+                self._line.job,
+                [*self._headers, ("Content-Length", str(length))] if length > 0 else self._headers,
+                body=self._body() if length else None,
+                budget_s=budget_s,
+                attempt=settings.max_attempts,
+            ) as response,
+        ):
+            await self._line.send(Kind.HEAD, channels.pack_head(_head(response)))
+            async for chunk in response.chunks():
+                await self._line.send(Kind.DATA, chunk)
+        await self._line.send(Kind.END)
+        return response.status
 
     async def _up(self) -> None:
         """Takes the caller's body, and sees when the line ends before its time."""
@@ -238,78 +259,66 @@ class _Exchange:
         while chunk := await self._chunks.get():
             yield chunk
 
-    async def _down(self) -> int:
-        job, channel = self._line.job, self._line.job.channel
-        assert channel is not None, "the line is of a job with a channel"
-        if channel.body_bytes > 0:
-            self._headers.append(("Content-Length", str(channel.body_bytes)))
-        async with self._inference.session.request(
-            job.method,
-            self._inference.url(job.target),
-            data=self._body() if channel.body_bytes else None,
-            headers=self._headers,
-            allow_redirects=False,
-        ) as response:
-            if not 200 <= response.status <= 599:
-                raise ValueError(f"the container answered {response.status}")
-            await self._line.send(Kind.HEAD, channels.pack_head(_head(response.status, response.headers)))
-            async for chunk in response.content.iter_chunked(CHUNK_BYTES):
-                await self._line.send(Kind.DATA, chunk)
-        await self._line.send(Kind.END)
-        return response.status
+
+def _head(response: Response) -> Head:
+    length = (("Content-Length", response.length),) if response.length else ()
+    return Head(status=response.status, headers=(*response.headers, *length))
 
 
 class _WebSocket:
     """Messages in both directions. No extension is agreed on with the container, so they cross unchanged."""
 
-    def __init__(
-        self, line: Line, inference: Inference, settings: SidecarSettings, headers: Iterable[tuple[str, str]]
-    ) -> None:
+    def __init__(self, line: Line, inference: Inference, headers: Sequence[tuple[str, str]]) -> None:
         self._line = line
         self._inference = inference
-        self._largest_bytes = settings.max_message_bytes + 1
-        self._offered = [value for name, value in headers if name.lower() == "sec-websocket-protocol"]
+        offered = [value for name, value in headers if name.lower() == "sec-websocket-protocol"]
+        self._protocols = [name.strip() for value in offered for name in value.split(",") if name.strip()]
         self._headers = [pair for pair in headers if not pair[0].lower().startswith("sec-websocket-")]
         self._opened: asyncio.Future[aiohttp.ClientWebSocketResponse[bool]] = asyncio.Future()
         self._close = Close(code=CloseCode.GOING_AWAY)
-        self._refused = 0
+        self._last_word: tuple[Kind, bytes] | None = None
+        self._status = 101
 
-    async def run(self) -> int:
-        """The status of the container's handshake."""
+    async def run(self, settings: SidecarSettings, *, budget_s: float) -> int:
+        """The status of the container's answer to the handshake."""
         try:
             with translated(self._line.job):
-                await loops.either(self._up(), self._down())
+                await loops.either(self._up(), self._down(settings.max_message_bytes))
         finally:
             if self._opened.done():
                 with suppress(TimeoutError, ConnectionError):
-                    async with asyncio.timeout(_CLOSE_S):
+                    async with asyncio.timeout(CLOSE_TIMEOUT_S):
                         await self._opened.result().close(code=self._close.code, message=self._close.reason)
-        return self._refused or 101
+        if self._last_word is not None:
+            # Only now, when nobody takes the front end's closing of the line for its loss.
+            await self._line.send(*self._last_word)
+        return self._status
 
     async def _up(self) -> None:
         """From the caller, until it closes; and sees when the line ends before its time."""
         while True:
             kind, payload = await self._line.receive()
-            container = await asyncio.shield(self._opened)
             if (opcode := _OPCODES.get(kind)) is not None:
-                await container.send_frame(payload, opcode)
+                with suppress(ConnectionError):  # what the container has sent before tells more
+                    await self._opened.result().send_frame(payload, opcode)
             elif kind is Kind.CLOSE:
                 self._close = channels.unpack_close(payload)
                 return
             else:
                 raise FrontEndGone(self._line.job)
 
-    async def _down(self) -> None:
+    async def _down(self, largest_bytes: int) -> None:
         """The handshake, then from the container, until it closes."""
-        job, line = self._line.job, self._line
+        line = self._line
         try:
-            container = await self._connect()
-        except aiohttp.WSServerHandshakeError as refused:
-            if not 200 <= refused.status <= 599:
-                raise
-            self._refused = refused.status
-            await line.send(Kind.HEAD, channels.pack_head(_head(refused.status, refused.headers or {}, empty=True)))
-            return await line.send(Kind.END)
+            container = await self._inference.connect(
+                line.job, self._headers, protocols=self._protocols, largest_bytes=largest_bytes
+            )
+        except Refused as refused:
+            self._status = refused.status
+            head = Head(status=refused.status, headers=tuple(pair for pair in refused.headers if _about_no_body(pair)))
+            self._last_word = (Kind.HEAD, channels.pack_head(head))
+            return
         self._opened.set_result(container)
         await line.send(Kind.HEAD, channels.pack_head(Head(status=101, protocol=container.protocol or "")))
         while True:
@@ -318,32 +327,14 @@ class _WebSocket:
                 await line.send(kind, got.data)
             elif got.type is WSMsgType.CLOSE:
                 self._close = channels.closing(got.data, got.extra or "")
-                return await line.send(Kind.CLOSE, channels.pack_close(self._close))
+                self._last_word = (Kind.CLOSE, channels.pack_close(self._close))
+                return
             else:
-                raise AttemptFailed(problem(job, 500, UNCLOSED, source="inference-connection"))
-
-    async def _connect(self) -> aiohttp.ClientWebSocketResponse[bool]:
-        return await self._inference.session.ws_connect(
-            self._inference.url(self._line.job.target),
-            method=self._line.job.method,
-            protocols=[name.strip() for value in self._offered for name in value.split(",") if name.strip()],
-            headers=self._headers,
-            timeout=ClientWSTimeout(ws_close=_CLOSE_S),
-            autoclose=False,
-            autoping=False,
-            max_msg_size=self._largest_bytes,
-            decode_text=False,
-        )
+                raise AttemptFailed(problem(line.job, 500, UNCLOSED, source="inference-connection"))
 
 
-def _head(status: int, said: Mapping[str, str], *, empty: bool = False) -> Head:
-    kept = presentable(said)
-    length = said.get("Content-Length", "")
-    if empty:
-        kept = tuple((name, value) for name, value in kept if name.lower() not in ("content-encoding", "content-type"))
-    elif length:
-        kept = (*kept, ("Content-Length", length))
-    return Head(status=status, headers=kept)
+def _about_no_body(header: tuple[str, str]) -> bool:
+    return not header[0].lower().startswith("content-")
 
 
 def _kept_alive(address: AddrInfoType) -> socket.socket:

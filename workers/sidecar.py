@@ -20,6 +20,7 @@ from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, R
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from workers import loops
+from workers.channel import ClientLeft, Dialer, Line, converse, stopped
 from workers.health import Gate, status_server
 from workers.inference import INFERENCE_FAULT, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
 from workers.inputs import container_headers, headers_for_all, workspace
@@ -86,16 +87,19 @@ async def serve(broker: Broker, settings: SidecarSettings, stop: asyncio.Event) 
         NeverReady: the container was not healthy within `ready_timeout_s`.
     """
     with loops.Clerk() as clerk:
-        async with Inference(settings) as inference:
-            await Sidecar(broker, settings, inference, clerk).run(stop)
+        async with Inference(settings) as inference, Dialer(settings) as dialer:
+            await Sidecar(broker, settings, inference, dialer, clerk).run(stop)
 
 
 class Sidecar:
-    def __init__(self, broker: Broker, settings: SidecarSettings, inference: Inference, clerk: loops.Clerk) -> None:
+    def __init__(
+        self, broker: Broker, settings: SidecarSettings, inference: Inference, dialer: Dialer, clerk: loops.Clerk
+    ) -> None:
         self._queue, self._results = broker.queue, broker.results
         self._catalog, self._blobs = broker.catalog, broker.blobs
         self._settings = settings
         self._inference = inference
+        self._dialer = dialer
         self._clerk = clerk
         self._headers_for_all = headers_for_all(settings)
         self._gate = Gate(inference, settings, full=lambda: self._calls >= settings.max_request_concurrency)
@@ -185,7 +189,8 @@ class Sidecar:
             await self._decline(run, claim)
             return
         try:
-            state, outcome = await self._attempt(run, claim.lease)
+            attempt = self._attempt if run.job.channel is None else self._converse
+            state, outcome = await attempt(run, claim.lease)
         except LeaseLost as lost:
             await self._end(run, lost.state)
         except ContainerLost as lost:
@@ -197,12 +202,11 @@ class Sidecar:
 
     async def _claim(self, run: _Run) -> Claim:
         """The store's answer. When another worker has a lease, its end is waited for and the claim repeated."""
-        job = run.job
+        job, settings = run.job, self._settings
+        attempts = settings.max_attempts if job.channel is None else 1
 
         async def claim() -> Claim:
-            return await self._results.claim(
-                job, worker=self._id, lease_s=self._settings.lease_s, max_attempts=self._settings.max_attempts
-            )
+            return await self._results.claim(job, worker=self._id, lease_s=settings.lease_s, max_attempts=attempts)
 
         answer = await loops.insist(claim, on=StoreUnavailable, name="claim")
         if answer.verdict is Verdict.HELD and not self._draining:
@@ -246,6 +250,44 @@ class Sidecar:
                     attempt=lease.attempt,
                 )
             return await collect(self._blobs, settings, job, answer, room, attempt=lease.attempt, left_s=run.left_s)
+
+    async def _converse(self, run: _Run, lease: Lease) -> tuple[RequestState, Outcome]:
+        """Run the job over its channel while its lease is kept. There is no other attempt, so nothing is handed back.
+
+        Raises:
+            LeaseLost.
+        """
+        expected = (AttemptFailed, ContainerLost, ClientLeft)
+        try:
+            async with self._dialer.line(run.job) as line, loops.beside(self._keep(run, lease)):
+                outcome = await loops.guard(self._talk(run, line), expected=expected, request_id=run.job.id)
+        except AttemptFailed as failed:
+            return failed.state, failed.outcome
+        except loops.Fault:
+            return RequestState.ERRORED, problem(run.job, 500, INFERENCE_FAULT)
+        except ClientLeft as left:
+            await self._cancel(run.job, left.reason)
+            raise LeaseLost(RequestState.CANCELLED) from left
+        except asyncio.CancelledError:
+            with suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(self._settings.store_timeout_s):
+                    await self._results.settle(lease, run.job, RequestState.ERRORED, stopped(run.job))
+            raise
+        return RequestState.FULFILLED if outcome.status < 400 else RequestState.ERRORED, outcome
+
+    async def _talk(self, run: _Run, line: Line) -> Outcome:
+        settings = self._settings
+        async with workspace(self._blobs, settings, run.job, self._clerk) as room:
+            await line.open()
+            headers = container_headers(run.job, room, self._headers_for_all, run.left_s())
+            with self._calling(run):
+                return await converse(line, self._inference, settings, headers, budget_s=run.left_s())
+
+    async def _cancel(self, job: Job, reason: str) -> None:
+        async def cancel() -> object:
+            return await self._results.cancel(job.id, reason=reason)
+
+        await loops.insist(cancel, on=StoreUnavailable, name="cancel")
 
     @contextmanager
     def _calling(self, run: _Run) -> Iterator[None]:

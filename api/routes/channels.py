@@ -410,10 +410,8 @@ class _WebSocket:
         while True:
             kind, payload = await self._line.receive()
             if (opcode := _OPCODES.get(kind)) is not None:
-                try:
+                with suppress(ConnectionError):  # what the caller has sent before tells more
                     await client.send_frame(payload, opcode)
-                except ConnectionError as exc:
-                    raise _ClientGone from exc
                 self._line.touch()
             elif kind is Kind.CLOSE:
                 self._close = _close_of(payload)
