@@ -54,6 +54,9 @@ class Submission:
     passthrough: bool = False
     poll_s: int = 60
     idempotency_key: str = ""
+    method: str = "POST"
+    target: str = ""
+    streaming: bool = False
     channel: Channel | None = None
 
 
@@ -189,6 +192,9 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         assets=submission.assets,
         passthrough=submission.passthrough,
         poll_s=submission.poll_s,
+        method=submission.method,
+        target=submission.target,
+        streaming=submission.streaming,
         channel=submission.channel,
     )
     try:

@@ -276,7 +276,7 @@ class _WebSocket:
         self._headers = [pair for pair in headers if not pair[0].lower().startswith("sec-websocket-")]
         self._opened: asyncio.Future[aiohttp.ClientWebSocketResponse[bool]] = asyncio.Future()
         self._close = Close(code=CloseCode.GOING_AWAY)
-        self._last_word: tuple[Kind, bytes] | None = None
+        self._last_words: list[tuple[Kind, bytes]] = []
         self._status = 101
 
     async def run(self, settings: SidecarSettings, *, budget_s: float) -> int:
@@ -284,14 +284,14 @@ class _WebSocket:
         try:
             with translated(self._line.job):
                 await loops.either(self._up(), self._down(settings.max_message_bytes))
+            for word in self._last_words:
+                # Only now, when nobody takes the front end's closing of the line for its loss.
+                await self._line.send(*word)
         finally:
             if self._opened.done():
                 with suppress(TimeoutError, ConnectionError):
                     async with asyncio.timeout(CLOSE_TIMEOUT_S):
                         await self._opened.result().close(code=self._close.code, message=self._close.reason)
-        if self._last_word is not None:
-            # Only now, when nobody takes the front end's closing of the line for its loss.
-            await self._line.send(*self._last_word)
         return self._status
 
     async def _up(self) -> None:
@@ -317,7 +317,7 @@ class _WebSocket:
         except Refused as refused:
             self._status = refused.status
             head = Head(status=refused.status, headers=tuple(pair for pair in refused.headers if _about_no_body(pair)))
-            self._last_word = (Kind.HEAD, channels.pack_head(head))
+            self._last_words = [(Kind.HEAD, channels.pack_head(head)), (Kind.END, b"")]
             return
         self._opened.set_result(container)
         await line.send(Kind.HEAD, channels.pack_head(Head(status=101, protocol=container.protocol or "")))
@@ -327,7 +327,7 @@ class _WebSocket:
                 await line.send(kind, got.data)
             elif got.type is WSMsgType.CLOSE:
                 self._close = channels.closing(got.data, got.extra or "")
-                self._last_word = (Kind.CLOSE, channels.pack_close(self._close))
+                self._last_words = [(Kind.CLOSE, channels.pack_close(self._close))]
                 return
             else:
                 raise AttemptFailed(problem(line.job, 500, UNCLOSED, source="inference-connection"))
