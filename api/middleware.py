@@ -21,7 +21,7 @@ RECORD = web.RequestKey("record", Record)
 TAKEN = web.RequestKey("taken", Taken)
 
 # Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
-ABOUT_A_REQUEST = ("/nvcf/pexec/", "/nvcf/requests/")
+ABOUT_A_REQUEST = ("/nvcf/pexec/", "/nvcf/exec/", "/nvcf/requests/")
 SERVER = "fnqueue"  # and not which versions of what
 _PREFLIGHT_S = "86400"
 

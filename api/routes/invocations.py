@@ -52,18 +52,28 @@ class Call:
 
 async def invoke(front: Front, request: web.Request) -> web.Response:
     """Accept the request and hold the call until it ends, or for as long as the caller wishes."""
-    call = await _admit(front, request)
-    record = await _run(front, call, await front.bodies.read(request))
-    request[RECORD] = record
-    if _gives_up(front, request, call, record):
-        record = await invocations.withdraw(front.broker, record)
-        if record.state is RequestState.CANCELLED:
-            return _response(answers.timed_out(record), call.wait)
-    return await _answer(front, request, record, call.wait)
+    call = await admit(front, request)
+    return respond(await run(front, request, call, await front.bodies.read(request)), call.wait)
 
 
 async def poll(front: Front, request: web.Request) -> web.Response:
     """Where the request stands, after holding the call as `invoke` does."""
+    return respond(*await look(front, request))
+
+
+async def run(front: Front, request: web.Request, call: Call, held: Held, *, status_path: str = STATUS_PATH) -> Answer:
+    """The answer to a call that was admitted, at its end or that of its caller's patience."""
+    record = await _submit(front, call, held)
+    request[RECORD] = record
+    if _gives_up(front, request, call, record):
+        record = await invocations.withdraw(front.broker, record)
+        if record.state is RequestState.CANCELLED:
+            return answers.timed_out(record)
+    return await _answer(front, request, record, status_path)
+
+
+async def look(front: Front, request: web.Request, *, status_path: str = STATUS_PATH) -> tuple[Answer, headers.Wait]:
+    """The answer of the request that the path names, and how long it may have been waited for."""
     auth.token(request.headers)
     wait = headers.wait(request.headers)
     request_id = headers.uuid(request.match_info["request_id"], field="requestId")
@@ -74,10 +84,10 @@ async def poll(front: Front, request: web.Request) -> web.Response:
     except Interrupted:
         record = await invocations.status(front.broker, principal, request_id, wait_s=0)
     request[RECORD] = record
-    return await _answer(front, request, record, wait)
+    return await _answer(front, request, record, status_path), wait
 
 
-async def _admit(front: Front, request: web.Request) -> Call:
+async def admit(front: Front, request: web.Request) -> Call:
     """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read.
 
     The rate limit comes last, so that nothing that could never run counts; a body that then does not come, counts.
@@ -105,7 +115,7 @@ async def _admit(front: Front, request: web.Request) -> Call:
     return call
 
 
-async def _run(front: Front, call: Call, held: Held) -> Record:
+async def _submit(front: Front, call: Call, held: Held) -> Record:
     """Submit and wait. The body is given up once it was submitted, so that who waits holds no memory."""
     accepting = Accepting(front.calls, done=held.close)
     try:
@@ -142,24 +152,24 @@ def _gives_up(front: Front, request: web.Request, call: Call, record: Record) ->
     return front.settings.gateway_timeout or headers.gateway_timeout(request.headers)
 
 
-async def _answer(front: Front, request: web.Request, record: Record, wait: headers.Wait) -> web.Response:
+async def _answer(front: Front, request: web.Request, record: Record, status_path: str) -> Answer:
     broker, settings = front.broker, front.settings
 
     def download_url(key: str, filename: str) -> str:
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
-    answer = answers.answer(record, status_url=_status_url(front, request, record.id), download_url=download_url)
+    status_url = f"{origin(front, request)}{status_path}{record.id}"
+    answer = answers.answer(record, status_url=status_url, download_url=download_url)
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
-    return _response(answer, wait)
+    return answer
 
 
-def _status_url(front: Front, request: web.Request, request_id: str) -> str:
-    origin = front.settings.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
-    return f"{origin}{STATUS_PATH}{request_id}"
+def origin(front: Front, request: web.Request) -> str:
+    return front.settings.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
 
 
-def _response(answer: Answer, wait: headers.Wait) -> web.Response:
+def respond(answer: Answer, wait: headers.Wait) -> web.Response:
     if wait.applied:
         answer.headers[headers.PREFERENCE_APPLIED] = wait.applied
     return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
