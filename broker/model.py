@@ -295,6 +295,8 @@ class Job:
 
     `body` is the request body unless it was too large for a message; then `body_key` names the blob.
     `headers` are the client's, already filtered; `poll_s` is how long the accepting call may wait.
+    `target` is the path and query to ask the container for, "" for its inference path. `streaming` sends the answer
+    to the request's stream as it comes (`broker.ports.Streams`).
     """
 
     id: str
@@ -311,19 +313,24 @@ class Job:
     assets: tuple[str, ...] = ()
     passthrough: bool = False
     poll_s: int = 60
+    method: str = "POST"
+    target: str = ""
+    streaming: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What the container answered, or what we answer in its place.
 
-    `blob_key` names a zip in the blob store when the answer was too large to keep inline; `body` is then empty.
+    `blob_key` names a zip in the blob store when the answer was too large to keep inline, and `streamed` says that
+    the whole body went to the request's stream; `body` is then empty.
     """
 
     status: int
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
     blob_key: str = ""
+    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,6 +421,61 @@ class Load:
     queued: int
     running: int
     oldest_age_s: float
+
+
+# -- streams -----------------------------------------------------------------------------------
+
+STREAM_CUT = "the worker stopped in the middle of the answer, which is not begun again"
+# How long a worker may be silent past its lease before a reader takes it for dead. After an outage of the store,
+# readers and workers are back at about the same time.
+STREAM_SILENCE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of a streamed body. `end` is the offset in the body just behind it.
+
+    `event` says that it is one whole server-sent event, and `event_id` is the ID that the container gave it, ""
+    when it gave none that tells this event from the one before.
+    """
+
+    data: bytes
+    end: int
+    event: bool = False
+    event_id: str = ""
+
+    @property
+    def start(self) -> int:
+        return self.end - len(self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """What the writer of a stream has to know. Anything but RUNNING means: nothing was appended, stop; and so does
+    `cut`: what was written before is lost.
+
+    `unread_bytes` were written and not yet asked for. `unattended_s` is for how long nobody has been reading where
+    somebody was or should be, 0 where all is well.
+    """
+
+    state: RequestState
+    cut: bool = False
+    unread_bytes: int = 0
+    unattended_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excerpt:
+    """A part of a stream, and where the whole stands. `attempt` wrote it; `written` is the length of the body so far.
+
+    In a terminal `state` nothing is written any more. `head` holds the status and headers, None until they are known.
+    """
+
+    state: RequestState
+    attempt: int
+    written: int
+    head: Outcome | None = None
+    chunks: tuple[Chunk, ...] = ()
 
 
 # -- secrets -----------------------------------------------------------------------------------

@@ -88,6 +88,13 @@ class Settings(BaseSettings):
         le=16 * MIB,
         description="Request bodies above this travel through the blob store instead of the queue.",
     )
+    stream_bytes: int = Field(
+        4 * MIB,
+        ge=64 * 1024,
+        le=64 * MIB,
+        description="Bytes of one streamed answer that are kept for a client that comes back; half of them may be "
+        "unread before the container has to wait, and half is the most that one event may have.",
+    )
     rate_limit_unreachable: Literal["open", "closed"] = Field(
         "open",
         description="What becomes of invocations of rate limited functions while the counters cannot be reached: "

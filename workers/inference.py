@@ -1,4 +1,4 @@
-"""The inference container: whether it is healthy, and one POST per attempt, never followed and never repeated.
+"""The inference container: whether it is healthy, and one request per attempt, never followed and never repeated.
 
 Everything that the container sends is untrusted (field/security.md): its status line, its headers, its body.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -88,6 +89,30 @@ class Answer:
 
     def outcome(self) -> Outcome:
         return Outcome(status=self.status, headers=self.headers, body=self.body)
+
+
+class Response:
+    """The head of the container's answer, and its body while it comes. Valid until `Inference.exchange` ends.
+
+    `chunks` ends with the body; it raises what `Inference.exchange` says.
+    """
+
+    def __init__(self, job: Job, response: aiohttp.ClientResponse) -> None:
+        self._job = job
+        self._response = response
+        self.status = response.status
+        self.headers = _presentable(response)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the body has arrived already."""
+        return self._response.content.is_eof()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes, in pieces of any size; who does not ask for the next one makes the container wait."""
+        with _translated(self._job):
+            async for chunk in self._response.content.iter_any():
+                yield chunk
 
 
 class ContainerLost(Exception):
@@ -182,7 +207,7 @@ class Inference:
         budget_s: float,
         attempt: int = 1,
     ) -> Answer:
-        """POST the job once and read the answer. A body above `max_response_bytes` is written to `spill`, in a
+        """Send the job once and read the answer. A body above `max_response_bytes` is written to `spill`, in a
         folder that is made if need be. `attempt` decides whether a kept connection will do.
 
         Outside passthrough, an answer of 400 and above comes back as a problem (contract/invocation.md §3.2).
@@ -191,12 +216,49 @@ class Inference:
             ContainerLost, RunTimedOut.
             AttemptFailed: what came back was not HTTP, or more than `max_artifact_bytes` of it.
         """
-        try:
-            async with asyncio.timeout(budget_s):
-                answer = await self._exchange(self._session(attempt), job, headers, body, spill)
-        except TimeoutError as exc:
-            raise RunTimedOut(job) from exc
+        async with self.exchange(job, headers, body=body, budget_s=budget_s, attempt=attempt) as response:
+            spillable = job.passthrough or response.status < 400
+            content, spilled = await self._read(job, response, spill if spillable else None)
+            answer = Answer(status=response.status, headers=response.headers, body=content, spilled=spilled)
         return answer if job.passthrough or not answer.failed else _mapped(job, answer)
+
+    @asynccontextmanager
+    async def exchange(
+        self, job: Job, headers: Iterable[tuple[str, str]], *, body: bytes | Path, budget_s: float, attempt: int = 1
+    ) -> AsyncIterator[Response]:
+        """Send the job once; the head of the answer is there when the body of this context begins. `budget_s` bounds
+        it all, and `attempt` decides whether a kept connection will do.
+
+        Raises:
+            ContainerLost, RunTimedOut.
+            AttemptFailed: what came back was not HTTP.
+        """
+        session, budget = self._session(attempt), asyncio.timeout(budget_s)
+        async with AsyncExitStack() as stack:
+            try:
+                async with budget:
+                    with _translated(job):
+                        content: bytes | BinaryIO
+                        if isinstance(body, Path):
+                            content = stack.enter_context(await loops.in_thread(_opened, body, "rb"))
+                        else:
+                            content = body
+                        response = await stack.enter_async_context(
+                            session.request(
+                                job.method,
+                                self._url_of(job),
+                                data=content,
+                                headers=list(headers),
+                                allow_redirects=False,
+                            )
+                        )
+                        if not 200 <= response.status <= 599:
+                            raise ValueError(f"the container answered {response.status}")
+                    yield Response(job, response)
+            except TimeoutError as exc:
+                if not budget.expired():
+                    raise
+                raise RunTimedOut(job) from exc
 
     def _session(self, attempt: int = 1) -> aiohttp.ClientSession:
         kept = self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
@@ -204,56 +266,25 @@ class Inference:
         assert session is not None, "Inference is used outside of its context"
         return session
 
-    async def _exchange(
-        self,
-        session: aiohttp.ClientSession,
-        job: Job,
-        headers: Iterable[tuple[str, str]],
-        body: bytes | Path,
-        spill: Path,
-    ) -> Answer:
-        """One round trip, with the client's errors translated once."""
-        try:
-            if isinstance(body, bytes):
-                return await self._post(session, job, headers, body, spill)
-            with await loops.in_thread(_opened, body, "rb") as file:
-                return await self._post(session, job, headers, file, spill)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
-            raise ContainerLost("the container refused the connection", sent=False) from exc
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
-            raise ContainerLost("the container closed the connection", sent=True) from exc
-        except (aiohttp.ClientError, ValueError) as exc:
-            raise AttemptFailed(problem(job, 500, CONNECTION_FAULT, source="inference-connection")) from exc
+    def _url_of(self, job: Job) -> URL:
+        if not job.target:
+            return self._job_url
+        return URL(f"{self._job_url.origin()}/{job.target.removeprefix('/')}", encoded=True)
 
-    async def _post(
-        self,
-        session: aiohttp.ClientSession,
-        job: Job,
-        headers: Iterable[tuple[str, str]],
-        body: bytes | BinaryIO,
-        spill: Path,
-    ) -> Answer:
-        async with session.post(self._job_url, data=body, headers=list(headers), allow_redirects=False) as response:
-            if not 200 <= response.status <= 599:
-                raise ValueError(f"the container answered {response.status}")
-            spillable = job.passthrough or response.status < 400
-            content, spilled = await self._read(job, response, spill if spillable else None)
-            kept = _presentable(response)
-            return Answer(status=response.status, headers=kept, body=content, spilled=spilled)
-
-    async def _read(self, job: Job, response: aiohttp.ClientResponse, spill: Path | None) -> tuple[bytes, Path | None]:
+    async def _read(self, job: Job, response: Response, spill: Path | None) -> tuple[bytes, Path | None]:
         """The body, or the file it went to. Without a file to spill to, what is too large is dropped."""
         content = bytearray()
-        async for chunk in response.content.iter_any():
+        chunks = response.chunks()
+        async for chunk in chunks:
             content += chunk
             if len(content) > self._settings.max_response_bytes:
                 if spill is None:
                     return b"", None
-                await self._spill(job, response, bytes(content), spill)
+                await self._spill(job, chunks, bytes(content), spill)
                 return b"", spill
         return bytes(content), None
 
-    async def _spill(self, job: Job, response: aiohttp.ClientResponse, head: bytes, path: Path) -> None:
+    async def _spill(self, job: Job, chunks: AsyncIterator[bytes], head: bytes, path: Path) -> None:
         """Write `head` and the rest of the body to `path`; memory stays flat and the loop free."""
         try:
             await loops.in_thread(prepare_scratch, path)
@@ -262,7 +293,7 @@ class Inference:
             raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
         with file:
             size_bytes, pending = 0, bytearray(head)
-            async for chunk in response.content.iter_any():
+            async for chunk in chunks:
                 pending += chunk
                 if len(pending) >= SPILL_CHUNK_BYTES:
                     size_bytes += await self._write(job, file, pending, size_bytes)
@@ -277,6 +308,19 @@ class Inference:
             return await loops.in_thread(file.write, content)
         except OSError as exc:
             raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
+
+
+@contextmanager
+def _translated(job: Job) -> Iterator[None]:
+    """The client's errors as ours."""
+    try:
+        yield
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+        raise ContainerLost("the container refused the connection", sent=False) from exc
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
+        raise ContainerLost("the container closed the connection", sent=True) from exc
+    except (aiohttp.ClientError, ValueError) as exc:
+        raise AttemptFailed(problem(job, 500, CONNECTION_FAULT, source="inference-connection")) from exc
 
 
 class _Kept(aiohttp.TCPConnector):

@@ -65,7 +65,9 @@ def unpack_job(envelope: bytes | str, body: bytes) -> Job:
 
 def pack_outcome(outcome: Outcome) -> bytes:
     """One line of JSON, then the body as it is."""
-    head = orjson.dumps([VERSION, outcome.status, outcome.headers, outcome.blob_key])
+    # Releases that know no streams read what has four members.
+    streamed = (True,) if outcome.streamed else ()
+    head = orjson.dumps([VERSION, outcome.status, outcome.headers, outcome.blob_key, *streamed])
     return head + b"\n" + outcome.body
 
 
@@ -73,12 +75,13 @@ def unpack_outcome(raw: bytes) -> Outcome:
     """Raises Unreadable."""
     head, _, body = raw.partition(b"\n")
     try:
-        _, status, headers, blob_key = orjson.loads(head)
+        _, status, headers, blob_key, *streamed = orjson.loads(head)
         return Outcome(
             status=int(status),
             headers=tuple((str(name), str(value)) for name, value in headers),
             body=body,
             blob_key=str(blob_key),
+            streamed=bool(streamed and streamed[0]),
         )
     except (ValueError, TypeError) as exc:
         raise Unreadable("not an outcome") from exc
@@ -97,6 +100,9 @@ _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "body_key": str,
     "passthrough": bool,
     "poll_s": int,
+    "method": str,
+    "target": str,
+    "streaming": bool,
 }
 
 

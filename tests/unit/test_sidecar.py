@@ -24,6 +24,7 @@ from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
+from broker.backends.memory.streams import MemoryStreams
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.keyring import Keyring
 from broker.model import Draft, InstanceStatus, Job, Lease, Outcome, Record, RequestState, Verdict
@@ -94,6 +95,7 @@ class Rig:
         return Broker(
             queue=self.queue,
             results=self.results,
+            streams=MemoryStreams(self.results, self.settings),
             catalog=self.catalog,
             counters=MemoryCounters(),
             blobs=self.blobs,

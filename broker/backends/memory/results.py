@@ -11,18 +11,43 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from broker.backends.hints import Hints, Watch
+from broker.backends.hints import Hints, RecordWatch
 from broker.errors import IdempotencyKeyReused, QueueFull
-from broker.model import Claim, Draft, Epoch, Job, Lease, Load, Outcome, Position, Record, RequestState, Verdict
+from broker.model import (
+    STREAM_CUT,
+    Chunk,
+    Claim,
+    Draft,
+    Epoch,
+    Job,
+    Lease,
+    Load,
+    Outcome,
+    Position,
+    Record,
+    RequestState,
+    Verdict,
+)
 from broker.settings import Settings
 
 OVERDUE = "not finished before its deadline"
 
 
+@dataclass(slots=True)
+class Log:
+    """A request's stream. `until` is when its readers mean to leave, or since when nobody has come; 0: not said."""
+
+    head: Outcome | None = None
+    chunks: deque[Chunk] = field(default_factory=deque)
+    written: int = 0
+    read: int = 0
+    until: float = 0.0
+
+
 @dataclass(slots=True, kw_only=True)
-class _Entry:
+class Entry:
     """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it."""
 
     id: str
@@ -43,6 +68,7 @@ class _Entry:
     reason: str = ""
     outcome: Outcome | None = None
     hidden: bool = False
+    log: Log = field(default_factory=Log)
 
     def record(self) -> Record:
         return Record(
@@ -69,8 +95,8 @@ class MemoryResults:
         self._settings = settings
         self._now = now
         self._epoch = Epoch(number=secrets.randbelow(256), born_at=now(), now=now())
-        self._hints = Hints()
-        self._entries: dict[str, _Entry] = {}
+        self.hints = Hints()
+        self._entries: dict[str, Entry] = {}
         self._finished: deque[tuple[float, str]] = deque()
         self._waiting: dict[str, list[tuple[int, str]]] = {}
         self._running: dict[str, set[str]] = {}
@@ -89,6 +115,12 @@ class MemoryResults:
     async def forget_key(self, account: str, key: str, *, request_id: str) -> None:
         if self._keys.get((account, key), ("",))[0] == request_id:
             del self._keys[account, key]
+
+    def entry(self, request_id: str) -> Entry | None:
+        return self._entries.get(request_id)
+
+    def now(self) -> float:
+        return self._now()
 
     async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
         self._drop_old()
@@ -110,12 +142,12 @@ class MemoryResults:
         if entry.submitters > 1:
             entry.submitters -= 1
             return False
-        self._finish(entry, RequestState.ABANDONED, reason=reason)
+        self.finish(entry, RequestState.ABANDONED, reason=reason)
         return True
 
     @asynccontextmanager
-    async def watch(self, request_id: str) -> AsyncIterator[Watch]:
-        with self._hints.watching(request_id, Watch(lambda: self.read(request_id))) as watch:
+    async def watch(self, request_id: str) -> AsyncIterator[RecordWatch]:
+        with self.hints.watching(request_id, RecordWatch(lambda: self.read(request_id))) as watch:
             yield watch
 
     async def read(self, request_id: str) -> Record | None:
@@ -133,8 +165,11 @@ class MemoryResults:
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
         if entry.state is RequestState.RUNNING and entry.lease_until > now:
             return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=entry.lease_until - now)
+        if entry.log.written:
+            self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
+            return Claim(verdict=Verdict.SETTLED, state=entry.state)
         if entry.attempt >= max_attempts:
-            self._finish(
+            self.finish(
                 entry, RequestState.DEAD, reason=f"the worker or its container died in {entry.attempt} attempts"
             )
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
@@ -161,6 +196,9 @@ class MemoryResults:
         if entry is None:
             return RequestState.QUEUED
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
+            if entry.log.written:
+                self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
+                return entry.state
             entry.attempt -= refund
             entry.token, entry.worker, entry.lease_until = "", "", 0.0
             self._move(entry, RequestState.QUEUED)
@@ -172,7 +210,7 @@ class MemoryResults:
             entry = self._rebuild(job)
             entry.state, entry.attempt, entry.token = RequestState.RUNNING, lease.attempt, lease.token
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
-            self._finish(entry, state, outcome=outcome)
+            self.finish(entry, state, outcome=outcome)
         return entry.state
 
     async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
@@ -181,7 +219,7 @@ class MemoryResults:
         if entry.state is RequestState.RUNNING and wait_s > 0:
             return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=wait_s)
         if not entry.state.terminal:
-            self._finish(entry, state, reason=reason)
+            self.finish(entry, state, reason=reason)
         return Claim(verdict=Verdict.SETTLED, state=entry.state)
 
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
@@ -191,13 +229,13 @@ class MemoryResults:
         self._expire(entry)
         before = entry.state
         if not before.terminal:
-            self._finish(entry, RequestState.CANCELLED, reason=reason)
+            self.finish(entry, RequestState.CANCELLED, reason=reason)
         return before
 
     async def forget(self, request_id: str) -> None:
         entry = self._entries.get(request_id)
         if entry is not None and entry.state.terminal:
-            entry.hidden, entry.outcome = True, None
+            entry.hidden, entry.outcome, entry.log = True, None, Log()
 
     async def position(self, record: Record) -> Position:
         waiting = self._waiting.get(record.version_id, [])
@@ -227,9 +265,9 @@ class MemoryResults:
             queued=len(waiting), running=len(self._running.get(version_id, ())), oldest_age_s=max(0.0, oldest_age_s)
         )
 
-    def _add(self, draft: Draft, *, created_at: float, deadline_at: float) -> _Entry:
+    def _add(self, draft: Draft, *, created_at: float, deadline_at: float) -> Entry:
         self._orders += 1
-        entry = _Entry(
+        entry = Entry(
             id=draft.id,
             account=draft.account,
             function_id=draft.function_id,
@@ -242,7 +280,7 @@ class MemoryResults:
         self._waiting.setdefault(entry.version_id, []).append((entry.order, entry.id))
         return entry
 
-    def _rebuild(self, job: Job) -> _Entry:
+    def _rebuild(self, job: Job) -> Entry:
         draft = Draft(
             id=job.id,
             account=job.account,
@@ -253,22 +291,23 @@ class MemoryResults:
         )
         return self._add(draft, created_at=job.created_at, deadline_at=job.deadline_at)
 
-    def _expire(self, entry: _Entry) -> bool:
+    def _expire(self, entry: Entry) -> bool:
         """PROTOCOL R3: whoever looks at an overdue request that nobody runs ends it."""
         now = self._now()
         held = entry.state is RequestState.RUNNING and entry.lease_until > now
         if entry.state.terminal or held or now < entry.deadline_at:
             return False
-        self._finish(entry, RequestState.EXPIRED, reason=OVERDUE)
+        self.finish(entry, RequestState.EXPIRED, reason=OVERDUE)
         return True
 
-    def _finish(self, entry: _Entry, state: RequestState, *, reason: str = "", outcome: Outcome | None = None) -> None:
+    def finish(self, entry: Entry, state: RequestState, *, reason: str = "", outcome: Outcome | None = None) -> None:
         self._move(entry, state)
         entry.reason, entry.outcome, entry.finished_at = reason, outcome, self._now()
         self._finished.append((entry.finished_at, entry.id))
-        self._hints.tell(entry.id)
+        self.hints.tell(entry.id)
+        self.hints.tell(f"{entry.id}/r")
 
-    def _move(self, entry: _Entry, state: RequestState) -> None:
+    def _move(self, entry: Entry, state: RequestState) -> None:
         """The one place where a state changes, with the order and the running set beside it."""
         if entry.state is RequestState.QUEUED:
             waiting = self._waiting[entry.version_id]

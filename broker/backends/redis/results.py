@@ -14,7 +14,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
-from broker.backends.hints import Hints, Watch
+from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Command, Connection
 from broker.errors import IdempotencyKeyReused, QueueFull, StoreUnavailable
@@ -46,8 +46,8 @@ class RedisResults:
         self._connection = connection
         self._settings = settings
         self._retention_ms = int(settings.result_ttl_s * 1000)
-        self._channel = f"fnq:h:{secrets.token_hex(6)}"
-        self._hints = Hints()
+        self.channel = f"fnq:h:{secrets.token_hex(6)}"
+        self.hints = Hints()
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
 
@@ -78,7 +78,7 @@ class RedisResults:
                 int(draft.deadline_s * 1000),
                 self._retention_ms,
                 nonce,
-                self._channel if watch else "",
+                self.channel if watch else "",
             ),
         )
         is_new, state, created, deadline, function_id, version_id = made
@@ -121,8 +121,8 @@ class RedisResults:
     # -- readers ----------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def watch(self, request_id: str) -> AsyncIterator[Watch]:
-        with self._hints.watching(request_id, Watch(lambda: self._read(request_id, self._channel))) as watch:
+    async def watch(self, request_id: str) -> AsyncIterator[RecordWatch]:
+        with self.hints.watching(request_id, RecordWatch(lambda: self._read(request_id, self.channel))) as watch:
             yield watch
 
     async def read(self, request_id: str) -> Record | None:
@@ -172,7 +172,7 @@ class RedisResults:
                 (_record(job.id), _body(job.id)),
                 worker,
                 token,
-                self._channel,
+                self.channel,
                 int(lease_s * 1000),
                 max_attempts,
                 self._retention_ms,
@@ -200,9 +200,13 @@ class RedisResults:
 
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
         [reply] = await self._connection.run(
-            scripts.RELEASE.call((_record(lease.request_id),), lease.token, int(refund))
+            scripts.RELEASE.call(
+                (_record(lease.request_id), _body(lease.request_id)), lease.token, int(refund), self._retention_ms
+            )
         )
         state = RequestState(_text(reply))
+        if state.terminal:
+            await self._leave(lease.version_id, lease.request_id)
         if state is RequestState.QUEUED:
             await self._connection.run(
                 scripts.MOVE.call((_running(lease.version_id), _waiting(lease.version_id)), lease.request_id)
@@ -276,7 +280,7 @@ class RedisResults:
         while True:
             try:
                 async with self._connection.client.pubsub() as pubsub:
-                    await pubsub.subscribe(self._channel)
+                    await pubsub.subscribe(self.channel)
                     while True:
                         message = await pubsub.get_message(timeout=5.0)
                         failing = False
@@ -291,10 +295,10 @@ class RedisResults:
         if message is None:
             return
         if message["type"] == "message":
-            self._hints.tell(_text(message["data"]))
+            self.hints.tell(_text(message["data"]))
         elif message["type"] == "subscribe":
             # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
-            self._hints.tell_all()
+            self.hints.tell_all()
             self.subscribed.set()
 
     async def _keep_epoch(self) -> None:

@@ -2,17 +2,24 @@
 
 Keys of one request share a hash tag, so that they live in one slot of a Redis Cluster:
     fnq:{<id>}:r   hash, the record      fnq:{<id>}:b   string, the packed outcome
+    fnq:{<id>}:s   stream, the latest of a streamed body: entry <attempt>-<offset behind it>, fields d data · k kind
+                   (0 bytes, 1 event) · c the container's ID of the event
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden
+and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
+means to be there · i channels of readers that wait for more · j channel of a writer that waits, and how many unread
+bytes it waits for
 """
 
 from __future__ import annotations
 
 import hashlib
+
+from broker.model import STREAM_CUT
 
 
 class Script:
@@ -34,20 +41,23 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
-# finish(): the only place where a record becomes terminal. The record outlives every copy of its message.
+# finish(): the only place where a record becomes terminal. The record outlives every copy of its message. The key of
+# the stream is made here, because few requests have one; it is in the record's slot.
 _FINISH = (
     _NOW
     + """
 local terminal = {fulfilled=1, errored=1, expired=1, cancelled=1, dead=1, abandoned=1}
 local function finish(r, b, state, reason, retention, body)
-  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's')
+  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'i', 'z')
   local id = string.match(r, '{(.-)}')
   local ttl = math.max(retention, (tonumber(old[1]) or now) - now + 180000)
   redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
-  redis.call('HDEL', r, 'h', 'k', 'l')
+  redis.call('HDEL', r, 'h', 'k', 'l', 'i', 'j')
   redis.call('PEXPIRE', r, ttl)
+  if old[6] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
   if body then redis.call('SET', b, body, 'PX', ttl) end
   for channel in string.gmatch(old[2] or '', '%S+') do redis.call('PUBLISH', channel, id) end
+  for channel in string.gmatch(old[5] or '', '%S+') do redis.call('PUBLISH', channel, id .. '/r') end
   if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
   return state
 end
@@ -62,6 +72,8 @@ local function overdue(r, b, retention)
 end
 """
 )
+
+_CUT = f"local cut = '{STREAM_CUT}'\n"
 
 # rebuild(): a record that is gone is made again from what its message carries.
 _REBUILD = (
@@ -148,22 +160,25 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 """
 )
 
+# An attempt that began to stream is the last one: its reader cannot be given the same again.
 # KEYS record body
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
 # returns {verdict, state, attempt, wait_ms, remaining_ms}
 CLAIM = Script(
     _REBUILD
+    + _CUT
     + """
 local r = KEYS[1]
 rebuild(r, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[6] + 0)
 overdue(r, KEYS[2], ARGV[6] + 0)
-local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd')
+local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'z')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
 if f[1] == 'running' and tonumber(f[4] or 0) > now then
   if f[3] == ARGV[2] then return {'granted', 'running', n, 0, f[5] - now} end
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
+if f[6] then return {'settled', finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0), n, 0} end
 if n >= tonumber(ARGV[5]) then
   finish(r, KEYS[2], 'dead', 'the worker or its container died in ' .. n .. ' attempts', ARGV[6] + 0)
   return {'settled', 'dead', n, 0}
@@ -187,12 +202,15 @@ return 'running'
 """
 )
 
-# KEYS record · ARGV token refund(0|1) · returns the state left behind
+# KEYS record body · ARGV token refund(0|1) retention_ms · returns the state left behind
 RELEASE = Script(
-    """
-local f = redis.call('HMGET', KEYS[1], 's', 't')
+    _FINISH
+    + _CUT
+    + """
+local f = redis.call('HMGET', KEYS[1], 's', 't', 'z')
 if not f[1] then return 'queued' end
 if f[1] == 'running' and f[2] == ARGV[1] then
+  if f[3] then return finish(KEYS[1], KEYS[2], 'errored', cut, ARGV[3] + 0) end
   redis.call('HINCRBY', KEYS[1], 'n', 0 - ARGV[2])
   redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
   redis.call('HSET', KEYS[1], 's', 'queued')
@@ -251,8 +269,120 @@ FORGET = Script(
     + """
 if terminal[redis.call('HGET', KEYS[1], 's') or ''] then
   redis.call('HSET', KEYS[1], 'x', 1)
-  redis.call('DEL', KEYS[2])
+  redis.call('DEL', KEYS[2], string.sub(KEYS[1], 1, -2) .. 's')
 end
+return 1
+"""
+)
+
+# -- streams: what was appended is found again by its offset, so that appending twice changes nothing ---------------
+
+# KEYS record stream
+# ARGV token channel most_unread most_kept head('' for none), then for each chunk: end kind event_id data
+# returns {state, 1 if something before is missing, bytes unread, ms that nobody has read}
+# Readers are hinted once and ask again when they have read everything, so a burst costs one hint.
+STREAM_APPEND = Script(
+    _NOW
+    + """
+local r, stream = KEYS[1], KEYS[2]
+local f = redis.call('HMGET', r, 's', 't', 'n', 'z', 'q', 'g', 'i', 'j')
+if not f[1] then return {'running', 1, 0, 0} end
+if f[1] ~= 'running' then return {f[1], 0, 0, 0} end
+if f[2] ~= ARGV[1] then return {'queued', 0, 0, 0} end
+local written, news = tonumber(f[4] or 0), ARGV[5] ~= ''
+if news then redis.call('HSET', r, 'u', ARGV[5]) end
+local before = written
+for at = 6, #ARGV, 4 do
+  local last = tonumber(ARGV[at])
+  if last > written then
+    if last - #ARGV[at + 3] ~= written then return {'running', 1, 0, 0} end
+    redis.call('XADD', stream, f[3] .. '-' .. ARGV[at], 'd', ARGV[at + 3], 'k', ARGV[at + 1], 'c', ARGV[at + 2])
+    written = last
+  end
+end
+if written > before then
+  news = true
+  redis.call('HSET', r, 'z', string.format('%d', written))
+  if before == 0 then redis.call('PEXPIRE', stream, math.max(1, redis.call('PTTL', r))) end
+  local dropped = written - tonumber(ARGV[4])
+  if dropped > 0 then redis.call('XTRIM', stream, 'MINID', f[3] .. '-' .. string.format('%d', dropped + 1)) end
+end
+if news and f[7] then
+  local id = string.match(r, '{(.-)}')
+  for channel in string.gmatch(f[7], '%S+') do redis.call('PUBLISH', channel, id .. '/r') end
+  redis.call('HDEL', r, 'i')
+end
+local unread, there = written - tonumber(f[5] or 0), tonumber(f[6] or 0)
+if unread > tonumber(ARGV[3]) then
+  if there == 0 then
+    there = now
+    redis.call('HSET', r, 'g', now)
+  end
+  redis.call('HSET', r, 'j', ARGV[2] .. ' ' .. math.floor(ARGV[3] / 2))
+elseif f[8] then
+  redis.call('HDEL', r, 'j')
+end
+return {'running', 0, unread, there > 0 and math.max(0, now - there) or 0}
+"""
+)
+
+# KEYS record body stream · ARGV after most_bytes attended_ms channel silence_ms retention_ms
+# returns nil, or {state, attempt, bytes written, head, then for each chunk: end kind event_id data}
+# A stream whose worker has been silent past its lease is ended here, because no other worker may be there to do it.
+STREAM_READ = Script(
+    _FINISH
+    + _CUT
+    + """
+local r, after = KEYS[1], tonumber(ARGV[1])
+local f = redis.call('HMGET', r, 's', 'n', 'z', 'u', 'l', 'g', 'i', 'j', 'x')
+if not f[1] or f[9] then return nil end
+local state, written = f[1], tonumber(f[3] or 0)
+if state == 'running' and f[3] and tonumber(f[5] or 0) + ARGV[5] <= now then
+  state = finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0)
+end
+local answer, size, at = {state, tonumber(f[2] or 0), written, f[4] or ''}, 0, after
+if at < written then
+  local from = string.format('%s-%d', f[2], after + 1)
+  while size < tonumber(ARGV[2]) do
+    local entries = redis.call('XRANGE', KEYS[3], from, '+', 'COUNT', 32)
+    for _, entry in ipairs(entries) do
+      local data = entry[2][2]
+      if size > 0 and size + #data > tonumber(ARGV[2]) then size = size + #data break end
+      size, at = size + #data, tonumber(string.match(entry[1], '%-(%d+)$'))
+      answer[#answer + 1] = at
+      answer[#answer + 1] = entry[2][4]
+      answer[#answer + 1] = entry[2][6]
+      answer[#answer + 1] = data
+    end
+    if #entries < 32 then break end
+    from = '(' .. entries[#entries][1]
+  end
+end
+if terminal[state] then return answer end
+local attended = tonumber(ARGV[3])
+if attended > 0 then
+  redis.call('HSET', r, 'q', ARGV[1], 'g', math.max(now + attended, tonumber(f[6] or 0)))
+  local writer, few = string.match(f[8] or '', '^(%S+) (%d+)$')
+  if writer and written - after <= tonumber(few) then
+    redis.call('PUBLISH', writer, string.match(r, '{(.-)}') .. '/w')
+    redis.call('HDEL', r, 'j')
+  end
+end
+if at >= written and not string.find(f[7] or '', ARGV[4], 1, true) and #(f[7] or '') < 512 then
+  redis.call('HSET', r, 'i', (f[7] and f[7] .. ' ' or '') .. ARGV[4])
+end
+return answer
+"""
+)
+
+# KEYS record · ARGV 1 if a reader is expected back
+STREAM_LEAVE = Script(
+    _NOW
+    + """
+local there = redis.call('HGET', KEYS[1], 'g')
+if not there then return 0 end
+if ARGV[1] == '1' then return redis.call('HDEL', KEYS[1], 'g') end
+redis.call('HSET', KEYS[1], 'g', math.min(now, tonumber(there)))
 return 1
 """
 )
