@@ -27,6 +27,7 @@ from api.routes import (
     registries,
     requests,
     secrets,
+    transparent,
 )
 from api.routes.blobs import BlobRoutes
 from broker.backends.files import ROUTE as BLOBS
@@ -52,7 +53,7 @@ MIRROR = f"{NVCF}/accounts/{{for_account:[^/]+}}"
 
 def make_app(front: Front) -> web.Application:
     # From the outside in.
-    app = web.Application(middlewares=[observing(front), sharing(front), answer_errors])
+    app = web.Application(middlewares=[observing(front), transparent.addressed(front), sharing(front), answer_errors])
     invoking, managing = _invocations(front), [*_management(front), *_authorizations(front), *_clusters(front)]
     app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])
     app.add_routes(elsewhere([*invoking, *managing], *GATEWAYS))

@@ -54,12 +54,16 @@ class WrongMethod(FnqueueError):
         self.allowed = allowed
 
 
+class NotServed(FnqueueError):
+    """What is asked for is known, and this server does not do it."""
+
+
 class BodyTooSlow(FnqueueError):
     """The client did not send its body in the time it had."""
 
 
 # After these, what the client still sends of its body is not read.
-CLOSING = (BodyTooSlow, PayloadTooLarge)
+CLOSING = (BodyTooSlow, NotServed, PayloadTooLarge)
 
 
 class Kind(NamedTuple):
@@ -85,6 +89,7 @@ _KINDS: dict[type[BaseException], Kind] = {
     QueueFull: Kind(429, OURS + "queue-full"),
     RateLimited: Kind(429, OURS + "rate-limited"),
     TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
+    NotServed: Kind(501, OURS + "not-implemented"),
     TryLater: Kind(503, OURS + "unavailable"),
     Overloaded: Kind(503, OURS + "overloaded"),
     Unavailable: Kind(503, OURS + "unavailable"),

@@ -152,6 +152,18 @@ class ApiSettings(SecretSettings):
     inflight_body_bytes: int = Field(
         256 * MIB, ge=5 * MIB, description="Request bodies held in memory at once; beyond it the answer is 503."
     )
+    max_streamed_body_bytes: int = Field(
+        1024 * MIB,
+        ge=1024,
+        description="Largest request body of a transparent invocation; larger ones are answered 413. What does not fit "
+        "into a message goes through a file to the blob store.",
+    )
+    spool_dir: str = Field(
+        "", description="Folder for those files while they arrive; empty: the system's temporary folder."
+    )
+    spool_bytes: int = Field(
+        8 * 1024 * MIB, ge=MIB, description="What they may take there at once; beyond it the answer is 503."
+    )
     gateway_timeout: bool = Field(
         False,
         description="Answer 504 and remove a request still queued when the caller's wait ends, as upstream does.",

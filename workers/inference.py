@@ -44,23 +44,17 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-# They speak for the origin, which is ours, or are set by whoever sends the answer on.
-_NOT_THE_CONTAINERS = frozenset(
-    {
-        "access-control-allow-credentials",
-        "access-control-allow-origin",
-        "alt-svc",
-        "clear-site-data",
-        "content-length",
-        "date",
-        "location",
-        "refresh",
-        "server",
-        "set-cookie",
-        "set-cookie2",
-        "strict-transport-security",
-    }
-)
+# They speak for the connection to the client and the server at its end, or are set by whoever sends the answer on.
+_OURS = frozenset({"alt-svc", "clear-site-data", "content-length", "date", "server", "strict-transport-security"})
+# They speak for the origin, which is ours unless the container was asked in its own name.
+_NOT_THE_CONTAINERS = _OURS | {
+    "access-control-allow-credentials",
+    "access-control-allow-origin",
+    "location",
+    "refresh",
+    "set-cookie",
+    "set-cookie2",
+}
 # Where Python's phrase changed between releases: `type` must not change with the interpreter.
 _PHRASES = {
     413: "Request Entity Too Large",
@@ -101,7 +95,7 @@ class Response:
         self._job = job
         self._response = response
         self.status = response.status
-        self.headers = _presentable(response)
+        self.headers = _presentable(job, response)
 
     @property
     def whole(self) -> bool:
@@ -411,15 +405,27 @@ def _stated_error(body: bytes) -> str:
     return error if isinstance(error, str) else ""
 
 
-def _presentable(response: aiohttp.ClientResponse) -> tuple[tuple[str, str], ...]:
-    """The container's headers that may reach a client in our name; `Content-Encoding` among them, because the
-    body was not decoded."""
+def _presentable(job: Job, response: aiohttp.ClientResponse) -> tuple[tuple[str, str], ...]:
+    """The container's headers that may reach a client, in our name unless it was asked in its own (`job.target`);
+    `Content-Encoding` among them, because the body was not decoded."""
+    dropped = _OURS if job.target else _NOT_THE_CONTAINERS
+    if job.method == "HEAD":
+        dropped -= {"content-length"}  # of the body that a GET would have
     kept = [
-        (name, value)
+        (name, _from_outside(value, response.url) if name.lower() == "location" else value)
         for name, value in end_to_end(response.headers.items())
-        if name.lower() not in _NOT_THE_CONTAINERS and not name.lower().replace("_", "-").startswith("nvcf-")
+        if name.lower() not in dropped and not name.lower().replace("_", "-").startswith("nvcf-")
     ]
     return tuple((name, value) for name, value in kept if _is_text(name + value))
+
+
+def _from_outside(location: str, url: URL) -> str:
+    """A redirect to the address under which only we know the container, as one that leads there from outside."""
+    origin = str(url.origin())
+    path = location[len(origin) :]
+    if not location.lower().startswith(origin) or path[:1] not in ("", "/", "?") or path.startswith("//"):
+        return location
+    return path if path.startswith("/") else f"/{path}"
 
 
 def _is_text(value: str) -> bool:

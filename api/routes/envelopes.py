@@ -11,11 +11,11 @@ from api.answers import Answer
 from api.bodies import Held
 from api.front import Front
 from api.routes.invocations import STATUS_PATH as RESULT_PATH
-from api.routes.invocations import Call, admit, look, origin, respond, run
+from api.routes.invocations import Call, Manner, admit, look, origin, respond, run
 from broker.errors import BadRequest
 from fnqueue import wire
 
-STATUS_PATH = "/v2/nvcf/exec/status/"
+ENCLOSED = Manner(status_path="/v2/nvcf/exec/status/")
 
 # Of a body that the caller did not send: the function gets the JSON in the envelope.
 _OF_THE_ENVELOPE = frozenset({"content-type", "content-encoding", "content-md5", "digest", "content-digest"})
@@ -32,12 +32,12 @@ async def invoke(front: Front, request: web.Request) -> web.Response:
     except BaseException:
         held.close()
         raise
-    return _enclosed(front, request, await run(front, request, call, held, status_path=STATUS_PATH), call.wait)
+    return _enclosed(front, request, await run(front, request, call, held, ENCLOSED), call.wait)
 
 
 async def poll(front: Front, request: web.Request) -> web.Response:
     """Where the request stands, in an envelope; any request, also one of `pexec`."""
-    return _enclosed(front, request, *await look(front, request, status_path=STATUS_PATH))
+    return _enclosed(front, request, *await look(front, request, ENCLOSED))
 
 
 def _opened(request: web.Request, call: Call, held: Held) -> Call:

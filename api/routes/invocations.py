@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from api import answers, auth, headers
-from api.answers import Answer
-from api.bodies import Held
+from api.answers import Answer, Speaker
+from api.bodies import Body
 from api.calls import Accepting, Interrupted
 from api.front import Front
 from api.middleware import RECORD, TAKEN
 from broker import invocations, limits
 from broker.errors import Overloaded
-from broker.invocations import Submission
+from broker.invocations import BodyFile, Submission
 from broker.model import Principal, Record, RequestState, Version
 
 SCOPE = "invoke_function"
@@ -35,8 +35,11 @@ class Call:
     forwarded: tuple[tuple[str, str], ...]
     passthrough: bool
     idempotency_key: str
+    method: str = "POST"
+    target: str = ""
+    streaming: bool = False
 
-    def submission(self, body: bytes) -> Submission:
+    def submission(self, body: bytes | BodyFile) -> Submission:
         return Submission(
             principal=self.principal,
             function_id=self.function_id,
@@ -47,7 +50,23 @@ class Call:
             passthrough=self.passthrough,
             poll_s=max(1, int(self.wait.seconds)),
             idempotency_key=self.idempotency_key,
+            method=self.method,
+            target=self.target,
+            streaming=self.streaming,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How one way of invoking answers: where it sends who has to ask again, and in whose name. `origin` is this
+    server's where the request's own Host is not."""
+
+    status_path: str = STATUS_PATH
+    speaker: Speaker = Speaker.SERVER
+    origin: str = ""
+
+
+PLAIN = Manner()
 
 
 async def invoke(front: Front, request: web.Request) -> web.Response:
@@ -61,7 +80,7 @@ async def poll(front: Front, request: web.Request) -> web.Response:
     return respond(*await look(front, request))
 
 
-async def run(front: Front, request: web.Request, call: Call, held: Held, *, status_path: str = STATUS_PATH) -> Answer:
+async def run(front: Front, request: web.Request, call: Call, held: Body, manner: Manner = PLAIN) -> Answer:
     """The answer to a call that was admitted, at its end or that of its caller's patience."""
     record = await _submit(front, call, held)
     request[RECORD] = record
@@ -69,10 +88,10 @@ async def run(front: Front, request: web.Request, call: Call, held: Held, *, sta
         record = await invocations.withdraw(front.broker, record)
         if record.state is RequestState.CANCELLED:
             return answers.timed_out(record)
-    return await _answer(front, request, record, status_path)
+    return await _answer(front, request, record, manner)
 
 
-async def look(front: Front, request: web.Request, *, status_path: str = STATUS_PATH) -> tuple[Answer, headers.Wait]:
+async def look(front: Front, request: web.Request, manner: Manner = PLAIN) -> tuple[Answer, headers.Wait]:
     """The answer of the request that the path names, and how long it may have been waited for."""
     auth.token(request.headers)
     wait = headers.wait(request.headers)
@@ -84,7 +103,7 @@ async def look(front: Front, request: web.Request, *, status_path: str = STATUS_
     except Interrupted:
         record = await invocations.status(front.broker, principal, request_id, wait_s=0)
     request[RECORD] = record
-    return await _answer(front, request, record, status_path), wait
+    return await _answer(front, request, record, manner), wait
 
 
 async def admit(front: Front, request: web.Request) -> Call:
@@ -110,12 +129,17 @@ async def admit(front: Front, request: web.Request) -> Call:
         passthrough=headers.passthrough(arrived),
         idempotency_key=headers.idempotency_key(arrived),
     )
-    request[TAKEN] = await front.rate_limiter.take(principal, version)
-    limits.require(request[TAKEN])
+    await take(front, request, call)
     return call
 
 
-async def _submit(front: Front, call: Call, held: Held) -> Record:
+async def take(front: Front, request: web.Request, call: Call) -> None:
+    """Count the call against its function's rates. Raises RateLimited."""
+    request[TAKEN] = await front.rate_limiter.take(call.principal, call.version)
+    limits.require(request[TAKEN])
+
+
+async def _submit(front: Front, call: Call, held: Body) -> Record:
     """Submit and wait. The body is given up once it was submitted, so that who waits holds no memory."""
     accepting = Accepting(front.calls, done=held.close)
     try:
@@ -152,21 +176,22 @@ def _gives_up(front: Front, request: web.Request, call: Call, record: Record) ->
     return front.settings.gateway_timeout or headers.gateway_timeout(request.headers)
 
 
-async def _answer(front: Front, request: web.Request, record: Record, status_path: str) -> Answer:
+async def _answer(front: Front, request: web.Request, record: Record, manner: Manner) -> Answer:
     broker, settings = front.broker, front.settings
 
     def download_url(key: str, filename: str) -> str:
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
-    status_url = f"{origin(front, request)}{status_path}{record.id}"
-    answer = answers.answer(record, status_url=status_url, download_url=download_url)
+    status_url = f"{manner.origin or origin(front, request)}{manner.status_path}{record.id}"
+    answer = answers.answer(record, status_url=status_url, download_url=download_url, speaker=manner.speaker)
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
     return answer
 
 
-def origin(front: Front, request: web.Request) -> str:
-    return front.settings.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
+def origin(front: Front, request: web.Request, *, host: str = "") -> str:
+    """How this server is reached, by the Host of the request unless another one is given."""
+    return front.settings.public_url.rstrip("/") or f"{request.scheme}://{host or request.host}"
 
 
 def respond(answer: Answer, wait: headers.Wait) -> web.Response:
