@@ -426,9 +426,6 @@ class Load:
 # -- streams -----------------------------------------------------------------------------------
 
 STREAM_CUT = "the worker stopped in the middle of the answer, which is not begun again"
-# How long a worker may be silent past its lease before a reader takes it for dead. After an outage of the store,
-# readers and workers are back at about the same time.
-STREAM_SILENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
