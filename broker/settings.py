@@ -176,6 +176,12 @@ class ApiSettings(SecretSettings):
         "*",
         description="Origins whose pages may call this server, separated by commas; `*` for any. Never with cookies.",
     )
+    stream_keepalive_s: float = Field(
+        15, ge=1, le=600, description="Seconds of silence after which a comment is sent on a stream of events."
+    )
+    stream_write_timeout_s: float = Field(
+        30, ge=1, le=3600, description="Seconds that the client of a stream may take no bytes before it is left."
+    )
     asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
     result_url_ttl_s: float = Field(
         86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."
@@ -313,6 +319,13 @@ class SidecarSettings(Settings):
         ge=0,
         le=100,
         description="Seconds between two renewals of a lease, at most a third of `lease_s`; 0: a quarter of it.",
+    )
+    stream_grace_s: float = Field(
+        30,
+        ge=1,
+        le=3600,
+        description="Seconds for which a streamed answer is kept coming though its client has left; then the request "
+        "is cancelled. As long may a container wait for somebody to read at all.",
     )
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds to finish running jobs after SIGTERM before they are handed back."

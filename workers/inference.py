@@ -102,6 +102,10 @@ class Response:
         """Whether all of the body has arrived already."""
         return self._response.content.is_eof()
 
+    def arrived(self) -> bytes:
+        """What of the body is here already, without waiting; `chunks` goes on behind it."""
+        return self._response.content.read_nowait()
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes, in pieces of any size; who does not ask for the next one makes the container wait."""
         with _translated(self._job):
