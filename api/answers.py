@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 
 from multidict import CIMultiDict
 
@@ -13,14 +14,26 @@ from broker.model import Outcome, Record, RequestState
 EXPOSED = "nvcf-reqid"
 POLL_AGAIN_S = "1"
 
+# Of every connection and every name of a server; both are ours.
+_OURS = headers.HOP_BY_HOP | {"alt-svc", "clear-site-data", "date", "server", "strict-transport-security"}
+_COOKIES = frozenset({"set-cookie", "set-cookie2"})
 # A container speaks for itself, not for this server: what it must not say in our name.
-_NOT_THE_CONTAINERS = headers.HOP_BY_HOP | {"content-length", "date", "location", "server", "set-cookie"}
+_NOT_THE_CONTAINERS = _OURS | _COOKIES | {"content-length", "location", "refresh"}
 _ENDED_WITHOUT_ANSWER = {
     RequestState.EXPIRED: (problems.REQUEST_EXPIRED, "errored", "the request's deadline passed before it was finished"),
     RequestState.CANCELLED: (problems.REQUEST_CANCELLED, "rejected", "the request was cancelled"),
     RequestState.DEAD: (problems.REQUEST_DEAD, "errored", "the request could not be run"),
     RequestState.ABANDONED: (problems.REQUEST_REFUSED, "rejected", "the request was refused and never started"),
 }
+
+
+class Speaker(Enum):
+    """In whose name a container's answer is given."""
+
+    SERVER = "server"
+    CONTAINER = "container"
+    CONTAINER_ON_ITS_OWN_HOST = "container on its own host"
+    """Where its cookies are nobody else's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +43,9 @@ class Answer:
     body: bytes = b""
 
 
-def answer(record: Record, *, status_url: str, download_url: Callable[[str, str], str]) -> Answer:
+def answer(
+    record: Record, *, status_url: str, download_url: Callable[[str, str], str], speaker: Speaker = Speaker.SERVER
+) -> Answer:
     """The answer to whoever asks for this request.
 
     `download_url` signs a URL for a blob's key and the file name to save it under.
@@ -41,7 +56,7 @@ def answer(record: Record, *, status_url: str, download_url: Callable[[str, str]
         return _ended(record)
     if record.outcome.blob_key:
         return _elsewhere(record, download_url(record.outcome.blob_key, f"{record.id}.zip"))
-    return _delivered(record, record.outcome)
+    return _delivered(record, record.outcome, speaker)
 
 
 def timed_out(record: Record) -> Answer:
@@ -75,22 +90,31 @@ def _elsewhere(record: Record, url: str) -> Answer:
     return Answer(status=302, headers=found)
 
 
-def _delivered(record: Record, outcome: Outcome) -> Answer:
-    """The container's answer. Its 202 becomes 200: nothing more will come, and 202 would be polled for ever."""
-    status = 200 if outcome.status == 202 else outcome.status
-    return Answer(status=status, headers=spoken(record, status, outcome.headers), body=outcome.body)
+def _delivered(record: Record, outcome: Outcome, speaker: Speaker) -> Answer:
+    """The container's answer. Where we speak, its 202 becomes 200: nothing more will come, and 202 would be polled for
+    ever."""
+    status = 200 if outcome.status == 202 and speaker is Speaker.SERVER else outcome.status
+    return Answer(status=status, headers=spoken(record, status, outcome.headers, speaker), body=outcome.body)
 
 
-def spoken(record: Record, status: int, said: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
+def spoken(record: Record, status: int, said: Iterable[tuple[str, str]], speaker: Speaker) -> CIMultiDict[str]:
     """The headers of an answer of a container that had this status and `said` these; ours among them."""
     found = _marked(record, "fulfilled" if 100 < status < 400 else "errored")
     for name, value in said:
         key = name.lower()
         if key == "access-control-expose-headers":
             found[headers.EXPOSE_HEADERS] = f"{found[headers.EXPOSE_HEADERS]}, {value}"
-        elif key not in _NOT_THE_CONTAINERS and not key.startswith(("nvcf-", "access-control-")):
+        elif _may_say(speaker, key):
             found.add(name, value)
     return found
+
+
+def _may_say(speaker: Speaker, name: str) -> bool:
+    if name.startswith("nvcf-"):
+        return False
+    if speaker is Speaker.SERVER:
+        return name not in _NOT_THE_CONTAINERS and not name.startswith("access-control-")
+    return name not in _OURS and (speaker is Speaker.CONTAINER_ON_ITS_OWN_HOST or name not in _COOKIES)
 
 
 def _marked(record: Record, status: str) -> CIMultiDict[str]:

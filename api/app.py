@@ -16,6 +16,7 @@ from api.routes import (
     authorizations,
     clusters,
     deployments,
+    envelopes,
     functions,
     health,
     invocations,
@@ -26,6 +27,7 @@ from api.routes import (
     registries,
     requests,
     secrets,
+    transparent,
 )
 from api.routes.blobs import BlobRoutes
 from broker.backends.files import ROUTE as BLOBS
@@ -51,7 +53,7 @@ MIRROR = f"{NVCF}/accounts/{{for_account:[^/]+}}"
 
 def make_app(front: Front) -> web.Application:
     # From the outside in.
-    app = web.Application(middlewares=[observing(front), sharing(front), answer_errors])
+    app = web.Application(middlewares=[observing(front), transparent.addressed(front), sharing(front), answer_errors])
     invoking, managing = _invocations(front), [*_management(front), *_authorizations(front), *_clusters(front)]
     app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])
     app.add_routes(elsewhere([*invoking, *managing], *GATEWAYS))
@@ -94,6 +96,11 @@ def _invocations(front: Front) -> list[Operation]:
         calls.post(f"{NVCF}/pexec{FUNCTION}", invocations.invoke, "Invoke a function", **INVOCATION),
         calls.post(f"{NVCF}/pexec{VERSION}", invocations.invoke, "Invoke a version", **INVOCATION_OF_VERSION),
         calls.get(f"{NVCF}/pexec/status/{REQUEST}", invocations.poll, "Wait for a result", **POLL),
+        calls.post(f"{NVCF}/exec{FUNCTION}", envelopes.invoke, "Invoke a function with an envelope", **ENVELOPE),
+        calls.post(
+            f"{NVCF}/exec{VERSION}", envelopes.invoke, "Invoke a version with an envelope", **ENVELOPE_OF_VERSION
+        ),
+        calls.get(f"{NVCF}/exec/status/{REQUEST}", envelopes.poll, "Wait for a result in an envelope", **ENVELOPE_POLL),
         invokes.delete(
             f"{NVCF}/requests/{REQUEST}", requests.cancel, "Cancel a request", gives=wire.Cancelled, status=202
         ),
@@ -434,12 +441,13 @@ _MARKS = {
     headers.STATUS: "`fulfilled`, `errored`, `rejected`, `in-progress` or `pending-evaluation`.",
     headers.PERCENT_COMPLETE: "Progress, where the function tells it.",
 }
+_AGAIN = {"Location": "Where to ask again.", "Retry-After": "Seconds to wait before."}
 _REPLIES = [
     Reply(status=200, description="The function's answer.", media="*/*", headers=_MARKS),
     Reply(
         status=202,
         description="Accepted, and not done yet.",
-        headers=_MARKS | {"Location": "Where to ask again.", "Retry-After": "Seconds to wait before."},
+        headers=_MARKS | _AGAIN,
     ),
     Reply(
         status=302,
@@ -451,3 +459,11 @@ _REPLIES = [
 POLL = Facts(parameters=_WAIT, replies=_REPLIES, errors=[410, 500, 504])
 INVOCATION = Facts(takes=object, parameters=[*_WAIT, *_SUBMIT], replies=_REPLIES, errors=[410, 422, 500, 504])
 INVOCATION_OF_VERSION = INVOCATION | {"name": "invocations_invoke_version"}
+_ENCLOSED = [
+    Reply(status=200, description="Done.", media=JSON, model=wire.EnvelopeAnswer, headers=_MARKS),
+    Reply(status=202, description="Not done yet.", media=JSON, model=wire.EnvelopeAnswer, headers=_MARKS | _AGAIN),
+    Reply(status="default", description="A failure of the function, with its status.", media="*/*", headers=_MARKS),
+]
+ENVELOPE_POLL = Facts(parameters=_WAIT, replies=_ENCLOSED, errors=[410, 500, 504])
+ENVELOPE = Facts(takes=wire.Envelope, parameters=[*_WAIT, *_SUBMIT], replies=_ENCLOSED, errors=[410, 422, 500, 504])
+ENVELOPE_OF_VERSION = ENVELOPE | {"name": "envelopes_invoke_version"}

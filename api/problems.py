@@ -106,6 +106,8 @@ REQUEST_EXPIRED = Kind(504, OURS + "request-expired")
 REQUEST_CANCELLED = Kind(410, OURS + "request-cancelled")
 REQUEST_DEAD = Kind(500, OURS + "request-dead")
 REQUEST_REFUSED = Kind(503, OURS + "request-refused")
+# Of one that was fulfilled, and whose answer an envelope cannot hold (api.envelopes).
+NOT_JSON = Kind(500, OURS + "answer-not-json")
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -115,7 +117,7 @@ def kind_of(error: BaseException) -> Kind:
 
 def kinds() -> tuple[Kind, ...]:
     """All that an answer can be, for the documentation."""
-    others = (INTERNAL, NOT_READY, REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED)
+    others = (INTERNAL, NOT_READY, REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED, NOT_JSON)
     return (*_KINDS.values(), *others)
 
 

@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from broker import assets, request_ids
@@ -41,15 +42,24 @@ _SAFETY_READ_S = (10.0, 15.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BodyFile:
+    """A body on disk, there until it was submitted. `sha256` is that of its content."""
+
+    path: Path
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
-    filtered; `passthrough` asks for the container's answers as they are."""
+    filtered; `passthrough` asks for the container's answers as they are. `method`, `target` and `streaming` are those
+    of the Job."""
 
     principal: Principal
     function_id: str
     version_id: str
     headers: tuple[tuple[str, str], ...]
-    body: bytes
+    body: bytes | BodyFile
     assets: tuple[str, ...] = ()
     passthrough: bool = False
     poll_s: int = 60
@@ -204,12 +214,15 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
     return record
 
 
-async def _park_body(broker: Broker, draft: Draft, body: bytes) -> tuple[bytes, str]:
+async def _park_body(broker: Broker, draft: Draft, body: bytes | BodyFile) -> tuple[bytes, str]:
     """Bodies that are too large for a message wait in the blob store; nothing waits in this process."""
-    if len(body) <= broker.settings.inline_body_bytes:
-        return body, ""
     key = f"inputs/{draft.account}/{draft.id}"
-    await broker.blobs.put(key, body, content_type="application/octet-stream")
+    if isinstance(body, BodyFile):
+        await broker.blobs.upload(key, body.path, content_type="application/octet-stream")
+    elif len(body) <= broker.settings.inline_body_bytes:
+        return body, ""
+    else:
+        await broker.blobs.put(key, body, content_type="application/octet-stream")
     return b"", key
 
 
@@ -299,5 +312,7 @@ def _digest(submission: Submission) -> str:
     digest = hashlib.sha256()
     for part in (submission.function_id, submission.version_id, ",".join(submission.assets)):
         digest.update(part.encode() + b"\n")
-    digest.update(submission.body)
+    if submission.target:
+        digest.update(f"{submission.method} {submission.target}\n".encode())
+    digest.update(submission.body.sha256 if isinstance(submission.body, BodyFile) else submission.body)
     return digest.hexdigest()

@@ -289,6 +289,9 @@ class RequestState(StrEnum):
         return self not in (RequestState.QUEUED, RequestState.RUNNING)
 
 
+EVENT_STREAM = "text/event-stream"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Channel:
     """Where the one front end that holds the caller's connection waits for the sidecar that runs the job.
@@ -347,6 +350,13 @@ class Outcome:
     body: bytes = b""
     blob_key: str = ""
     streamed: bool = False
+
+    @property
+    def event_stream(self) -> bool:
+        """Whether the body is server-sent events, and not compressed, so that one can be told from the next."""
+        named = {name.lower(): value.lower() for name, value in self.headers}
+        kind = named.get("content-type", "").partition(";")[0].strip()
+        return kind == EVENT_STREAM and named.get("content-encoding", "identity") == "identity"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -442,9 +452,6 @@ class Load:
 # -- streams -----------------------------------------------------------------------------------
 
 STREAM_CUT = "the worker stopped in the middle of the answer, which is not begun again"
-# How long a worker may be silent past its lease before a reader takes it for dead. After an outage of the store,
-# readers and workers are back at about the same time.
-STREAM_SILENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

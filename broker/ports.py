@@ -221,6 +221,9 @@ class StreamReader(Protocol):
         """What is in the stream behind offset `after`, about `limit_bytes` of it and at least one chunk, and ask to
         be told when there is more. None if there is no such request.
 
+        A worker that has been silent past its lease for as long again as a lease lasts is taken for dead here: after
+        an outage of the store, readers and workers are back at about the same time.
+
         The first chunk begins at `after` unless what lies between is not kept any more. `attended_s` says how long
         the caller means to be there, and that it is done with everything before `after`; 0 is for one who only looks.
         """

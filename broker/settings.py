@@ -159,6 +159,18 @@ class ApiSettings(SecretSettings):
     inflight_body_bytes: int = Field(
         256 * MIB, ge=5 * MIB, description="Request bodies held in memory at once; beyond it the answer is 503."
     )
+    max_streamed_body_bytes: int = Field(
+        1024 * MIB,
+        ge=1024,
+        description="Largest request body of a transparent invocation; larger ones are answered 413. What does not fit "
+        "into a message goes through a file to the blob store.",
+    )
+    spool_dir: str = Field(
+        "", description="Folder for those files while they arrive; empty: the system's temporary folder."
+    )
+    spool_bytes: int = Field(
+        8 * 1024 * MIB, ge=MIB, description="What they may take there at once; beyond it the answer is 503."
+    )
     gateway_timeout: bool = Field(
         False,
         description="Answer 504 and remove a request still queued when the caller's wait ends, as upstream does.",
@@ -170,6 +182,12 @@ class ApiSettings(SecretSettings):
     cors_origins: str = Field(
         "*",
         description="Origins whose pages may call this server, separated by commas; `*` for any. Never with cookies.",
+    )
+    stream_keepalive_s: float = Field(
+        15, ge=1, le=600, description="Seconds of silence after which a comment is sent on a stream of events."
+    )
+    stream_write_timeout_s: float = Field(
+        30, ge=1, le=3600, description="Seconds that the client of a stream may take no bytes before it is left."
     )
     asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
     result_url_ttl_s: float = Field(
@@ -221,9 +239,6 @@ class ApiSettings(SecretSettings):
     )
     channel_idle_s: float = Field(
         600, gt=0, le=86_400, description="Seconds without a byte in either direction after which a channel is closed."
-    )
-    channel_body_bytes: int = Field(
-        5 * 1024 * MIB, ge=1024, description="Largest request body that may be streamed to a function; beyond it 413."
     )
     channel_drain_s: float = Field(
         20,
@@ -339,6 +354,13 @@ class SidecarSettings(Settings):
         ge=0,
         le=100,
         description="Seconds between two renewals of a lease, at most a third of `lease_s`; 0: a quarter of it.",
+    )
+    stream_grace_s: float = Field(
+        30,
+        ge=1,
+        le=3600,
+        description="Seconds for which a streamed answer is kept coming though its client has left; then the request "
+        "is cancelled. As long may a container wait for somebody to read at all.",
     )
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds to finish running jobs after SIGTERM before they are handed back."

@@ -256,6 +256,7 @@ class _Exchange:
                 raise FrontEndGone(self._line.job)
 
     async def _body(self) -> AsyncIterator[bytes]:
+        yield b""  # or the head would wait for the first piece, and a container may want to speak first
         while chunk := await self._chunks.get():
             yield chunk
 

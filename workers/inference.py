@@ -45,23 +45,17 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-# They speak for the origin, which is ours, or are set by whoever sends the answer on.
-_NOT_THE_CONTAINERS = frozenset(
-    {
-        "access-control-allow-credentials",
-        "access-control-allow-origin",
-        "alt-svc",
-        "clear-site-data",
-        "content-length",
-        "date",
-        "location",
-        "refresh",
-        "server",
-        "set-cookie",
-        "set-cookie2",
-        "strict-transport-security",
-    }
-)
+# They speak for the connection to the client and the server at its end, or are set by whoever sends the answer on.
+_OURS = frozenset({"alt-svc", "clear-site-data", "content-length", "date", "server", "strict-transport-security"})
+# They speak for the origin, which is ours unless the container was asked in its own name.
+_NOT_THE_CONTAINERS = _OURS | {
+    "access-control-allow-credentials",
+    "access-control-allow-origin",
+    "location",
+    "refresh",
+    "set-cookie",
+    "set-cookie2",
+}
 # Where Python's phrase changed between releases: `type` must not change with the interpreter.
 _PHRASES = {
     413: "Request Entity Too Large",
@@ -102,7 +96,7 @@ class Response:
         self._job = job
         self._response = response
         self.status = response.status
-        self.headers = _presentable(response.headers)
+        self.headers = _presentable(job, response.headers, response.url)
 
     @property
     def length(self) -> str:
@@ -113,6 +107,10 @@ class Response:
     def whole(self) -> bool:
         """Whether all of the body has arrived already."""
         return self._response.content.is_eof()
+
+    def arrived(self) -> bytes:
+        """What of the body is here already, without waiting; `chunks` goes on behind it."""
+        return self._response.content.read_nowait()
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes, in pieces of any size; who does not ask for the next one makes the container wait."""
@@ -308,7 +306,7 @@ class Inference:
             except aiohttp.WSServerHandshakeError as exc:
                 if not 200 <= exc.status <= 599:
                     raise
-                raise Refused(exc.status, _presentable(exc.headers or {})) from exc
+                raise Refused(exc.status, _presentable(job, exc.headers or {}, exc.request_info.url)) from exc
 
     def _session(self, attempt: int = 1) -> aiohttp.ClientSession:
         kept = self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
@@ -466,15 +464,27 @@ def _stated_error(body: bytes) -> str:
     return error if isinstance(error, str) else ""
 
 
-def _presentable(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """The container's headers that may reach a client in our name; `Content-Encoding` among them, because the
-    body was not decoded."""
+def _presentable(job: Job, headers: Mapping[str, str], url: URL) -> tuple[tuple[str, str], ...]:
+    """The container's headers that may reach a client, in our name unless it was asked in its own (`job.target`);
+    `Content-Encoding` among them, because the body was not decoded."""
+    dropped = _OURS if job.target else _NOT_THE_CONTAINERS
+    if job.method == "HEAD":
+        dropped -= {"content-length"}  # of the body that a GET would have
     kept = [
-        (name, value)
+        (name, _from_outside(value, url) if name.lower() == "location" else value)
         for name, value in end_to_end(headers.items())
-        if name.lower() not in _NOT_THE_CONTAINERS and not name.lower().replace("_", "-").startswith("nvcf-")
+        if name.lower() not in dropped and not name.lower().replace("_", "-").startswith("nvcf-")
     ]
     return tuple((name, value) for name, value in kept if _is_text(name + value))
+
+
+def _from_outside(location: str, url: URL) -> str:
+    """A redirect to the address under which only we know the container, as one that leads there from outside."""
+    origin = str(url.origin())
+    path = location[len(origin) :]
+    if not location.lower().startswith(origin) or path[:1] not in ("", "/", "?") or path.startswith("//"):
+        return location
+    return path if path.startswith("/") else f"/{path}"
 
 
 def _is_text(value: str) -> bool:

@@ -11,9 +11,10 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from broker.errors import StoreUnavailable, Unavailable
 from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Verdict
@@ -25,6 +26,7 @@ from workers.health import Gate, status_server
 from workers.inference import INFERENCE_FAULT, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
 from workers.inputs import container_headers, headers_for_all, workspace
 from workers.outputs import collect
+from workers.streams import Feed, LeaseLost
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +37,6 @@ FAULT_PAUSE_S = 1.0
 MOST_DISCARDED = 64
 # Beats of an instance that may go missing before it is taken for dead.
 BEATS = 5
-
-
-class LeaseLost(Exception):
-    """The store took the attempt away; `state` is what stands instead."""
-
-    def __init__(self, state: RequestState) -> None:
-        super().__init__(state.value)
-        self.state = state
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -95,7 +89,7 @@ class Sidecar:
     def __init__(
         self, broker: Broker, settings: SidecarSettings, inference: Inference, dialer: Dialer, clerk: loops.Clerk
     ) -> None:
-        self._queue, self._results = broker.queue, broker.results
+        self._queue, self._results, self._streams = broker.queue, broker.results, broker.streams
         self._catalog, self._blobs = broker.catalog, broker.blobs
         self._settings = settings
         self._inference = inference
@@ -228,7 +222,7 @@ class Sidecar:
         try:
             async with loops.beside(self._keep(run, lease)):
                 outcome = await loops.guard(
-                    self._answer(run, lease), expected=(AttemptFailed, ContainerLost), request_id=run.job.id
+                    self._answer(run, lease), expected=(AttemptFailed, ContainerLost, LeaseLost), request_id=run.job.id
                 )
         except AttemptFailed as failed:
             return failed.state, failed.outcome
@@ -240,6 +234,8 @@ class Sidecar:
         job, settings = run.job, self._settings
         async with workspace(self._blobs, settings, job, self._clerk) as room:
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
+            if job.streaming:
+                return await self._stream(run, lease, headers, room.body)
             with self._calling(run):
                 answer = await self._inference.infer(
                     job,
@@ -250,6 +246,18 @@ class Sidecar:
                     attempt=lease.attempt,
                 )
             return await collect(self._blobs, settings, job, answer, room, attempt=lease.attempt, left_s=run.left_s)
+
+    async def _stream(self, run: _Run, lease: Lease, headers: Iterable[tuple[str, str]], body: bytes | Path) -> Outcome:
+        with self._calling(run):
+            async with self._streams.write(lease) as writer:
+                feed = Feed(self._results, writer, self._settings, run.job)
+                async with (
+                    loops.beside(feed.attend()),
+                    self._inference.exchange(
+                        run.job, headers, body=body, budget_s=run.left_s(), attempt=lease.attempt
+                    ) as response,
+                ):
+                    return await feed.carry(response)
 
     async def _converse(self, run: _Run, lease: Lease) -> tuple[RequestState, Outcome]:
         """Run the job over its channel while its lease is kept. There is no other attempt, so nothing is handed back.

@@ -18,6 +18,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
 from api import answers, headers, problems
+from api.answers import Speaker
 from api.calls import Accepting, Interrupted
 from api.channels import FAREWELL_S, STOPPING, Line, Stopped
 from api.front import Front
@@ -60,7 +61,7 @@ class _Broken(Exception):
 
 
 async def converse(
-    front: Front, request: web.Request, submission: Submission, version: Version, *, wait_s: float
+    front: Front, request: web.Request, submission: Submission, version: Version, *, wait_s: float, speaker: Speaker
 ) -> web.StreamResponse:
     """Accept the call, hold it for up to `wait_s` seconds until a sidecar attaches to it, then be the connection's
     other end until it is over.
@@ -72,14 +73,14 @@ async def converse(
         WorkerLost: the worker died before it had said anything.
     """
     websocket = is_websocket(request)
-    _check(request, websocket, wait_s, front.settings.channel_body_bytes)
+    _check(request, websocket, wait_s, front.settings.max_streamed_body_bytes)
     with front.channels.line() as line:
         channel = line.channel(websocket=websocket, body_bytes=_declared(request, websocket))
         submission = replace(submission, body=b"", channel=channel, idempotency_key="")
         record = await _attached(front, request, line, submission, version, wait_s)
         if not line.attached:
             return _ended(record)
-        call = _Call(front=front, request=request, line=line, record=record)
+        call = _Call(front=front, request=request, line=line, record=record, speaker=speaker)
         try:
             return await (_WebSocket(call) if websocket else _Exchange(call)).run()
         finally:
@@ -184,11 +185,12 @@ class _Call:
     request: web.Request
     line: Line
     record: Record
+    speaker: Speaker
     since: float = field(default_factory=time.monotonic)
 
     def headers(self, head: Head) -> CIMultiDict[str]:
         """All of the answer's: what is sent at once, no middleware can add to."""
-        found = answers.spoken(self.record, head.status, head.headers)
+        found = answers.spoken(self.record, head.status, head.headers, self.speaker)
         for name, value in head.headers:
             if name.lower() == "content-length" and value.isascii() and value.isdigit():
                 found["Content-Length"] = value
@@ -199,7 +201,7 @@ class _Call:
 
     def problem(self, failure: Failure) -> web.Response:
         """The sidecar's own, where the container has not answered yet."""
-        marked = answers.spoken(self.record, failure.status, ())
+        marked = answers.spoken(self.record, failure.status, (), self.speaker)
         return problems.respond(failure.status, failure.problem, extra=marked)
 
     def abort(self, reason: str) -> None:
@@ -293,7 +295,8 @@ class _Exchange:
 
     async def _upload(self) -> None:
         """The caller's body to the sidecar."""
-        content, limit_bytes, sent_bytes = self._call.request.content, self._call.front.settings.channel_body_bytes, 0
+        content, sent_bytes = self._call.request.content, 0
+        limit_bytes = self._call.front.settings.max_streamed_body_bytes
         while chunk := await self._read(content):
             sent_bytes += len(chunk)
             if sent_bytes > limit_bytes:
@@ -304,7 +307,7 @@ class _Exchange:
     async def _read(self, content: StreamReader) -> bytes:
         try:
             return await content.read(CHUNK_BYTES)
-        except (ClientError, HttpProcessingError, ConnectionError) as exc:
+        except (ClientError, HttpProcessingError, web.RequestPayloadError, ConnectionError) as exc:
             if self._call.request.transport is None:
                 raise _ClientGone from exc
             raise BadRequest("failed to read request body: it ended early or is not well-formed") from exc

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from api import answers, auth, headers
-from api.answers import Answer
-from api.bodies import Held
+from api.answers import Answer, Speaker
+from api.bodies import Body
 from api.calls import Accepting, Interrupted
 from api.front import Front
 from api.middleware import RECORD, TAKEN
 from broker import invocations, limits
 from broker.errors import Overloaded
-from broker.invocations import Submission
+from broker.invocations import BodyFile, Submission
 from broker.model import Principal, Record, RequestState, Version
 
 SCOPE = "invoke_function"
@@ -35,8 +35,11 @@ class Call:
     forwarded: tuple[tuple[str, str], ...]
     passthrough: bool
     idempotency_key: str
+    method: str = "POST"
+    target: str = ""
+    streaming: bool = False
 
-    def submission(self, body: bytes) -> Submission:
+    def submission(self, body: bytes | BodyFile) -> Submission:
         return Submission(
             principal=self.principal,
             function_id=self.function_id,
@@ -47,23 +50,49 @@ class Call:
             passthrough=self.passthrough,
             poll_s=max(1, int(self.wait.seconds)),
             idempotency_key=self.idempotency_key,
+            method=self.method,
+            target=self.target,
+            streaming=self.streaming,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How one way of invoking answers: where it sends who has to ask again, and in whose name. `origin` is this
+    server's where the request's own Host is not."""
+
+    status_path: str = STATUS_PATH
+    speaker: Speaker = Speaker.SERVER
+    origin: str = ""
+
+
+PLAIN = Manner()
 
 
 async def invoke(front: Front, request: web.Request) -> web.Response:
     """Accept the request and hold the call until it ends, or for as long as the caller wishes."""
-    call = await _admit(front, request)
-    record = await _run(front, call, await front.bodies.read(request))
-    request[RECORD] = record
-    if _gives_up(front, request, call, record):
-        record = await invocations.withdraw(front.broker, record)
-        if record.state is RequestState.CANCELLED:
-            return _response(answers.timed_out(record), call.wait)
-    return await _answer(front, request, record, call.wait)
+    call = await admit(front, request)
+    return respond(await run(front, request, call, await front.bodies.read(request)), call.wait)
 
 
 async def poll(front: Front, request: web.Request) -> web.Response:
     """Where the request stands, after holding the call as `invoke` does."""
+    return respond(*await look(front, request))
+
+
+async def run(front: Front, request: web.Request, call: Call, held: Body, manner: Manner = PLAIN) -> Answer:
+    """The answer to a call that was admitted, at its end or that of its caller's patience."""
+    record = await _submit(front, call, held)
+    request[RECORD] = record
+    if _gives_up(front, request, call, record):
+        record = await invocations.withdraw(front.broker, record)
+        if record.state is RequestState.CANCELLED:
+            return answers.timed_out(record)
+    return await _answer(front, request, record, manner)
+
+
+async def look(front: Front, request: web.Request, manner: Manner = PLAIN) -> tuple[Answer, headers.Wait]:
+    """The answer of the request that the path names, and how long it may have been waited for."""
     auth.token(request.headers)
     wait = headers.wait(request.headers)
     request_id = headers.uuid(request.match_info["request_id"], field="requestId")
@@ -74,10 +103,10 @@ async def poll(front: Front, request: web.Request) -> web.Response:
     except Interrupted:
         record = await invocations.status(front.broker, principal, request_id, wait_s=0)
     request[RECORD] = record
-    return await _answer(front, request, record, wait)
+    return await _answer(front, request, record, manner), wait
 
 
-async def _admit(front: Front, request: web.Request) -> Call:
+async def admit(front: Front, request: web.Request) -> Call:
     """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read.
 
     The rate limit comes last, so that nothing that could never run counts; a body that then does not come, counts.
@@ -100,12 +129,17 @@ async def _admit(front: Front, request: web.Request) -> Call:
         passthrough=headers.passthrough(arrived),
         idempotency_key=headers.idempotency_key(arrived),
     )
-    request[TAKEN] = await front.rate_limiter.take(principal, version)
-    limits.require(request[TAKEN])
+    await take(front, request, call)
     return call
 
 
-async def _run(front: Front, call: Call, held: Held) -> Record:
+async def take(front: Front, request: web.Request, call: Call) -> None:
+    """Count the call against its function's rates. Raises RateLimited."""
+    request[TAKEN] = await front.rate_limiter.take(call.principal, call.version)
+    limits.require(request[TAKEN])
+
+
+async def _submit(front: Front, call: Call, held: Body) -> Record:
     """Submit and wait. The body is given up once it was submitted, so that who waits holds no memory."""
     accepting = Accepting(front.calls, done=held.close)
     try:
@@ -142,24 +176,25 @@ def _gives_up(front: Front, request: web.Request, call: Call, record: Record) ->
     return front.settings.gateway_timeout or headers.gateway_timeout(request.headers)
 
 
-async def _answer(front: Front, request: web.Request, record: Record, wait: headers.Wait) -> web.Response:
+async def _answer(front: Front, request: web.Request, record: Record, manner: Manner) -> Answer:
     broker, settings = front.broker, front.settings
 
     def download_url(key: str, filename: str) -> str:
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
-    answer = answers.answer(record, status_url=_status_url(front, request, record.id), download_url=download_url)
+    status_url = f"{manner.origin or origin(front, request)}{manner.status_path}{record.id}"
+    answer = answers.answer(record, status_url=status_url, download_url=download_url, speaker=manner.speaker)
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
-    return _response(answer, wait)
+    return answer
 
 
-def _status_url(front: Front, request: web.Request, request_id: str) -> str:
-    origin = front.settings.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
-    return f"{origin}{STATUS_PATH}{request_id}"
+def origin(front: Front, request: web.Request, *, host: str = "") -> str:
+    """How this server is reached, by the Host of the request unless another one is given."""
+    return front.settings.public_url.rstrip("/") or f"{request.scheme}://{host or request.host}"
 
 
-def _response(answer: Answer, wait: headers.Wait) -> web.Response:
+def respond(answer: Answer, wait: headers.Wait) -> web.Response:
     if wait.applied:
         answer.headers[headers.PREFERENCE_APPLIED] = wait.applied
     return web.Response(status=answer.status, headers=answer.headers, body=answer.body)

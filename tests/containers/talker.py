@@ -24,7 +24,6 @@ import asyncio
 import json
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from aiohttp import WSMsgType, web
@@ -73,7 +72,8 @@ class Talker:
         return opened
 
     async def _answer(self, request: web.Request, opened: web.WebSocketResponse, message: Any) -> None:
-        order, _, rest = message.data.partition(b" " if isinstance(message.data, bytes) else " ")
+        text = message.data if message.type is WSMsgType.TEXT else ""
+        order, _, rest = text.partition(" ")
         if message.type is WSMsgType.PING:
             await opened.pong(message.data)
         elif message.type is WSMsgType.PONG:
@@ -95,7 +95,7 @@ class Talker:
         elif order == "tell":
             await opened.send_str(json.dumps({"path": request.raw_path, "headers": [*request.headers.items()]}))
         else:
-            await opened.send_str(f"echo {message.data}")
+            await opened.send_str(f"echo {text}")
 
     # -- bodies ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from broker.backends.hints import Watch
 from broker.backends.memory.results import MemoryResults
-from broker.model import STREAM_CUT, STREAM_SILENCE_S, Chunk, Excerpt, Flow, Lease, Outcome, RequestState
+from broker.model import STREAM_CUT, Chunk, Excerpt, Flow, Lease, Outcome, RequestState
 from broker.settings import Settings
 
 
@@ -26,7 +26,7 @@ class MemoryStreams:
     async def follow(self, request_id: str) -> AsyncIterator[_Reader]:
         watch = Watch()
         with self._results.hints.watching(f"{request_id}/r", watch):
-            yield _Reader(self._results, request_id, watch)
+            yield _Reader(self._results, self._settings, request_id, watch)
 
 
 class _Writer:
@@ -73,8 +73,9 @@ class _Writer:
 
 
 class _Reader:
-    def __init__(self, results: MemoryResults, request_id: str, watch: Watch) -> None:
+    def __init__(self, results: MemoryResults, settings: Settings, request_id: str, watch: Watch) -> None:
         self._results = results
+        self._silence_s = settings.lease_s
         self._id = request_id
         self._watch = watch
 
@@ -84,7 +85,7 @@ class _Reader:
         if entry is None or entry.hidden:
             return None
         log, now = entry.log, self._results.now()
-        if entry.state is RequestState.RUNNING and log.written and entry.lease_until + STREAM_SILENCE_S <= now:
+        if entry.state is RequestState.RUNNING and log.written and entry.lease_until + self._silence_s <= now:
             self._results.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
         if attended_s and not entry.state.terminal:
             log.read, log.until = after, max(log.until, now + attended_s)

@@ -328,7 +328,7 @@ return {'running', 0, unread, there > 0 and math.max(0, now - there) or 0}
 
 # KEYS record body stream · ARGV after most_bytes attended_ms channel silence_ms retention_ms
 # returns nil, or {state, attempt, bytes written, head, then for each chunk: end kind event_id data}
-# A stream whose worker has been silent past its lease is ended here, because no other worker may be there to do it.
+# A stream whose worker has fallen silent is ended here, because no other worker may be there to do it.
 STREAM_READ = Script(
     _FINISH
     + _CUT

@@ -14,7 +14,7 @@ from broker.backends.codec import pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, Watch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection
-from broker.model import STREAM_SILENCE_S, Chunk, Excerpt, Flow, Lease, Outcome, RequestState
+from broker.model import Chunk, Excerpt, Flow, Lease, Outcome, RequestState
 from broker.settings import Settings
 
 _CHUNK_FIELDS = 4
@@ -71,7 +71,7 @@ class _Reader:
         self._connection = connection
         self._watch = watch
         self._keys = _record(request_id), f"fnq:{{{request_id}}}:b", _stream(request_id)
-        self._facts = channel, int(STREAM_SILENCE_S * 1000), int(settings.result_ttl_s * 1000)
+        self._facts = channel, int(settings.lease_s * 1000), int(settings.result_ttl_s * 1000)
 
     async def read(self, after: int, *, limit_bytes: int, attended_s: float = 0.0) -> Excerpt | None:
         self._watch.forget()
