@@ -55,7 +55,8 @@ class Feed:
             await asyncio.sleep(LOOK_S)
 
     async def carry(self, response: Response) -> Outcome:
-        """Hand `response` on; returns what to settle. An answer that is here as a whole is no stream.
+        """Hand `response` on; returns what to settle. An answer that is here as a whole is no stream, nor is one that
+        says how long it is and can be kept.
 
         Raises:
             ContainerLost: nothing of the body was handed on: the attempt may be repeated.
@@ -63,8 +64,8 @@ class Feed:
         """
         head = Outcome(status=response.status, headers=response.headers, streamed=True)
         cutter: Cutter = Events(limit_bytes=self._most_unread) if head.event_stream else Pieces()
-        if response.whole and isinstance(cutter, Pieces):
-            return Outcome(status=head.status, headers=head.headers, body=response.arrived())
+        if isinstance(cutter, Pieces) and (response.whole or self._can_keep(response)):
+            return Outcome(status=head.status, headers=head.headers, body=await response.read())
         try:
             await self._append(cutter.feed(response.arrived()), head=head)
             async for piece in response.chunks():
@@ -82,6 +83,9 @@ class Feed:
                 problem(self._job, 500, f"An event of the answer is larger than {limit_bytes} bytes")
             ) from exc
         return head
+
+    def _can_keep(self, response: Response) -> bool:
+        return response.length is not None and response.length <= self._settings.max_response_bytes
 
     async def _append(self, chunks: Sequence[Chunk] = (), *, head: Outcome | None = None) -> None:
         """Append, then wait until not too much is unread."""
