@@ -85,7 +85,7 @@ def tell(request: web.Request, body: bytes) -> dict[str, Any]:
     folder = Path(request.headers.get("NVCF-ASSET-DIR", "/nowhere"))
     return {
         "method": request.method,
-        "path": request.path_qs,
+        "path": request.raw_path,
         "headers": [[name.decode("latin-1"), value.decode("latin-1")] for name, value in request.raw_headers],
         "body": base64.b64encode(body).decode(),
         "assets": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*")},

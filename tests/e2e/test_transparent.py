@@ -13,7 +13,7 @@ import psutil
 import pytest
 from multidict import CIMultiDict
 
-from tests.e2e.conftest import NVCF, Mirror, ordered, slug
+from tests.e2e.conftest import NVCF, Mirror, exchange, ordered, slug
 from tests.house import Reply
 
 MIB = 1024 * 1024
@@ -51,7 +51,8 @@ def addresses(mirror: Mirror) -> list[dict[str, str]]:
 @pytest.mark.parametrize("which", range(4))
 async def test_every_way_to_address_a_function_leads_to_it(mirror: Mirror, which: int) -> None:
     path = "/v2/nvcf/functions/..//%2e%2F%zz?q=%20+&&x=1;y=%C3%BC="
-    reply = await ask(mirror, "PUT", path, {"tell": True}, body=b"\x00\xff", headers=addresses(mirror)[which])
+    sent = {**addresses(mirror)[which], **ordered({"tell": True})}
+    reply = await exchange(mirror.caller, "PUT", path, headers=list(sent.items()), body=b"\x00\xff")
     assert (reply.status, reply.headers["NVCF-STATUS"]) == (200, "fulfilled")
     said = reply.json
     assert (said["method"], said["path"], said["body"]) == ("PUT", path, "AP8=")
