@@ -262,7 +262,7 @@ class _Exchange:
 
 
 def _head(response: Response) -> Head:
-    length = (("Content-Length", response.length),) if response.length else ()
+    length = (("Content-Length", str(response.length)),) if response.length is not None else ()
     return Head(status=response.status, headers=(*response.headers, *length))
 
 

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from broker.model import Chunk
 
-PIECE_BYTES = 64 * 1024
 EVENT_ID_MAX_BYTES = 256
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # The end of a line and an empty line. Atomic, so that CR LF is never taken for two ends.
@@ -21,7 +20,11 @@ _ID = re.compile(rb"(?:\A|[\r\n])id(?:: ?([^\r\n]*))?(?=[\r\n])")
 
 
 class EventTooLarge(Exception):
-    """An event has more bytes than may be held back until its end."""
+    """An event has more bytes than may be held back until its end. `before` are the whole chunks in front of it."""
+
+    def __init__(self, before: list[Chunk]) -> None:
+        super().__init__()
+        self.before = before
 
 
 class Cutter(Protocol):
@@ -33,13 +36,14 @@ class Cutter(Protocol):
 
 
 class Pieces:
-    """A body without events: as it comes, in pieces of at most PIECE_BYTES."""
+    """A body without events: as it comes, in pieces of at most `limit_bytes`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
         self._offset = 0
 
     def feed(self, piece: bytes) -> list[Chunk]:
-        parts = (piece[at : at + PIECE_BYTES] for at in range(0, len(piece), PIECE_BYTES))
+        parts = (piece[at : at + self._limit_bytes] for at in range(0, len(piece), self._limit_bytes))
         return [self._chunk(part) for part in parts]
 
     def end(self) -> list[Chunk]:
@@ -68,10 +72,13 @@ class Events:
         search_from = max(0, len(self._pending) - _LONGEST_BLANK + 1)
         text, begin, found = self._pending + piece, 0, []
         for blank in _BLANK.finditer(text, search_from):
+            if blank.end() - begin > self._limit_bytes:
+                break
             found.append(self._chunk(text[begin : blank.end()]))
             begin = blank.end()
         self._pending = text[begin:]
-        self._limit(self._pending)
+        if len(self._pending) > self._limit_bytes:
+            raise EventTooLarge(found)
         return found
 
     def end(self) -> list[Chunk]:
@@ -80,7 +87,6 @@ class Events:
         return [Chunk(data=rest, end=self._offset)] if rest else []
 
     def _chunk(self, block: bytes) -> Chunk:
-        self._limit(block)
         lines = block if self._offset else block.removeprefix(_BYTE_ORDER_MARK)
         self._offset += len(block)
         if _DATA.search(lines) is None:
@@ -89,10 +95,6 @@ class Events:
         return Chunk(
             data=block, end=self._offset, event=True, event_id=self._last_id if self._last_id != before else ""
         )
-
-    def _limit(self, block: bytes) -> None:
-        if len(block) > self._limit_bytes:
-            raise EventTooLarge
 
 
 def _own_id(lines: bytes) -> str:

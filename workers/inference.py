@@ -96,12 +96,9 @@ class Response:
         self._job = job
         self._response = response
         self.status = response.status
+        self.length = response.content_length
+        """How long the body will be, None if the container did not say."""
         self.headers = _presentable(job, response.headers, response.url)
-
-    @property
-    def length(self) -> str:
-        """The container's `Content-Length`, '' where it has named none."""
-        return self._response.headers.get("Content-Length", "")
 
     @property
     def whole(self) -> bool:
@@ -111,6 +108,10 @@ class Response:
     def arrived(self) -> bytes:
         """What of the body is here already, without waiting; `chunks` goes on behind it."""
         return self._response.content.read_nowait()
+
+    async def read(self) -> bytes:
+        """All of it. Raises as `chunks`."""
+        return b"".join([self.arrived(), *[chunk async for chunk in self.chunks()]])
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes, in pieces of any size; who does not ask for the next one makes the container wait."""
@@ -262,7 +263,7 @@ class Inference:
                         if isinstance(body, Path):
                             content = stack.enter_context(await loops.in_thread(_opened, body, "rb"))
                         else:
-                            content = body
+                            content = body or None  # a GET without a body has no length either
                         response = await stack.enter_async_context(
                             session.request(
                                 job.method,

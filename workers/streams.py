@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from broker.errors import StoreUnavailable
@@ -55,41 +55,46 @@ class Feed:
             await asyncio.sleep(LOOK_S)
 
     async def carry(self, response: Response) -> Outcome:
-        """Hand `response` on; returns what to settle. An answer that is here as a whole is no stream.
+        """Hand `response` on; returns what to settle. An answer that is here as a whole is no stream, nor is one that
+        says how long it is and can be kept.
 
         Raises:
             ContainerLost: nothing of the body was handed on: the attempt may be repeated.
             AttemptFailed: it must not be repeated.
         """
         head = Outcome(status=response.status, headers=response.headers, streamed=True)
-        cutter: Cutter = Events(limit_bytes=self._most_unread) if head.event_stream else Pieces()
-        if response.whole and isinstance(cutter, Pieces):
-            return Outcome(status=head.status, headers=head.headers, body=response.arrived())
+        cutter: Cutter = (Events if head.event_stream else Pieces)(limit_bytes=self._most_unread)
+        if isinstance(cutter, Pieces) and (response.whole or self._can_keep(response)):
+            return Outcome(status=head.status, headers=head.headers, body=await response.read())
         try:
             await self._append(cutter.feed(response.arrived()), head=head)
             async for piece in response.chunks():
-                if chunks := cutter.feed(piece):
-                    await self._append(chunks)
-            if rest := cutter.end():
-                await self._append(rest)
+                await self._append(cutter.feed(piece))
+            await self._append(cutter.end())
         except ContainerLost as lost:
             if not self._begun:
                 raise
             raise AttemptFailed(problem(self._job, 500, CONNECTION_FAULT, source="inference-connection")) from lost
         except EventTooLarge as exc:
-            limit_bytes = self._most_unread
-            raise AttemptFailed(
-                problem(self._job, 500, f"An event of the answer is larger than {limit_bytes} bytes")
-            ) from exc
+            await self._append(exc.before)
+            detail = f"An event of the answer is larger than {self._most_unread} bytes"
+            raise AttemptFailed(problem(self._job, 500, detail)) from exc
         return head
 
-    async def _append(self, chunks: Sequence[Chunk] = (), *, head: Outcome | None = None) -> None:
-        """Append, then wait until not too much is unread."""
-        self._begun = self._begun or bool(chunks)
-        flow = await self._exchange(chunks, head)
-        while flow.unread_bytes > self._most_unread:
-            await self._writer.drained(LOOK_S)
-            flow = await self._exchange()
+    def _can_keep(self, response: Response) -> bool:
+        return response.length is not None and response.length <= self._settings.max_response_bytes
+
+    async def _append(self, chunks: Sequence[Chunk], *, head: Outcome | None = None) -> None:
+        """Append in portions, and wait behind each until not too much is unread."""
+        if head is not None and not chunks:
+            await self._exchange(head=head)
+        for portion in _portions(chunks, self._most_unread):
+            self._begun = True
+            flow = await self._exchange(portion, head)
+            while flow.unread_bytes > self._most_unread:
+                await self._writer.drained(LOOK_S)
+                flow = await self._exchange()
+            head = None
 
     async def _exchange(self, chunks: Sequence[Chunk] = (), head: Outcome | None = None) -> Flow:
         async def append() -> Flow:
@@ -110,3 +115,14 @@ class Feed:
 
         before = await loops.insist(cancel, on=StoreUnavailable, name="cancel")
         raise LeaseLost(before if before is not None and before.terminal else RequestState.CANCELLED)
+
+
+def _portions(chunks: Sequence[Chunk], most_bytes: int) -> Iterator[Sequence[Chunk]]:
+    """Runs of `chunks` of at most so many bytes each. No chunk is larger."""
+    begin = 0
+    for at, chunk in enumerate(chunks):
+        if chunk.end - chunks[begin].start > most_bytes:
+            yield chunks[begin:at]
+            begin = at
+    if chunks:
+        yield chunks[begin:]

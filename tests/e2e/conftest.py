@@ -227,14 +227,15 @@ async def idle(caller: Caller, function: Function) -> None:
 async def exchange(
     caller: Caller, method: str, path: str, *, headers: Sequence[tuple[str, str | bytes]] = (), body: bytes = b""
 ) -> Reply:
-    """One request with these headers in this order, and none but these, Host, Authorization and Content-Length."""
+    """One request with these headers in this order, and none but these, Authorization, Content-Length and Host."""
     return await asyncio.to_thread(_exchange, caller, method, path, headers, body)
 
 
 def _exchange(caller: Caller, method: str, path: str, headers: Sequence[tuple[str, str | bytes]], body: bytes) -> Reply:
     connection = http.client.HTTPConnection(urlsplit(caller.url).netloc, timeout=60)
     try:
-        connection.putrequest(method, path, skip_accept_encoding=True)
+        own_host = any(name == "Host" for name, _ in headers)
+        connection.putrequest(method, path, skip_host=own_host, skip_accept_encoding=True)
         for name, value in (("Authorization", f"Bearer {caller.key}"), ("Content-Length", str(len(body))), *headers):
             connection.putheader(name, value)
         connection.endheaders(body)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from broker.model import Chunk
-from workers.events import PIECE_BYTES, Events, EventTooLarge, Pieces
+from workers.events import Events, EventTooLarge, Pieces
 
 LIMIT_BYTES = 1024
 STREAM = (
@@ -142,6 +142,12 @@ def test_an_event_may_be_as_large_as_the_limit() -> None:
         cut(b"x" + largest)
 
 
+def test_what_came_before_an_event_beyond_the_limit_is_not_lost() -> None:
+    with pytest.raises(EventTooLarge) as caught:
+        cut(b"data: 1\n\n" + b"x" * LIMIT_BYTES + b"\n\ndata: 2\n\n")
+    assert [chunk.data for chunk in caught.value.before] == [b"data: 1\n\n"]
+
+
 def test_an_event_that_never_ends_is_given_up_at_the_limit() -> None:
     events = Events(limit_bytes=LIMIT_BYTES)
     events.feed(b"x" * LIMIT_BYTES)
@@ -150,10 +156,10 @@ def test_an_event_that_never_ends_is_given_up_at_the_limit() -> None:
 
 
 def test_other_bodies_are_cut_anywhere() -> None:
-    pieces = Pieces()
+    pieces = Pieces(limit_bytes=LIMIT_BYTES)
     body = bytes(range(256)) * 1024
     chunks = [*pieces.feed(b"a"), *pieces.feed(body), *pieces.end()]
     assert b"".join(chunk.data for chunk in chunks) == b"a" + body
-    assert max(len(chunk.data) for chunk in chunks) <= PIECE_BYTES
+    assert max(len(chunk.data) for chunk in chunks) <= LIMIT_BYTES
     assert not any(chunk.event for chunk in chunks)
     assert chunks[-1].end == 1 + len(body)
