@@ -163,7 +163,7 @@ class ApiSettings(SecretSettings):
         1024 * MIB,
         ge=1024,
         description="Largest request body of a transparent invocation; larger ones are answered 413. What does not fit "
-        "into a message goes through a file to the blob store.",
+        "into a message goes through a file to the blob store, or over a channel.",
     )
     spool_dir: str = Field(
         "", description="Folder for those files while they arrive; empty: the system's temporary folder."

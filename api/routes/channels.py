@@ -76,10 +76,11 @@ async def converse(
     _check(request, websocket, wait_s, front.settings.max_streamed_body_bytes)
     with front.channels.line() as line:
         channel = line.channel(websocket=websocket, body_bytes=_declared(request, websocket))
-        submission = replace(submission, body=b"", channel=channel, idempotency_key="")
+        submission = replace(submission, channel=channel, streaming=False, idempotency_key="")
         record = await _attached(front, request, line, submission, version, wait_s)
         if not line.attached:
             return _ended(record)
+        request[RECORD] = record = replace(record, state=RequestState.RUNNING)
         call = _Call(front=front, request=request, line=line, record=record, speaker=speaker)
         try:
             return await (_WebSocket(call) if websocket else _Exchange(call)).run()

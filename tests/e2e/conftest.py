@@ -26,6 +26,7 @@ from tests.eventually import eventually
 from tests.house import CONTAINERS, RECORDER, Caller, Function, House, Record, Reply
 
 MIRROR = "tests/mirror:latest"
+TALKER = "tests/talker:latest"
 NVCF = "/v2/nvcf"
 UNKNOWN_ID = "0655fbd8-96c2-4a19-b877-4d42dfeceedf"
 QUEUE_LIMIT = 20
@@ -70,7 +71,7 @@ def settings_for(folder: Path) -> dict[str, str]:
     images = folder / "test-images.toml"
     record = json.dumps(str(folder / "record"))
     lines = []
-    for image, script in ((RECORDER, "recorder.py"), (MIRROR, "mirror.py")):
+    for image, script in ((RECORDER, "recorder.py"), (MIRROR, "mirror.py"), (TALKER, "talker.py")):
         command = json.dumps([sys.executable, str(CONTAINERS / script)])
         lines += [f"[{json.dumps(image)}]", f"command = {command}", f"env = {{ RECORD = {record} }}"]
     images.write_text("\n".join(lines) + "\n")
