@@ -30,6 +30,7 @@ from broker.errors import (
     RequestExpired,
     RevisionConflict,
     StateConflict,
+    StreamNotKept,
     TooManyRequests,
     TryLater,
     Unauthenticated,
@@ -82,6 +83,7 @@ _KINDS: dict[type[BaseException], Kind] = {
     AlreadyExists: Kind(409, UPSTREAM + "conflict"),
     AlreadyFinished: Kind(409, UPSTREAM + "conflict"),
     RevisionConflict: Kind(409, UPSTREAM + "conflict"),
+    StreamNotKept: Kind(410, OURS + "stream-not-kept"),
     QueueFull: Kind(429, OURS + "queue-full"),
     RateLimited: Kind(429, OURS + "rate-limited"),
     TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
@@ -96,6 +98,7 @@ REQUEST_EXPIRED = Kind(504, OURS + "request-expired")
 REQUEST_CANCELLED = Kind(410, OURS + "request-cancelled")
 REQUEST_DEAD = Kind(500, OURS + "request-dead")
 REQUEST_REFUSED = Kind(503, OURS + "request-refused")
+STREAM_CUT = Kind(502, OURS + "stream-cut")
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -105,7 +108,7 @@ def kind_of(error: BaseException) -> Kind:
 
 def kinds() -> tuple[Kind, ...]:
     """All that an answer can be, for the documentation."""
-    others = (INTERNAL, NOT_READY, REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED)
+    others = (INTERNAL, NOT_READY, REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED, STREAM_CUT)
     return (*_KINDS.values(), *others)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
-from broker import assets, request_ids
+from broker import assets, request_ids, streams
 from broker.errors import (
     AlreadyFinished,
     FnqueueError,
@@ -42,7 +42,7 @@ _SAFETY_READ_S = (10.0, 15.0)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
-    filtered; `passthrough` asks for the container's answers as they are."""
+    filtered; `passthrough` asks for the container's answers as they are, `streaming` for them while they come."""
 
     principal: Principal
     function_id: str
@@ -51,6 +51,7 @@ class Submission:
     body: bytes
     assets: tuple[str, ...] = ()
     passthrough: bool = False
+    streaming: bool = False
     poll_s: int = 60
     idempotency_key: str = ""
 
@@ -66,6 +67,7 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         NotFound: an asset is unknown.
         IdempotencyKeyReused, QueueFull, Unavailable: refused, and it will never run (unless the error says
             that the outcome is unknown).
+        StreamNotKept: as `status`.
     """
     account = submission.principal.account
     request_id = request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
@@ -74,8 +76,8 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         del submission
         record = await asyncio.shield(submitting)
         if record.id == request_id:
-            return await _until_terminal(watch, record, wait_s)
-    return await wait(broker, record.id, wait_s=wait_s) or record
+            return await streams.gathered(broker, await _until_terminal(watch, record, wait_s))
+    return await streams.gathered(broker, await wait(broker, record.id, wait_s=wait_s) or record)
 
 
 async def submit(broker: Broker, submission: Submission, version: Version, request_id: str, *, watch: bool) -> Record:
@@ -124,7 +126,13 @@ async def status(broker: Broker, principal: Principal, request_id: str, *, wait_
         NotFound: unknown or not the caller's.
         Forbidden: the key's resources do not cover the request's function.
         RequestExpired: it was the caller's, and its result has passed its time to live.
+        StreamNotKept: its answer was streamed and is not kept as a whole.
     """
+    return await streams.gathered(broker, await find(broker, principal, request_id, wait_s=wait_s))
+
+
+async def find(broker: Broker, principal: Principal, request_id: str, *, wait_s: float = 0.0) -> Record:
+    """As `status`, and a streamed answer is left where it is. Raises as `status`, but for StreamNotKept."""
     _own_id(broker, principal, request_id)
     record = await wait(broker, request_id, wait_s=wait_s)
     if record is None:
@@ -186,6 +194,7 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         body_key=body_key,
         assets=submission.assets,
         passthrough=submission.passthrough,
+        streaming=submission.streaming,
         poll_s=submission.poll_s,
     )
     try:

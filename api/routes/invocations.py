@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from aiohttp import web
 
-from api import answers, auth, headers
+from api import answers, auth, headers, streams
 from api.answers import Answer
 from api.bodies import Held
 from api.calls import Accepting, Interrupted
 from api.front import Front
 from api.middleware import RECORD, TAKEN
 from broker import invocations, limits
-from broker.errors import Overloaded
+from broker.errors import Overloaded, StoreUnavailable
 from broker.invocations import Submission
 from broker.model import Principal, Record, RequestState, Version
 
@@ -34,6 +35,7 @@ class Call:
     assets: tuple[str, ...]
     forwarded: tuple[tuple[str, str], ...]
     passthrough: bool
+    streaming: bool
     idempotency_key: str
 
     def submission(self, body: bytes) -> Submission:
@@ -45,16 +47,22 @@ class Call:
             body=body,
             assets=self.assets,
             passthrough=self.passthrough,
+            streaming=self.streaming,
             poll_s=max(1, int(self.wait.seconds)),
             idempotency_key=self.idempotency_key,
         )
 
 
-async def invoke(front: Front, request: web.Request) -> web.Response:
-    """Accept the request and hold the call until it ends, or for as long as the caller wishes."""
+async def invoke(front: Front, request: web.Request) -> web.StreamResponse:
+    """Accept the request and hold the call until it ends, or for as long as the caller wishes. A caller that accepts
+    `text/event-stream` is given the answer while it comes."""
     call = await _admit(front, request)
     record = await _run(front, call, await front.bodies.read(request))
     request[RECORD] = record
+    if call.streaming:
+        streamed, record = await _stream(front, request, record, call)
+        if streamed is not None:
+            return streamed
     if _gives_up(front, request, call, record):
         record = await invocations.withdraw(front.broker, record)
         if record.state is RequestState.CANCELLED:
@@ -62,12 +70,19 @@ async def invoke(front: Front, request: web.Request) -> web.Response:
     return await _answer(front, request, record, call.wait)
 
 
-async def poll(front: Front, request: web.Request) -> web.Response:
-    """Where the request stands, after holding the call as `invoke` does."""
+async def poll(front: Front, request: web.Request) -> web.StreamResponse:
+    """Where the request stands, after holding the call as `invoke` does. With `Accept: text/event-stream` the answer
+    of a request that was made with it is given while it comes, behind the event that `Last-Event-ID` names."""
     auth.token(request.headers)
     wait = headers.wait(request.headers)
     request_id = headers.uuid(request.match_info["request_id"], field="requestId")
     principal = await auth.authenticate(front, request, SCOPE)
+    if headers.wants_events(request.headers):
+        record = request[RECORD] = await invocations.find(front.broker, principal, request_id)
+        last_id = request.headers.get(headers.LAST_EVENT_ID, "")
+        if (response := await streams.opened(front, record, wait, last_id=last_id)) is not None:
+            return response
+        wait = replace(wait, seconds=0)  # it is over
     try:
         with front.calls.waiting():
             record = await invocations.status(front.broker, principal, request_id, wait_s=wait.seconds)
@@ -75,6 +90,24 @@ async def poll(front: Front, request: web.Request) -> web.Response:
         record = await invocations.status(front.broker, principal, request_id, wait_s=0)
     request[RECORD] = record
     return await _answer(front, request, record, wait)
+
+
+async def _stream(
+    front: Front, request: web.Request, record: Record, call: Call
+) -> tuple[web.StreamResponse | None, Record]:
+    """The answer from its first byte on, or None and the record as it then stands."""
+    # Only a key can lead to a request that its caller has heard of before.
+    last_id = request.headers.get(headers.LAST_EVENT_ID, "") if call.idempotency_key else ""
+    try:
+        response = await streams.opened(front, record, call.wait, last_id=last_id)
+    except asyncio.CancelledError:
+        if front.settings.on_disconnect == "cancel":
+            front.calls.spawn(invocations.cancel(front.broker, call.principal, record.id))
+        raise
+    if response is None:
+        with suppress(StoreUnavailable):
+            record = await invocations.status(front.broker, call.principal, record.id, wait_s=0)
+    return response, record
 
 
 async def _admit(front: Front, request: web.Request) -> Call:
@@ -98,6 +131,7 @@ async def _admit(front: Front, request: web.Request) -> Call:
         assets=assets,
         forwarded=headers.forwarded(arrived),
         passthrough=headers.passthrough(arrived),
+        streaming=headers.wants_events(arrived),
         idempotency_key=headers.idempotency_key(arrived),
     )
     request[TAKEN] = await front.rate_limiter.take(principal, version)
@@ -114,7 +148,7 @@ async def _run(front: Front, call: Call, held: Held) -> Record:
                 front.broker,
                 call.submission(held.body),
                 call.version,
-                wait_s=call.wait.seconds,
+                wait_s=0 if call.streaming else call.wait.seconds,
                 spawn=accepting.spawn,
             )
     except Interrupted:
