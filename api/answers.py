@@ -20,6 +20,7 @@ _COOKIES = frozenset({"set-cookie", "set-cookie2"})
 # A container speaks for itself, not for this server: what it must not say in our name.
 _NOT_THE_CONTAINERS = _OURS | _COOKIES | {"content-length", "location", "refresh"}
 _ENDED_WITHOUT_ANSWER = {
+    RequestState.ERRORED: (problems.STREAM_CUT, "errored", "the answer was cut off"),
     RequestState.EXPIRED: (problems.REQUEST_EXPIRED, "errored", "the request's deadline passed before it was finished"),
     RequestState.CANCELLED: (problems.REQUEST_CANCELLED, "rejected", "the request was cancelled"),
     RequestState.DEAD: (problems.REQUEST_DEAD, "errored", "the request could not be run"),
@@ -57,6 +58,27 @@ def answer(
     if record.outcome.blob_key:
         return _elsewhere(record, download_url(record.outcome.blob_key, f"{record.id}.zip"))
     return _delivered(record, record.outcome, speaker)
+
+
+def begun(record: Record, head: Outcome, speaker: Speaker = Speaker.SERVER) -> Answer:
+    """The status and headers of an answer whose body comes piece by piece."""
+    found = _delivered(record, head, speaker)
+    if head.event_stream:
+        found.headers.setdefault("Cache-Control", "no-cache")
+        found.headers.setdefault("X-Accel-Buffering", "no")  # nginx would keep the events to itself for a while
+    return found
+
+
+def told(record: Record) -> Answer:
+    """To a client of a stream that has had everything: 204 makes a browser's EventSource ask no more."""
+    return Answer(status=204, headers=_marked(record, "fulfilled"))
+
+
+def error_event(record: Record, event_id: str) -> bytes:
+    """Why a stream ended before its time, as an event."""
+    said = answer(record, status_url="", download_url=lambda *_: "")
+    lines = [f"id: {event_id}".encode(), b"event: error", *(b"data: " + line for line in said.body.splitlines())]
+    return b"\n".join(lines) + b"\n\n"
 
 
 def timed_out(record: Record) -> Answer:
