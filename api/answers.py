@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +20,7 @@ _COOKIES = frozenset({"set-cookie", "set-cookie2"})
 # A container speaks for itself, not for this server: what it must not say in our name.
 _NOT_THE_CONTAINERS = _OURS | _COOKIES | {"content-length", "location", "refresh"}
 _ENDED_WITHOUT_ANSWER = {
+    RequestState.ERRORED: (problems.STREAM_CUT, "errored", "the answer was cut off"),
     RequestState.EXPIRED: (problems.REQUEST_EXPIRED, "errored", "the request's deadline passed before it was finished"),
     RequestState.CANCELLED: (problems.REQUEST_CANCELLED, "rejected", "the request was cancelled"),
     RequestState.DEAD: (problems.REQUEST_DEAD, "errored", "the request could not be run"),
@@ -59,6 +60,27 @@ def answer(
     return _delivered(record, record.outcome, speaker)
 
 
+def begun(record: Record, head: Outcome, speaker: Speaker = Speaker.SERVER) -> Answer:
+    """The status and headers of an answer whose body comes piece by piece."""
+    found = _delivered(record, head, speaker)
+    if head.event_stream:
+        found.headers.setdefault("Cache-Control", "no-cache")
+        found.headers.setdefault("X-Accel-Buffering", "no")  # nginx would keep the events to itself for a while
+    return found
+
+
+def told(record: Record) -> Answer:
+    """To a client of a stream that has had everything: 204 makes a browser's EventSource ask no more."""
+    return Answer(status=204, headers=_marked(record, "fulfilled"))
+
+
+def error_event(record: Record, event_id: str) -> bytes:
+    """Why a stream ended before its time, as an event."""
+    said = answer(record, status_url="", download_url=lambda *_: "")
+    lines = [f"id: {event_id}".encode(), b"event: error", *(b"data: " + line for line in said.body.splitlines())]
+    return b"\n".join(lines) + b"\n\n"
+
+
 def timed_out(record: Record) -> Answer:
     """Upstream's answer to a wait that ended with the request still queued, and now removed."""
     return Answer(status=504, headers=_marked(record, "errored"))
@@ -94,19 +116,14 @@ def _delivered(record: Record, outcome: Outcome, speaker: Speaker) -> Answer:
     """The container's answer. Where we speak, its 202 becomes 200: nothing more will come, and 202 would be polled for
     ever."""
     status = 200 if outcome.status == 202 and speaker is Speaker.SERVER else outcome.status
-    return Answer(status=status, headers=spoken(record, status, outcome.headers, speaker), body=outcome.body)
-
-
-def spoken(record: Record, status: int, said: Iterable[tuple[str, str]], speaker: Speaker) -> CIMultiDict[str]:
-    """The headers of an answer of a container that had this status and `said` these; ours among them."""
     found = _marked(record, "fulfilled" if 100 < status < 400 else "errored")
-    for name, value in said:
+    for name, value in outcome.headers:
         key = name.lower()
         if key == "access-control-expose-headers":
             found[headers.EXPOSE_HEADERS] = f"{found[headers.EXPOSE_HEADERS]}, {value}"
         elif _may_say(speaker, key):
             found.add(name, value)
-    return found
+    return Answer(status=status, headers=found, body=outcome.body)
 
 
 def _may_say(speaker: Speaker, name: str) -> bool:

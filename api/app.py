@@ -436,6 +436,12 @@ _SUBMIT = [
         schema={"type": "string", "enum": ["true", "false"]},
     ),
 ]
+_LAST_EVENT_ID = Parameter(
+    name=headers.LAST_EVENT_ID,
+    where="header",
+    description="With `Accept: text/event-stream`: the ID of the event after which to go on; absent: all of them.",
+    schema={"type": "string"},
+)
 _MARKS = {
     headers.REQUEST_ID: "The request's ID, to poll, find or cancel it by.",
     headers.STATUS: "`fulfilled`, `errored`, `rejected`, `in-progress` or `pending-evaluation`.",
@@ -456,8 +462,10 @@ _REPLIES = [
     ),
     Reply(status="default", description="The function's own answer, with its status.", media="*/*", headers=_MARKS),
 ]
-POLL = Facts(parameters=_WAIT, replies=_REPLIES, errors=[410, 500, 504])
-INVOCATION = Facts(takes=object, parameters=[*_WAIT, *_SUBMIT], replies=_REPLIES, errors=[410, 422, 500, 504])
+_TOLD = Reply(status=204, description="Everything of the stream was said before.", headers=_MARKS)
+_ENDS = [410, 500, 502, 504]
+POLL = Facts(parameters=[*_WAIT, _LAST_EVENT_ID], replies=[*_REPLIES, _TOLD], errors=_ENDS)
+INVOCATION = Facts(takes=object, parameters=[*_WAIT, *_SUBMIT], replies=_REPLIES, errors=[*_ENDS, 422])
 INVOCATION_OF_VERSION = INVOCATION | {"name": "invocations_invoke_version"}
 _ENCLOSED = [
     Reply(status=200, description="Done.", media=JSON, model=wire.EnvelopeAnswer, headers=_MARKS),

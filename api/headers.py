@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multidict import MultiMapping
 
 from broker.errors import BadRequest
-from broker.model import Quota
+from broker.model import EVENT_STREAM, Quota
 
 REQUEST_ID = "NVCF-REQID"
 STATUS = "NVCF-STATUS"
@@ -31,7 +31,7 @@ PREFERENCE_APPLIED = "Preference-Applied"
 EXPOSE_HEADERS = "Access-Control-Expose-Headers"
 RATE_LIMIT = "RateLimit"
 RATE_LIMIT_POLICY = "RateLimit-Policy"
-EVENT_STREAM = "text/event-stream"
+LAST_EVENT_ID = "Last-Event-ID"
 
 POLL_DEFAULT_S = 60
 POLL_STREAM_S = 1200
@@ -178,8 +178,11 @@ def idempotency_key(headers: MultiMapping[str]) -> str:
 
 def passthrough(headers: MultiMapping[str]) -> bool:
     """Whether the container's answers reach the caller as they are (contract/invocation.md §8.4)."""
-    if _says_true(headers, DISABLE_COMPATIBILITY):
-        return True
+    return _says_true(headers, DISABLE_COMPATIBILITY) or wants_events(headers)
+
+
+def wants_events(headers: MultiMapping[str]) -> bool:
+    """Whether the caller wants the answer while it comes."""
     accepted = headers.get("Accept", "")
     return accepted.partition(";")[0].strip().lower() == EVENT_STREAM
 

@@ -30,6 +30,7 @@ from broker.errors import (
     RequestExpired,
     RevisionConflict,
     StateConflict,
+    StreamNotKept,
     TooManyRequests,
     TryLater,
     Unauthenticated,
@@ -90,6 +91,7 @@ _KINDS: dict[type[BaseException], Kind] = {
     AlreadyExists: Kind(409, UPSTREAM + "conflict"),
     AlreadyFinished: Kind(409, UPSTREAM + "conflict"),
     RevisionConflict: Kind(409, UPSTREAM + "conflict"),
+    StreamNotKept: Kind(410, OURS + "stream-not-kept"),
     QueueFull: Kind(429, OURS + "queue-full"),
     RateLimited: Kind(429, OURS + "rate-limited"),
     TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
@@ -106,6 +108,7 @@ REQUEST_EXPIRED = Kind(504, OURS + "request-expired")
 REQUEST_CANCELLED = Kind(410, OURS + "request-cancelled")
 REQUEST_DEAD = Kind(500, OURS + "request-dead")
 REQUEST_REFUSED = Kind(503, OURS + "request-refused")
+STREAM_CUT = Kind(502, OURS + "stream-cut")
 # Of one that was fulfilled, and whose answer an envelope cannot hold (api.envelopes).
 NOT_JSON = Kind(500, OURS + "answer-not-json")
 
@@ -117,7 +120,8 @@ def kind_of(error: BaseException) -> Kind:
 
 def kinds() -> tuple[Kind, ...]:
     """All that an answer can be, for the documentation."""
-    others = (INTERNAL, NOT_READY, REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED, NOT_JSON)
+    ends = (REQUEST_EXPIRED, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED, STREAM_CUT, NOT_JSON)
+    others = (INTERNAL, NOT_READY, *ends)
     return (*_KINDS.values(), *others)
 
 

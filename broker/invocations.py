@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from broker import assets, request_ids
+from broker import assets, request_ids, streams
 from broker.errors import (
     AlreadyFinished,
     FnqueueError,
@@ -52,8 +52,8 @@ class BodyFile:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
-    filtered; `passthrough` asks for the container's answers as they are. `method`, `target` and `streaming` are those
-    of the Job."""
+    filtered; `passthrough` asks for the container's answers as they are, `streaming` for them while they come.
+    `method` and `target` are those of the Job."""
 
     principal: Principal
     function_id: str
@@ -62,11 +62,11 @@ class Submission:
     body: bytes | BodyFile
     assets: tuple[str, ...] = ()
     passthrough: bool = False
+    streaming: bool = False
     poll_s: int = 60
     idempotency_key: str = ""
     method: str = "POST"
     target: str = ""
-    streaming: bool = False
     channel: Channel | None = None
 
 
@@ -81,6 +81,7 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         NotFound: an asset is unknown.
         IdempotencyKeyReused, QueueFull, Unavailable: refused, and it will never run (unless the error says
             that the outcome is unknown).
+        StreamNotKept: as `status`.
     """
     account = submission.principal.account
     request_id = request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
@@ -89,8 +90,8 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         del submission
         record = await asyncio.shield(submitting)
         if record.id == request_id:
-            return await _until_terminal(watch, record, wait_s)
-    return await wait(broker, record.id, wait_s=wait_s) or record
+            return await streams.gathered(broker, await _until_terminal(watch, record, wait_s))
+    return await streams.gathered(broker, await wait(broker, record.id, wait_s=wait_s) or record)
 
 
 async def submit(broker: Broker, submission: Submission, version: Version, request_id: str, *, watch: bool) -> Record:
@@ -139,7 +140,13 @@ async def status(broker: Broker, principal: Principal, request_id: str, *, wait_
         NotFound: unknown or not the caller's.
         Forbidden: the key's resources do not cover the request's function.
         RequestExpired: it was the caller's, and its result has passed its time to live.
+        StreamNotKept: its answer was streamed and is not kept as a whole.
     """
+    return await streams.gathered(broker, await find(broker, principal, request_id, wait_s=wait_s))
+
+
+async def find(broker: Broker, principal: Principal, request_id: str, *, wait_s: float = 0.0) -> Record:
+    """As `status`, and a streamed answer is left where it is. Raises as `status`, but for StreamNotKept."""
     _own_id(broker, principal, request_id)
     record = await wait(broker, request_id, wait_s=wait_s)
     if record is None:
@@ -201,10 +208,10 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         body_key=body_key,
         assets=submission.assets,
         passthrough=submission.passthrough,
+        streaming=submission.streaming,
         poll_s=submission.poll_s,
         method=submission.method,
         target=submission.target,
-        streaming=submission.streaming,
         channel=submission.channel,
     )
     try:
@@ -265,7 +272,7 @@ async def _until_terminal(watch: Watch, record: Record, wait_s: float) -> Record
     """PROTOCOL R2: a hint only means "read again", and a lost hint costs one safety interval."""
     loop = asyncio.get_running_loop()
     until = loop.time() + wait_s
-    while not record.state.terminal and (left_s := until - loop.time()) > 0:
+    while not (record.state.terminal or record.flowing) and (left_s := until - loop.time()) > 0:
         await watch.changed(min(left_s, random.uniform(*_SAFETY_READ_S)))  # noqa: S311  spreads load
         try:
             record = await watch.read() or record

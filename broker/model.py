@@ -362,7 +362,7 @@ class Outcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """Where one request stands. `outcome` is set when the container or the sidecar produced an answer;
-    `reason` says in one sentence why a request ended without one."""
+    `reason` says in one sentence why a request ended without one; `head` is that of an answer on its way in a stream."""
 
     id: str
     account: str
@@ -377,6 +377,12 @@ class Record:
     worker: str = ""
     reason: str = ""
     outcome: Outcome | None = None
+    head: Outcome | None = None
+
+    @property
+    def flowing(self) -> bool:
+        """Whether a body that is no stream of events is on its way: it must be read to come to an end."""
+        return self.state is RequestState.RUNNING and self.head is not None and not self.head.event_stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from broker import channels, invocations, tasks
 from broker.channels import CHUNK_BYTES, Close, CloseCode, Failure, Garbled, Head, Kind
 from broker.errors import BadRequest, FnqueueError, Overloaded, PayloadTooLarge
 from broker.invocations import Submission
-from broker.model import Record, RequestState, Version
+from broker.model import Outcome, Record, RequestState, Version
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class _Call:
 
     def headers(self, head: Head) -> CIMultiDict[str]:
         """All of the answer's: what is sent at once, no middleware can add to."""
-        found = answers.spoken(self.record, head.status, head.headers, self.speaker)
+        found = answers.begun(self.record, Outcome(status=head.status, headers=head.headers), self.speaker).headers
         for name, value in head.headers:
             if name.lower() == "content-length" and value.isascii() and value.isdigit():
                 found["Content-Length"] = value
@@ -202,7 +202,7 @@ class _Call:
 
     def problem(self, failure: Failure) -> web.Response:
         """The sidecar's own, where the container has not answered yet."""
-        marked = answers.spoken(self.record, failure.status, (), self.speaker)
+        marked = answers.begun(self.record, Outcome(status=failure.status), self.speaker).headers
         return problems.respond(failure.status, failure.problem, extra=marked)
 
     def abort(self, reason: str) -> None:

@@ -11,7 +11,7 @@ from api.answers import Answer
 from api.bodies import Held
 from api.front import Front
 from api.routes.invocations import STATUS_PATH as RESULT_PATH
-from api.routes.invocations import Call, Manner, admit, look, origin, respond, run
+from api.routes.invocations import Call, Manner, admit, ask, look, origin, respond, run
 from broker.errors import BadRequest
 from fnqueue import wire
 
@@ -32,12 +32,15 @@ async def invoke(front: Front, request: web.Request) -> web.Response:
     except BaseException:
         held.close()
         raise
-    return _enclosed(front, request, await run(front, request, call, held, ENCLOSED), call.wait)
+    found = await run(front, request, call, held, ENCLOSED)
+    assert isinstance(found, Answer), "nothing is streamed into an envelope"
+    return _enclosed(front, request, found, call.wait)
 
 
 async def poll(front: Front, request: web.Request) -> web.Response:
     """Where the request stands, in an envelope; any request, also one of `pexec`."""
-    return _enclosed(front, request, *await look(front, request, ENCLOSED))
+    asked = await ask(front, request)
+    return _enclosed(front, request, await look(front, request, asked, ENCLOSED), asked.wait)
 
 
 def _opened(request: web.Request, call: Call, held: Held) -> Call:
@@ -60,6 +63,7 @@ def _opened(request: web.Request, call: Call, held: Held) -> Call:
         assets=assets,
         forwarded=(*forwarded, ("Content-Type", "application/json")),
         passthrough=False,
+        streaming=False,
     )
 
 

@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from api import auth, headers
-from api.answers import Speaker
+from api.answers import Answer, Speaker
 from api.front import Front
 from api.middleware import INVOKES, answer_errors
 from api.routes.channels import converse
@@ -67,7 +67,8 @@ async def invoke(front: Front, request: web.Request) -> web.StreamResponse:
             front, request, call.submission(b""), call.version, wait_s=call.wait.seconds, speaker=speaker
         )
     manner = Manner(speaker=speaker, origin=origin(front, request, host=address.host) if address.host else "")
-    return respond(await run(front, request, call, await front.bodies.receive(request), manner), call.wait)
+    found = await run(front, request, call, await front.bodies.receive(request), manner)
+    return respond(found, call.wait) if isinstance(found, Answer) else found
 
 
 def needs_channel(request: web.Request) -> bool:

@@ -85,6 +85,7 @@ class Entry:
             worker=self.worker,
             reason=self.reason,
             outcome=self.outcome,
+            head=None if self.state.terminal else self.log.head,
         )
 
 

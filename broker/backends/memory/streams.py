@@ -49,6 +49,7 @@ class _Writer:
         log = entry.log
         if head is not None:
             log.head = head
+            self._results.hints.tell(entry.id)
         new = [chunk for chunk in chunks if chunk.end > log.written]
         for chunk in new:
             if chunk.start != log.written:

@@ -339,12 +339,6 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         return None
     state, account, function_id, version_id = (_text(part) for part in reply[:4])
     created, deadline, attempt, started, ended = (int(part) for part in reply[4:9])
-    body = reply[11]
-    try:
-        outcome = unpack_outcome(body) if body else None
-    except Unreadable:
-        logger.error("outcome_unreadable", extra={"request_id": request_id})
-        outcome = None
     return Record(
         id=request_id,
         account=account,
@@ -358,8 +352,17 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         finished_at=ended / 1000,
         worker=_text(reply[9]),
         reason=_text(reply[10]),
-        outcome=outcome,
+        outcome=_outcome(request_id, reply[11]),
+        head=_outcome(request_id, reply[13]),
     )
+
+
+def _outcome(request_id: str, packed: bytes) -> Outcome | None:
+    try:
+        return unpack_outcome(packed) if packed else None
+    except Unreadable:
+        logger.error("outcome_unreadable", extra={"request_id": request_id})
+        return None
 
 
 def _job(job: Job) -> tuple[str | int, ...]:

@@ -140,14 +140,14 @@ return 1
 
 # KEYS record body · ARGV retention_ms channel touch
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
-#   body, 1 if it expired just now}
+#   body, 1 if it expired just now, head of a stream that is not terminal}
 # A touched terminal record is written to, so that WAIT on this connection covers what was read.
 READ = Script(
     _FINISH
     + """
 if redis.call('HEXISTS', KEYS[1], 's') == 0 or redis.call('HEXISTS', KEYS[1], 'x') == 1 then return nil end
 local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
-local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h')
+local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'u')
 local body = ''
 if terminal[f[1]] then
   body = redis.call('GET', KEYS[2]) or ''
@@ -156,7 +156,7 @@ elseif ARGV[2] ~= '' and not string.find(f[12] or '', ARGV[2], 1, true) and #(f[
   redis.call('HSET', KEYS[1], 'h', (f[12] and f[12] .. ' ' or '') .. ARGV[2])
 end
 return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
-  f[10] or '', f[11] or '', body, expired and 1 or 0}
+  f[10] or '', f[11] or '', body, expired and 1 or 0, not terminal[f[1]] and f[13] or ''}
 """
 )
 
@@ -290,7 +290,11 @@ if not f[1] then return {'running', 1, 0, 0} end
 if f[1] ~= 'running' then return {f[1], 0, 0, 0} end
 if f[2] ~= ARGV[1] then return {'queued', 0, 0, 0} end
 local written, news = tonumber(f[4] or 0), ARGV[5] ~= ''
-if news then redis.call('HSET', r, 'u', ARGV[5]) end
+local id = string.match(r, '{(.-)}')
+if news then
+  redis.call('HSET', r, 'u', ARGV[5])
+  for channel in string.gmatch(redis.call('HGET', r, 'h') or '', '%S+') do redis.call('PUBLISH', channel, id) end
+end
 local before = written
 for at = 6, #ARGV, 4 do
   local last = tonumber(ARGV[at])
@@ -308,7 +312,6 @@ if written > before then
   if dropped > 0 then redis.call('XTRIM', stream, 'MINID', f[3] .. '-' .. string.format('%d', dropped + 1)) end
 end
 if news and f[7] then
-  local id = string.match(r, '{(.-)}')
   for channel in string.gmatch(f[7], '%S+') do redis.call('PUBLISH', channel, id .. '/r') end
   redis.call('HDEL', r, 'i')
 end
