@@ -241,7 +241,7 @@ class ApiSettings(SecretSettings):
         600, gt=0, le=86_400, description="Seconds without a byte in either direction after which a channel is closed."
     )
     channel_drain_s: float = Field(
-        20,
+        10,
         ge=0,
         le=7200,
         description="Seconds that open channels may go on when this process is told to stop, before they are closed.",
