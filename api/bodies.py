@@ -20,7 +20,7 @@ from broker.invocations import BodyFile
 from broker.settings import ApiSettings
 
 # How fast a body has to come that takes longer than `body_timeout_s`.
-SLOWEST_BYTES_PER_S = 64 * 1024
+SLOWEST_BYTES_PER_S = 16 * 1024
 _RETRY_S = 1.0
 _WRITE_BYTES = 1024 * 1024
 
@@ -77,6 +77,8 @@ class Bodies:
         declared_bytes = request.content_length or 0
         if declared_bytes > self._max_streamed_bytes:
             raise self._too_large_to_stream()
+        if declared_bytes > self._free_spool_bytes:
+            raise self._disk_full()
         held = Held(self)
         chunks = self._chunks(request)
         received = bytearray()
@@ -86,7 +88,7 @@ class Bodies:
                 held.take(len(chunk))
                 if len(received) > self._inline_bytes:
                     held.take(_WRITE_BYTES)
-                    spooled = await self._spool(received, chunks, declared_bytes)
+                    spooled = await self._spool(received, chunks)
                     held.close()
                     return spooled
         except BaseException:
@@ -95,13 +97,13 @@ class Bodies:
         held.body = bytes(received)
         return held
 
-    async def _spool(self, begun: bytearray, chunks: AsyncIterator[bytes], declared_bytes: int) -> Spooled:
-        """The rest of a body, into a file; little more than `_WRITE_BYTES` are in memory at any time."""
+    async def _spool(self, begun: bytearray, chunks: AsyncIterator[bytes]) -> Spooled:
+        """The rest of a body, into a file; little more than `_WRITE_BYTES` are in memory at any time. What was only
+        announced takes no part of the disk: somebody could announce all of it, and take his time."""
         spooled = Spooled(self)
         try:
             with _disk_faults():
                 spooled.create(self._spool_dir)
-            spooled.take(declared_bytes)
             digest, size_bytes, pending = hashlib.sha256(), 0, begun
             while pending:
                 size_bytes += len(pending)
@@ -176,9 +178,12 @@ class Bodies:
         limit_bytes = self._max_streamed_bytes
         return PayloadTooLarge(f"the body is larger than {limit_bytes} bytes", limit_bytes=limit_bytes)
 
+    def _disk_full(self) -> Overloaded:
+        return Overloaded("this server has as many request bodies on its disk as it may", retry_after_s=_RETRY_S)
+
     def reserve_disk(self, size_bytes: int) -> None:
         if size_bytes > self._free_spool_bytes:
-            raise Overloaded("this server has as many request bodies on its disk as it may", retry_after_s=_RETRY_S)
+            raise self._disk_full()
         self._free_spool_bytes -= size_bytes
 
     def free_disk(self, size_bytes: int) -> None:

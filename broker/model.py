@@ -362,7 +362,8 @@ class Outcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """Where one request stands. `outcome` is set when the container or the sidecar produced an answer;
-    `reason` says in one sentence why a request ended without one; `head` is that of an answer on its way in a stream."""
+    `reason` says in one sentence why a request ended without one; `head` is that of an answer that is being streamed.
+    """
 
     id: str
     account: str

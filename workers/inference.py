@@ -45,12 +45,14 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-# They speak for the connection to the client and the server at its end, or are set by whoever sends the answer on.
-_OURS = frozenset({"alt-svc", "clear-site-data", "content-length", "date", "server", "strict-transport-security"})
-# They speak for the origin, which is ours unless the container was asked in its own name.
+# They speak for the connection to the client and the server at its end.
+_OURS = frozenset({"alt-svc", "clear-site-data", "date", "server", "strict-transport-security"})
+# They speak for the origin, which is ours unless the container was asked in its own name, or are set by whoever sends
+# the answer on.
 _NOT_THE_CONTAINERS = _OURS | {
     "access-control-allow-credentials",
     "access-control-allow-origin",
+    "content-length",
     "location",
     "refresh",
     "set-cookie",
@@ -469,8 +471,6 @@ def _presentable(job: Job, headers: Mapping[str, str], url: URL) -> tuple[tuple[
     """The container's headers that may reach a client, in our name unless it was asked in its own (`job.target`);
     `Content-Encoding` among them, because the body was not decoded."""
     dropped = _OURS if job.target else _NOT_THE_CONTAINERS
-    if job.method == "HEAD":
-        dropped -= {"content-length"}  # of the body that a GET would have
     kept = [
         (name, _from_outside(value, url) if name.lower() == "location" else value)
         for name, value in end_to_end(headers.items())

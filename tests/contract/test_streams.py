@@ -266,6 +266,22 @@ async def test_a_waiting_reader_is_told(stores: Stores, cause: str) -> None:
         }[cause]
 
 
+async def test_who_waits_for_the_end_is_told_that_there_is_a_head(stores: Stores) -> None:
+    job, lease = await stores.running()
+    async with stores.front.results.watch(job.id) as watch:
+        assert (await stores.record(job)).head is None
+        await watch.read()
+        waiting = asyncio.ensure_future(watch.changed(30))
+        await stores.append(lease, head=HEAD)
+        async with asyncio.timeout(5):
+            await waiting
+        record = await watch.read()
+    assert record is not None
+    assert (record.state, record.head) == (RUNNING, HEAD)
+    await stores.results.settle(lease, job, RequestState.FULFILLED, HEAD)
+    assert (await stores.record(job)).head is None
+
+
 async def test_every_reader_is_told(stores: Stores) -> None:
     job, lease = await stores.running()
     async with AsyncExitStack() as stack:

@@ -161,3 +161,35 @@ async def test_a_large_body_costs_the_front_end_no_memory(mirror: Mirror, chunke
         expected.update(piece)
     assert found == {"size_bytes": size_bytes, "sha256": expected.hexdigest()}
     assert grown_bytes < 40 * MIB
+
+
+async def received(mirror: Mirror, order: Mapping[str, Any]) -> tuple[aiohttp.ClientResponse, int, str]:
+    """The answer, how many bytes it had, and their digest; read as fast as they come and not kept."""
+    headers = {**own_host(mirror), **ordered(order), "Authorization": f"Bearer {mirror.caller.key}"}
+    digest, size_bytes = hashlib.sha256(), 0
+    async with aiohttp.ClientSession() as session, session.get(f"{mirror.caller.url}/", headers=headers) as response:
+        async for piece in response.content.iter_any():
+            digest.update(piece)
+            size_bytes += len(piece)
+    return response, size_bytes, digest.hexdigest()
+
+
+@pytest.mark.parametrize("declared", [False, True])
+async def test_a_large_answer_is_handed_on_while_it_comes(mirror: Mirror, declared: bool) -> None:
+    count, piece_bytes = 60, MIB
+    order = {"size_bytes": count * piece_bytes} if declared else {"stream": [count, piece_bytes]}
+    found, grown_bytes = await watched(front_end(mirror), received(mirror, order))
+    response, size_bytes, digest = found
+    expected = hashlib.sha256()
+    for number in range(count):
+        expected.update((b"m" if declared else bytes([number])) * piece_bytes)
+    assert (response.status, size_bytes, digest) == (200, count * piece_bytes, expected.hexdigest())
+    assert response.headers.get("Content-Length") == (str(count * piece_bytes) if declared else None)
+    assert grown_bytes < 40 * MIB
+
+
+async def test_a_large_answer_that_was_not_waited_for_is_handed_on_to_who_asks_again(mirror: Mirror) -> None:
+    reply = await ask(mirror, "GET", "/", {"delay_s": 2, "size_bytes": 20 * MIB}, headers={"NVCF-POLL-SECONDS": "1"})
+    assert reply.status == 202
+    again = await mirror.caller.call("GET", urlsplit(reply.headers["Location"]).path)
+    assert (again.status, len(again.body)) == (200, 20 * MIB)

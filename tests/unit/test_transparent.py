@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientPayloadError, ClientResponse, web
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
 from api.routes.transparent import Address, address_of, is_addressed, needs_channel
 from broker.errors import BadRequest
-from broker.model import Job, Outcome
+from broker.model import Job, Outcome, RequestState
 from tests.eventually import eventually
+from tests.unit.test_event_streams import HEAD as EVENTS
+from tests.unit.test_event_streams import PLAIN, Work, work
 from tests.unit.test_server import FUNCTION, KEY, NOBODYS, NOW, NVCF, VERSION, House, caller, opened, slug
 
 HOST = f"{FUNCTION}.invocation.example.com"
@@ -25,7 +29,7 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with opened(tmp_path) as found:
+    async with opened(tmp_path, stream_keepalive_s=1) as found:
         yield found
 
 
@@ -408,9 +412,9 @@ async def test_bodies_on_disk_have_a_budget_and_give_it_back(tmp_path: Path) -> 
 async def test_a_body_that_stops_coming_is_408_and_leaves_nothing(tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
-    async with opened(tmp_path, spool_dir=str(spool), body_timeout_s=0.2) as house:
-        reader, writer = await house.connect("PUT / HTTP/1.1", f"function-id: {FUNCTION}", "Content-Length: 400000")
-        writer.write(b"x" * 300_000)
+    async with opened(tmp_path, spool_dir=str(spool), body_timeout_s=0.2, inline_body_bytes=1000) as house:
+        reader, writer = await house.connect("PUT / HTTP/1.1", f"function-id: {FUNCTION}", "Content-Length: 4000")
+        writer.write(b"x" * 3000)
         answer = await asyncio.wait_for(reader.readuntil(b"}"), 15)
         assert answer.startswith(b"HTTP/1.1 408 ")
         writer.close()
@@ -432,3 +436,121 @@ async def test_a_sender_that_leaves_leaves_nothing(tmp_path: Path) -> None:
 
         await eventually(taken, lambda status: status != 503)
         assert list(spool.iterdir()) == []
+
+
+# -- answers on their way ----------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def streamed(
+    house: House, head: Outcome = PLAIN, method: str = "GET", **headers: str
+) -> AsyncIterator[tuple[Work, ClientResponse]]:
+    """A call whose answer has begun."""
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        sent = {"Host": HOST, **headers}
+        calling = group.create_task(house.client.request(method, "/", headers=sent, allow_redirects=False))
+        async with work(house) as job:
+            await job.begin(head)
+            async with await calling as response:
+                yield job, response
+
+
+def with_headers(head: Outcome, *more: tuple[str, str], status: int = 200) -> Outcome:
+    return replace(head, status=status, headers=(*head.headers, *more))
+
+
+async def test_a_body_is_handed_on_while_it_comes(house: House) -> None:
+    head = with_headers(PLAIN, *OWN, status=202)
+    async with streamed(house, head) as (job, response):
+        assert (response.status, response.headers["NVCF-STATUS"]) == (202, "fulfilled")
+        assert response.headers.getall("Set-Cookie") == ["a=1", "b=2"]
+        assert response.headers["Location"] == "/elsewhere"
+        for piece in (b"one", b"\x00\xff"):
+            await job.send(piece)
+            assert await response.content.readexactly(len(piece)) == piece
+        await job.settle(outcome=head)
+        assert await response.read() == b""
+
+
+async def test_the_length_that_the_function_told_is_told(house: House) -> None:
+    head = with_headers(PLAIN, ("Content-Length", "6"))
+    async with streamed(house, head) as (job, response):
+        assert response.headers["Content-Length"] == "6"
+        assert "Transfer-Encoding" not in response.headers
+        await job.send(b"abc", b"def")
+        await job.settle(outcome=head)
+        assert await response.read() == b"abcdef"
+
+
+@pytest.mark.parametrize("told", [(), (("Content-Length", "6"),)])
+async def test_a_body_that_is_cut_off_does_not_look_whole(house: House, told: tuple[tuple[str, str], ...]) -> None:
+    async with streamed(house, with_headers(PLAIN, *told)) as (job, response):
+        await job.send(b"abc")
+        await job.settle(RequestState.ERRORED, Outcome(status=500, body=b"cut"))
+        with pytest.raises(ClientPayloadError):
+            await response.read()
+
+
+async def test_events_of_a_function_in_its_own_name_are_bytes_like_any_other(house: House) -> None:
+    async with streamed(house, EVENTS, Accept="text/event-stream", **{"Last-Event-ID": "7"}) as (job, response):
+        assert dict(job.job.headers)["Last-Event-ID"] == "7"
+        await job.send(b"data: 1\n\n")
+        # Of a later reader of ours, the silence has been long enough for a sign of life.
+        path = f"{NVCF}/pexec/status/{job.job.id}"
+        async with house.client.get(path, headers={"Accept": "text/event-stream"}) as ours:
+            await ours.content.readuntil(b": keep-alive\n\n")
+        await job.send(b"id: 8\ndata: 2\n\n")
+        await job.settle(outcome=EVENTS)
+        assert await response.read() == b"data: 1\n\nid: 8\ndata: 2\n\n"
+
+
+async def test_events_that_are_cut_off_have_no_event_of_ours(house: House) -> None:
+    async with streamed(house, EVENTS) as (job, response):
+        await job.send(b"data: 1\n\n")
+        await job.settle(RequestState.ERRORED, Outcome(status=500, body=b"cut"))
+        assert await response.content.readany() == b"data: 1\n\n"
+        with pytest.raises(ClientPayloadError):
+            await response.read()
+
+
+async def test_who_asks_again_is_handed_on_what_is_too_large_to_wait_for(tmp_path: Path) -> None:
+    whole = b"".join(bytes([number]) * 1024 for number in range(200))
+    async with opened(tmp_path, stream_bytes=64 * 1024) as house, asyncio.timeout(20):
+        _, headers, _ = await get(house, headers=NOW)
+        path = f"{NVCF}/pexec/status/{headers['NVCF-REQID']}"
+        async with work(house) as job, asyncio.TaskGroup() as group:
+            asking = group.create_task(house.client.get(path))
+            head = with_headers(PLAIN, *OWN)
+            await job.begin(head)
+            async with await asking as response:
+                assert (response.status, response.headers["X-Own"]) == (200, "1")
+                assert not {"Location", "Set-Cookie"} & set(response.headers)
+                received = bytearray()
+                for at in range(0, len(whole), 1024):
+                    await job.send(whole[at : at + 1024])
+                    received += await response.content.readexactly(1024)
+                await job.settle(outcome=head)
+                assert await response.read() == b""
+        assert received == whole
+        async with house.client.get(path) as late:
+            assert (late.status, slug(await late.read())) == (410, "stream-not-kept")
+
+
+async def test_what_is_kept_of_a_stream_can_be_read_again(house: House) -> None:
+    async with streamed(house) as (job, response):
+        await job.send(b"small")
+        await job.settle(outcome=PLAIN)
+        assert await response.read() == b"small"
+        request_id = response.headers["NVCF-REQID"]
+    async with house.client.get(f"{NVCF}/pexec/status/{request_id}") as again:
+        assert (again.status, await again.read()) == (200, b"small")
+
+
+async def test_a_caller_that_leaves_before_the_answer_leaves_the_request_running(house: House) -> None:
+    leaving = asyncio.create_task(get(house))
+    await house.some_queued()
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    job = await house.finish()
+    async with house.client.get(f"{NVCF}/pexec/status/{job.id}") as response:
+        assert await response.read() == b"done"
