@@ -7,7 +7,6 @@ hash, in memory, until a sidecar has shown the token once or the call is over.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -25,9 +24,6 @@ STOPPING = "this server is stopping; connect again"
 FAREWELL_S = 3.0
 _CLOSE_S = 2.0
 _RETRY_S = 1.0
-# A sidecar whose machine has gone is noticed after 30 s. Messages of our own could not tell: they would wait behind
-# those that a slow reader has not taken yet.
-_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 class Stopped(Exception):
@@ -135,7 +131,8 @@ class Line:
         )
         await opened.prepare(request)
         try:
-            keep_alive(opened.get_extra_info("socket"))
+            if (connection := opened.get_extra_info("socket")) is not None:
+                channels.keep_alive(connection)
             self._socket, self._seen_at = opened, self._loop.time()
             self._attached.set()
             await self._released.wait()
@@ -193,13 +190,3 @@ class Line:
         if not self._released.is_set():
             self._last_word = last_word
             self._released.set()
-
-
-def keep_alive(connection: socket.socket | None) -> None:
-    """Have the kernel look, all the time, whether the other machine is there."""
-    if connection is None:
-        return
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        if hasattr(socket, name):  # not on every system
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

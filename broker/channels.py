@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import socket
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -19,6 +20,9 @@ CHUNK_BYTES = 64 * 1024
 REASON_MAX_BYTES = 123
 # Above any head: 64 headers of a container's, each 8 KiB at most, and JSON around them.
 HEAD_MAX_BYTES = 1024 * 1024
+# A machine that has gone is noticed after 30 s. Messages of our own could not tell: they would wait behind those that a
+# slow reader has not taken yet.
+_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 class Kind(IntEnum):
@@ -151,6 +155,14 @@ def unpack_failure(payload: bytes) -> Failure:
     if not 400 <= status <= 599:
         raise Garbled("not a failure")
     return Failure(code=int.from_bytes(payload[:2]), status=status, problem=payload[4:])
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel look, all the time, whether the other machine is there."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 _PREFIXES = {kind: bytes((kind,)) for kind in Kind}

@@ -38,6 +38,7 @@ from workers.inference import (
 logger = logging.getLogger(__name__)
 
 GONE = "The front end that held the caller's connection has gone, and the connection with it"
+UNREACHABLE = "The front end that held the caller's connection has gone, or the worker cannot reach it"
 ENDED = "The request was ended before its function had answered"
 STOPPED = "The worker was stopped before its function had answered"
 UNCLOSED = "The function's container closed the WebSocket without a word"
@@ -45,8 +46,6 @@ UNCLOSED = "The function's container closed the WebSocket without a word"
 DIAL_S = 5.0
 _FAREWELL_S = 1.0
 _LAST_WORDS_S = 1.0
-# As on the front end's side: a machine that has gone is noticed after 30 s.
-_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 _MESSAGES = {
     WSMsgType.TEXT: Kind.TEXT,
     WSMsgType.BINARY: Kind.BINARY,
@@ -67,8 +66,8 @@ class ClientLeft(Exception):
 class FrontEndGone(AttemptFailed):
     """Nobody is left who could be given an answer."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(problem(job, 500, GONE))
+    def __init__(self, job: Job, detail: str = GONE) -> None:
+        super().__init__(problem(job, 500, detail))
 
 
 def stopped(job: Job) -> Outcome:
@@ -149,7 +148,7 @@ class Line:
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
             facts = {"request_id": self.job.id, "url": channel.url, "cause": type(exc).__name__}
             logger.warning("front_end_gone", extra=facts)
-            raise FrontEndGone(self.job) from None  # the cause shows the token to whoever prints it
+            raise FrontEndGone(self.job, UNREACHABLE) from None  # the cause shows the token to whoever prints it
 
     async def receive(self) -> Message:
         """Raises FrontEndGone, ClientLeft."""
@@ -339,11 +338,7 @@ def _about_no_body(header: tuple[str, str]) -> bool:
 
 
 def _kept_alive(address: AddrInfoType) -> socket.socket:
-    """A socket whose kernel looks, all the time, whether the other machine is there."""
     family, kind, protocol, _, _ = address
     made = socket.socket(family=family, type=kind, proto=protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE.items():
-        if hasattr(socket, name):  # not on every system
-            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    channels.keep_alive(made)
     return made

@@ -33,6 +33,7 @@ from broker.model import Outcome, Record, RequestState, Version
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = "its client has gone"
+STOPPED = "the server that held its connection was stopped"
 # Between a claim and the attachment: longer than the sidecar tries (workers.channel).
 _ATTACH_S = 7.0
 _MESSAGES = {
@@ -124,12 +125,14 @@ async def _attached(
             record = await _first(front, line, submission, version, wait_s, accepting)
     except Interrupted:
         line.revoke()
+        line.release(STOPPED)
         if accepting.begun:
             request[RECORD] = record = await accepting.record()
-            await invocations.withdraw(front.broker, record, reason="the server that held its connection was stopped")
+            await invocations.withdraw(front.broker, record, reason=STOPPED)
         raise Overloaded(STOPPING) from None
     except asyncio.CancelledError:
         line.revoke()
+        line.release(CLIENT_LEFT)
         if accepting.begun:
             front.calls.spawn(_call_off(front, accepting))
         raise
@@ -171,6 +174,9 @@ async def _call_off(front: Front, accepting: Accepting) -> Record:
 
 def _ended(record: Record) -> web.Response:
     """A call that was over before a sidecar had attached: cancelled, overdue, or nobody could run it."""
+    if record.state is RequestState.ERRORED:
+        # Its caller is still here, so it is not this process that has gone.
+        logger.warning("never_attached", extra={"request_id": record.id, "version_id": record.version_id})
     answer = answers.answer(record, status_url="", download_url=lambda *_: "")
     return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
 

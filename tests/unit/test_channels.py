@@ -27,13 +27,14 @@ from broker import channels
 from broker.backends.memory.queue import MemoryQueue
 from broker.channels import Close, Failure, Garbled, Head, Kind
 from broker.connect import open_broker
+from broker.errors import ConfigurationError
 from broker.model import Channel, Draft, FunctionStatus, Job, Record, RequestState, Version
 from broker.ports import Broker
 from broker.settings import ApiSettings
 from tests.containers.talker import Talker
 from tests.eventually import eventually
 from tests.unit.container import FUNCTION_ID, VERSION_ID, a_job, settings_for
-from workers.channel import GONE, UNCLOSED
+from workers.channel import UNCLOSED, UNREACHABLE
 from workers.sidecar import serve
 
 KEY = "admin-key"
@@ -78,6 +79,20 @@ class Rig:
 
     def ws(self, path: str = "/ws", **given: Any) -> Any:
         return self.client.ws_connect(URL(f"{self.url.origin()}{path}", encoded=True), **given)
+
+    @asynccontextmanager
+    async def asking(self) -> AsyncIterator[None]:
+        """A client that asks for a WebSocket during the body, and leaves."""
+
+        async def ask() -> None:
+            await self.ws()
+
+        task = asyncio.create_task(ask())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
 
     async def queued(self) -> None:
         """Return once a job was published."""
@@ -430,12 +445,8 @@ async def test_a_client_that_leaves_in_the_middle_of_an_answer_cancels_its_reque
 
 
 async def test_a_client_that_leaves_while_it_is_queued_cancels_its_request(rig: Rig) -> None:
-    async def ask() -> None:
-        await rig.ws()
-
-    asking = asyncio.create_task(ask())
-    await rig.queued()
-    asking.cancel()
+    async with rig.asking():
+        await rig.queued()
     record = await rig.ended()
     assert (record.state, record.reason) == (RequestState.CANCELLED, "its client has gone")
 
@@ -551,7 +562,7 @@ async def test_a_job_whose_front_end_has_gone_ends_and_its_container_is_left_alo
             record = await rig.ended(job)
     assert (record.state, record.attempt) == (RequestState.ERRORED, 1)
     assert record.outcome is not None
-    assert (record.outcome.status, GONE in record.outcome.body.decode()) == (500, True)
+    assert (record.outcome.status, UNREACHABLE in record.outcome.body.decode()) == (500, True)
     assert not rig.talker.said
     assert await rig.queue.take(VERSION_ID) is None
     assert token not in "".join(str(vars(line)) for line in caplog.records)
@@ -587,6 +598,33 @@ async def test_a_token_opens_a_channel_once_and_nothing_else_does(rig: Rig) -> N
             assert answer.status in (400, 404)
         await ws.send_str("hi")
         assert await ws.receive_str() == "echo hi"
+
+
+@pytest.mark.parametrize(
+    ("settings", "host"),
+    [
+        ({}, "127.0.0.1"),
+        ({"host": "0.0.0.0"}, "."),
+        ({"host": "0.0.0.0", "attach_address": "10.1.2.3"}, "10.1.2.3"),
+        ({"attach_host": "0.0.0.0", "attach_address": "fe80::1"}, "fe80::1"),
+    ],
+)
+async def test_sidecars_are_given_an_address_that_other_machines_can_call(
+    tmp_path: Path, settings: dict[str, str], host: str
+) -> None:
+    async with opened(tmp_path, **settings) as rig:
+        async with rig.asking():
+            await rig.queued()
+        url = URL(rig.channel().url)
+        assert host in str(url.host)
+        assert (url.host != "0.0.0.0", url.path, url.port == rig.url.port) == (True, attach.PATH, False)
+
+
+async def test_a_port_for_sidecars_that_is_taken_is_named(tmp_path: Path) -> None:
+    async with opened(tmp_path) as rig:
+        with pytest.raises(ConfigurationError, match="FNQUEUE_ATTACH_PORT"):
+            async with opened(tmp_path, attach_port=rig.url.port):
+                pass
 
 
 async def test_more_channels_than_a_front_end_may_hold_are_refused(tmp_path: Path) -> None:
