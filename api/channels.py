@@ -56,27 +56,25 @@ class Channels:
             raise Overloaded(
                 "this server holds as many open connections to functions as it may", retry_after_s=_RETRY_S
             )
-        token = channels.new_token()
-        line = Line(self, self._settings, token)
+        line = Line(self, self._settings)
         self._lines.add(line)
         self._empty.clear()
-        self._waiting[channels.token_hash(token)] = line
         try:
             yield line
         finally:
-            self.forget(token)
+            line.revoke()
             line.release()
             self._lines.discard(line)
             if not self._lines:
                 self._empty.set()
 
-    def redeem(self, token: str) -> Line | None:
-        """Whose token this is; the next time, it is nobody's."""
-        return self._waiting.pop(channels.token_hash(token), None)
+    def expect(self, line: Line, token_hash: bytes) -> None:
+        """From now on, the token with this hash is the line's."""
+        self._waiting[token_hash] = line
 
-    def forget(self, token: str) -> None:
-        """From now on this token is nobody's."""
-        self._waiting.pop(channels.token_hash(token), None)
+    def redeem(self, token_hash: bytes) -> Line | None:
+        """Whose it is; from now on, it is nobody's."""
+        return self._waiting.pop(token_hash, None)
 
     async def drain(self) -> None:
         """Return when no channel is open any more. After `channel_drain_s`, those that are will be closed."""
@@ -93,11 +91,10 @@ class Channels:
 class Line:
     """One end of a channel: first it waits to be attached, then it passes messages, then it is released."""
 
-    def __init__(self, home: Channels, settings: ApiSettings, token: str) -> None:
+    def __init__(self, home: Channels, settings: ApiSettings) -> None:
         self._home = home
-        self._token = token
+        self._token_hash = b""
         self._idle_s = settings.channel_idle_s
-        self._largest_bytes = max(settings.max_message_bytes, channels.HEAD_MAX_BYTES) + 2
         self._loop = asyncio.get_running_loop()
         self._socket: web.WebSocketResponse[bool] | None = None
         self._attached = asyncio.Event()
@@ -109,8 +106,12 @@ class Line:
         self.sent_bytes = 0
 
     def channel(self, *, websocket: bool, body_bytes: int) -> Channel:
-        """What the job carries to the sidecar."""
-        return Channel(url=self._home.url, token=self._token, websocket=websocket, body_bytes=body_bytes)
+        """What the job carries to the sidecar, with a new token."""
+        self.revoke()
+        token = channels.new_token()
+        self._token_hash = channels.token_hash(token)
+        self._home.expect(self, self._token_hash)
+        return Channel(url=self._home.url, token=token, websocket=websocket, body_bytes=body_bytes)
 
     @property
     def attached(self) -> bool:
@@ -122,12 +123,12 @@ class Line:
 
     def revoke(self) -> None:
         """Let no sidecar attach any more."""
-        self._home.forget(self._token)
+        self._home.redeem(self._token_hash)
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Be attached by the sidecar that sent this request, until released."""
         opened = web.WebSocketResponse(
-            timeout=_CLOSE_S, autoclose=False, compress=False, max_msg_size=self._largest_bytes
+            timeout=_CLOSE_S, autoclose=False, compress=False, max_msg_size=channels.MESSAGE_MAX_BYTES + 1
         )
         await opened.prepare(request)
         try:

@@ -18,8 +18,9 @@ import orjson
 CHUNK_BYTES = 64 * 1024
 # Of a WebSocket's close frame (RFC 6455 §5.5.1): 125 bytes, two of them the code.
 REASON_MAX_BYTES = 123
-# Above any head: 64 headers of a container's, each 8 KiB at most, and JSON around them.
-HEAD_MAX_BYTES = 1024 * 1024
+# The largest that `max_message_bytes` can be, and a kind: each end bounds what its own side sends, and neither has to
+# know the other's setting.
+MESSAGE_MAX_BYTES = 64 * 1024 * 1024 + 1
 # A machine that has gone is noticed after 30 s. Messages of our own could not tell: they would wait behind those that a
 # slow reader has not taken yet.
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}

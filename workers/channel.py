@@ -19,7 +19,7 @@ import aiohttp
 from aiohttp import AddrInfoType, ClientWSTimeout, WSMsgType
 
 from broker import channels
-from broker.channels import CHUNK_BYTES, Close, CloseCode, Failure, Garbled, Head, Kind, Message
+from broker.channels import Close, CloseCode, Failure, Garbled, Head, Kind, Message
 from broker.model import Channel, Job, Outcome
 from broker.settings import SidecarSettings
 from workers import loops
@@ -78,8 +78,7 @@ def stopped(job: Job) -> Outcome:
 class Dialer:
     """Opens channels to front ends; opened and closed as an async context manager."""
 
-    def __init__(self, settings: SidecarSettings) -> None:
-        self._largest_bytes = max(settings.max_message_bytes, CHUNK_BYTES) + 2
+    def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -101,7 +100,7 @@ class Dialer:
             AttemptFailed: in place of ContainerLost, too, for there will be no other attempt.
         """
         assert self._session is not None, "Dialer is used outside of its context"
-        line = Line(job, self._session, self._largest_bytes)
+        line = Line(job, self._session)
         try:
             yield line
         except AttemptFailed as failed:
@@ -121,10 +120,9 @@ class Dialer:
 class Line:
     """One end of a channel."""
 
-    def __init__(self, job: Job, session: aiohttp.ClientSession, largest_bytes: int) -> None:
+    def __init__(self, job: Job, session: aiohttp.ClientSession) -> None:
         self.job = job
         self._session = session
-        self._largest_bytes = largest_bytes
         self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
         self._said_all = False
 
@@ -143,7 +141,7 @@ class Line:
                     headers={"Authorization": f"Bearer {channel.token}"},
                     timeout=ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
                     autoclose=False,
-                    max_msg_size=self._largest_bytes,
+                    max_msg_size=channels.MESSAGE_MAX_BYTES + 1,
                 )
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as exc:
             facts = {"request_id": self.job.id, "url": channel.url, "cause": type(exc).__name__}

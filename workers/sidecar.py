@@ -81,7 +81,7 @@ async def serve(broker: Broker, settings: SidecarSettings, stop: asyncio.Event) 
         NeverReady: the container was not healthy within `ready_timeout_s`.
     """
     with loops.Clerk() as clerk:
-        async with Inference(settings) as inference, Dialer(settings) as dialer:
+        async with Inference(settings) as inference, Dialer() as dialer:
             await Sidecar(broker, settings, inference, dialer, clerk).run(stop)
 
 

@@ -11,10 +11,10 @@ from api import headers, problems
 from api.connections import Newcomers
 from api.front import Front
 from api.middleware import SERVER
+from broker.channels import token_hash
 from broker.errors import BadRequest, FnqueueError, Unauthenticated
 
 PATH = "/v2/nvcf/worker/request-attach"
-MAX_TOKEN = 512
 
 
 def make_app(front: Front, newcomers: Newcomers) -> web.Application:
@@ -23,7 +23,7 @@ def make_app(front: Front, newcomers: Newcomers) -> web.Application:
         if not web.WebSocketResponse().can_prepare(request):
             return _refused(BadRequest("this is for WebSockets only"))
         token = headers.bearer(request.headers) or ""
-        line = front.channels.redeem(token[:MAX_TOKEN])
+        line = front.channels.redeem(token_hash(token))
         if line is None:
             return _refused(Unauthenticated("the token is not good"))
         return await line.serve(request)
