@@ -44,22 +44,27 @@ async def opened(
 ) -> web.StreamResponse | None:
     """The response that streams the answer behind the event `last_id`, once its head is known; 204 when everything
     was said before. None if the wait is over, or the request has ended without a body: the record tells the rest.
-    Where it is the container who speaks, its events are bytes like any other.
+    Where it is the container who speaks, its events are bytes like any other, and a client that leaves before the
+    answer leaves its request running.
 
     Raises:
         StreamNotKept: of the events behind `last_id`, some are not kept any more.
     """
+    ours = speaker is Speaker.SERVER
     async with front.broker.streams.follow(record.id) as reader:
         try:
             with front.calls.waiting():
-                excerpt = await streams.begun(reader, wait_s=wait.seconds, attended_s=_attended_s(front))
+                attended_s = _attended_s(front) if ours else 0
+                excerpt = await streams.begun(reader, wait_s=wait.seconds, attended_s=attended_s)
         except Interrupted:
             excerpt = None
         except asyncio.CancelledError:
-            front.calls.spawn(_leave(front, record.id, expected_back=False))
+            if ours:
+                front.calls.spawn(_leave(front, record.id, expected_back=False))
             raise
         if excerpt is None or excerpt.head is None or (excerpt.state.terminal and not excerpt.written):
-            await _leave(front, record.id, expected_back=True)
+            if ours:
+                await _leave(front, record.id, expected_back=True)
             return None
         after: int | None = 0
         if last_id:
@@ -71,7 +76,7 @@ async def opened(
         raise StreamNotKept("the stream is not kept any more")
     streams.require_next(excerpt, after)
     answer = answers.begun(record, excerpt.head, speaker)
-    return StreamedResponse(front, record, answer, excerpt, after=after, as_events=speaker is Speaker.SERVER)
+    return StreamedResponse(front, record, answer, excerpt, after=after, as_events=ours)
 
 
 def _attended_s(front: Front) -> float:

@@ -166,7 +166,9 @@ class ApiSettings(SecretSettings):
         "into a message goes through a file to the blob store, or over a channel.",
     )
     spool_dir: str = Field(
-        "", description="Folder for those files while they arrive; empty: the system's temporary folder."
+        "",
+        description="Folder for those files while they arrive; empty: the system's temporary folder. Older files named "
+        "`fnqueue-body-*` are those of a killed front end and may be deleted.",
     )
     spool_bytes: int = Field(
         8 * 1024 * MIB, ge=MIB, description="What they may take there at once; beyond it the answer is 503."

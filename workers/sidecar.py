@@ -35,6 +35,8 @@ LONGEST_BACKOFF_S = 60.0
 FAULT_PAUSE_S = 1.0
 # Bodies being deleted from the blob store at once; more are left there.
 MOST_DISCARDED = 64
+# What is over for good; a dead or an expired request may be started once more.
+OVER = (RequestState.FULFILLED, RequestState.ERRORED, RequestState.CANCELLED, RequestState.ABANDONED)
 # Beats of an instance that may go missing before it is taken for dead.
 BEATS = 5
 
@@ -181,12 +183,14 @@ class Sidecar:
         claim = await self._claim(run)
         if claim.lease is None:
             await self._decline(run, claim)
+            self._discard_body(run.job, claim.state)
             return
         try:
             attempt = self._attempt if run.job.channel is None else self._converse
             state, outcome = await attempt(run, claim.lease)
         except LeaseLost as lost:
             await self._end(run, lost.state)
+            self._discard_body(run.job, lost.state)
         except ContainerLost as lost:
             await self._hand_back(run, lost)
         else:
@@ -347,10 +351,9 @@ class Sidecar:
         return await loops.insist(settle, on=StoreUnavailable, name="settle")
 
     def _discard_body(self, job: Job, state: RequestState) -> None:
-        """A body in the blob store is of no use once there is a result. Best effort: what a blob store that is away
-        keeps is left to its own expiry."""
-        ended = state in (RequestState.FULFILLED, RequestState.ERRORED)
-        if job.body_key and ended and self._discarding < MOST_DISCARDED:
+        """A body in the blob store is of no use once there is a result, or nobody wants one. Best effort: what a blob
+        store that is away keeps is left to its own expiry."""
+        if job.body_key and state in OVER and self._discarding < MOST_DISCARDED:
             self._discarding += 1
             self._jobs.create_task(self._discard(job))
 

@@ -290,6 +290,27 @@ async def test_a_body_in_the_blob_store_goes_once_its_request_has_a_result(rig: 
     assert await rig.blobs.head("inputs/acme/x") is None
 
 
+async def test_a_body_in_the_blob_store_goes_with_a_request_that_was_cancelled(rig: Rig) -> None:
+    await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
+    job = await rig.submit(body=b"", body_key="inputs/acme/x")
+    await rig.results.cancel(job.id, reason="not wanted")
+    async with rig.sidecar():
+        await rig.ended(await rig.submit())  # behind it
+    assert await rig.blobs.head("inputs/acme/x") is None
+    assert rig.box.bodies == [b'{"message": "hi"}']
+
+
+async def test_a_body_in_the_blob_store_goes_with_a_request_that_is_cancelled_while_it_runs(rig: Rig) -> None:
+    await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
+    rig.box.handler = Gate()
+    async with rig.sidecar():
+        job = await rig.submit(body=b"", body_key="inputs/acme/x")
+        await rig.box.called.wait()
+        await rig.results.cancel(job.id, reason="not wanted")
+        await rig.box.left.wait()
+    assert await rig.blobs.head("inputs/acme/x") is None
+
+
 async def test_a_body_in_the_blob_store_stays_for_the_next_attempt(rig: Rig) -> None:
     await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
     rig.box.handler = in_turn(crash, lambda _: answer(b"{}"))

@@ -202,6 +202,30 @@ async def test_the_job_is_what_was_asked_for(house: House, method: str) -> None:
     assert job.passthrough
 
 
+@pytest.mark.parametrize(
+    ("line", "target"),
+    [
+        *((f"GET {target}", target) for target in TARGETS),
+        (f"GET http://{HOST}/a/../b?c", "/a/../b?c"),
+        ("OPTIONS *", "/"),
+    ],
+)
+async def test_a_target_is_taken_off_the_wire_as_it_came(house: House, line: str, target: str) -> None:
+    named = [f"function-id: {FUNCTION}", "Prefer: respond-async", "Content-Length: 0"]
+    reader, writer = await house.connect(f"{line} HTTP/1.1", *named)
+    assert b" 202 " in await asyncio.wait_for(reader.readline(), 5)
+    writer.close()
+    assert (await house.finish()).target == target
+
+
+@pytest.mark.parametrize("line", ["GET /\u00e9", "GET /a#b", "CONNECT elsewhere.example:443"])
+async def test_what_is_no_target_is_400(house: House, line: str) -> None:
+    reader, writer = await house.connect(f"{line} HTTP/1.1", f"function-id: {FUNCTION}", "Content-Length: 0")
+    assert b" 400 " in await asyncio.wait_for(reader.readline(), 5)
+    writer.close()
+    assert await house.queued() == 0
+
+
 async def test_headers_beat_every_path_of_ours(house: House) -> None:
     for path in ("/health", f"{NVCF}/pexec/functions/{NOBODYS}", f"{NVCF}/accounts/other/functions", "/nowhere"):
         job = await job_of(house, "POST", path, headers={"Host": "api", "function-id": FUNCTION})
@@ -551,6 +575,10 @@ async def test_a_caller_that_leaves_before_the_answer_leaves_the_request_running
     await house.some_queued()
     leaving.cancel()
     await asyncio.wait([leaving])
-    job = await house.finish()
-    async with house.client.get(f"{NVCF}/pexec/status/{job.id}") as response:
+    await house.client.get("/livez")  # seen by the server after the one that was left
+    async with work(house) as job:
+        flow = await job.writer.append()
+        assert (flow.state, flow.unattended_s) == (RequestState.RUNNING, 0)
+        await job.settle(outcome=Outcome(status=200, body=b"done"))
+    async with house.client.get(f"{NVCF}/pexec/status/{job.job.id}") as response:
         assert await response.read() == b"done"

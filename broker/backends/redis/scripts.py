@@ -11,7 +11,7 @@ Record fields: s state · a account · f function · v version · c created · d
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
-means to be there · i channels of readers that wait for more · j channel of a writer that waits, and how many unread
+means to be there · i channels of readers · j channel of a writer that waits, and how many unread
 bytes it waits for
 """
 
@@ -280,7 +280,6 @@ return 1
 # KEYS record stream
 # ARGV token channel most_unread most_kept head('' for none), then for each chunk: end kind event_id data
 # returns {state, 1 if something before is missing, bytes unread, ms that nobody has read}
-# Readers are hinted once and ask again when they have read everything, so a burst costs one hint.
 STREAM_APPEND = Script(
     _NOW
     + """
@@ -313,7 +312,6 @@ if written > before then
 end
 if news and f[7] then
   for channel in string.gmatch(f[7], '%S+') do redis.call('PUBLISH', channel, id .. '/r') end
-  redis.call('HDEL', r, 'i')
 end
 local unread, there = written - tonumber(f[5] or 0), tonumber(f[6] or 0)
 if unread > tonumber(ARGV[3]) then
@@ -329,15 +327,16 @@ return {'running', 0, unread, there > 0 and math.max(0, now - there) or 0}
 """
 )
 
-# KEYS record body stream · ARGV after most_bytes attended_ms channel silence_ms retention_ms
+# KEYS record body stream · ARGV after most_bytes attended_ms channel silence_ms retention_ms step_bytes
 # returns nil, or {state, attempt, bytes written, head, then for each chunk: end kind event_id data}
+# It writes only what has changed by much, because a write may cost a flush of the disk before the answer leaves.
 # A stream whose worker has fallen silent is ended here, because no other worker may be there to do it.
 STREAM_READ = Script(
     _FINISH
     + _CUT
     + """
 local r, after = KEYS[1], tonumber(ARGV[1])
-local f = redis.call('HMGET', r, 's', 'n', 'z', 'u', 'l', 'g', 'i', 'j', 'x')
+local f = redis.call('HMGET', r, 's', 'n', 'z', 'u', 'l', 'g', 'i', 'j', 'x', 'q')
 if not f[1] or f[9] then return nil end
 local state, written = f[1], tonumber(f[3] or 0)
 if state == 'running' and f[3] and tonumber(f[5] or 0) + ARGV[5] <= now then
@@ -364,14 +363,15 @@ end
 if terminal[state] then return answer end
 local attended = tonumber(ARGV[3])
 if attended > 0 then
-  redis.call('HSET', r, 'q', ARGV[1], 'g', math.max(now + attended, tonumber(f[6] or 0)))
+  if f[8] or math.abs(after - tonumber(f[10] or 0)) >= tonumber(ARGV[7]) then redis.call('HSET', r, 'q', ARGV[1]) end
+  if now + attended * 7 / 8 > tonumber(f[6] or 0) then redis.call('HSET', r, 'g', now + attended) end
   local writer, few = string.match(f[8] or '', '^(%S+) (%d+)$')
   if writer and written - after <= tonumber(few) then
     redis.call('PUBLISH', writer, string.match(r, '{(.-)}') .. '/w')
     redis.call('HDEL', r, 'j')
   end
 end
-if at >= written and not string.find(f[7] or '', ARGV[4], 1, true) and #(f[7] or '') < 512 then
+if not string.find(f[7] or '', ARGV[4], 1, true) and #(f[7] or '') < 512 then
   redis.call('HSET', r, 'i', (f[7] and f[7] .. ' ' or '') .. ARGV[4])
 end
 return answer

@@ -18,6 +18,8 @@ from broker.model import Chunk, Excerpt, Flow, Lease, Outcome, RequestState
 from broker.settings import Settings
 
 _CHUNK_FIELDS = 4
+# How exactly a reader's place is kept, in parts of what is kept of the stream.
+_STEPS = 16
 
 
 class RedisStreams:
@@ -71,7 +73,8 @@ class _Reader:
         self._connection = connection
         self._watch = watch
         self._keys = _record(request_id), f"fnq:{{{request_id}}}:b", _stream(request_id)
-        self._facts = channel, int(settings.lease_s * 1000), int(settings.result_ttl_s * 1000)
+        ttl_ms = int(settings.result_ttl_s * 1000)
+        self._facts = channel, int(settings.lease_s * 1000), ttl_ms, settings.stream_bytes // _STEPS
 
     async def read(self, after: int, *, limit_bytes: int, attended_s: float = 0.0) -> Excerpt | None:
         self._watch.forget()
