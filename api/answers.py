@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from multidict import CIMultiDict
 
@@ -13,10 +14,14 @@ from broker.model import Outcome, Record, RequestState
 EXPOSED = "nvcf-reqid"
 POLL_AGAIN_S = "1"
 
+# Of every connection and every name of a server; both are ours.
+_OURS = headers.HOP_BY_HOP | {"alt-svc", "clear-site-data", "date", "server", "strict-transport-security"}
+_COOKIES = frozenset({"set-cookie", "set-cookie2"})
 # A container speaks for itself, not for this server: what it must not say in our name.
-_NOT_THE_CONTAINERS = headers.HOP_BY_HOP | {"content-length", "date", "location", "server", "set-cookie"}
+_NOT_THE_CONTAINERS = _OURS | _COOKIES | {"content-length", "location", "refresh"}
 _ENDED_WITHOUT_ANSWER = {
     RequestState.TIMED_OUT: (problems.RUN_TIMEOUT, "errored", "the request ran for longer than its workers allow"),
+    RequestState.ERRORED: (problems.STREAM_CUT, "errored", "the answer was cut off"),
     RequestState.EXPIRED: (problems.REQUEST_EXPIRED, "errored", "the request's deadline passed before it was finished"),
     RequestState.CANCELLED: (problems.REQUEST_CANCELLED, "rejected", "the request was cancelled"),
     RequestState.DEAD: (problems.REQUEST_DEAD, "errored", "the request could not be run"),
@@ -29,6 +34,15 @@ _OURS_TO_TELL = (RequestState.CANCELLED, RequestState.ABANDONED, RequestState.TI
 _PHASES = ("queue", "coldstart", "retries", "input", "container", "upload", "total")
 
 
+class Speaker(Enum):
+    """In whose name a container's answer is given."""
+
+    SERVER = "server"
+    CONTAINER = "container"
+    CONTAINER_ON_ITS_OWN_HOST = "container on its own host"
+    """Where its cookies are nobody else's."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     status: int
@@ -36,7 +50,9 @@ class Answer:
     body: bytes = b""
 
 
-def answer(record: Record, *, status_url: str, download_url: Callable[[str, str], str]) -> Answer:
+def answer(
+    record: Record, *, status_url: str, download_url: Callable[[str, str], str], speaker: Speaker = Speaker.SERVER
+) -> Answer:
     """The answer to whoever asks for this request.
 
     `download_url` signs a URL for a blob's key and the file name to save it under.
@@ -47,7 +63,28 @@ def answer(record: Record, *, status_url: str, download_url: Callable[[str, str]
         return _ended(record)
     if record.outcome.blob_key:
         return _elsewhere(record, download_url(record.outcome.blob_key, f"{record.id}.zip"))
-    return _delivered(record, record.outcome)
+    return _delivered(record, record.outcome, speaker)
+
+
+def begun(record: Record, head: Outcome, speaker: Speaker = Speaker.SERVER) -> Answer:
+    """The status and headers of an answer whose body comes piece by piece."""
+    found = _delivered(record, head, speaker)
+    if head.event_stream:
+        found.headers.setdefault("Cache-Control", "no-cache")
+        found.headers.setdefault("X-Accel-Buffering", "no")  # nginx would keep the events to itself for a while
+    return found
+
+
+def told(record: Record) -> Answer:
+    """To a client of a stream that has had everything: 204 makes a browser's EventSource ask no more."""
+    return Answer(status=204, headers=_marked(record, "fulfilled"))
+
+
+def error_event(record: Record, event_id: str) -> bytes:
+    """Why a stream ended before its time, as an event."""
+    said = answer(record, status_url="", download_url=lambda *_: "")
+    lines = [f"id: {event_id}".encode(), b"event: error", *(b"data: " + line for line in said.body.splitlines())]
+    return b"\n".join(lines) + b"\n\n"
 
 
 def phases(record: Record) -> dict[str, float]:
@@ -107,17 +144,26 @@ def _elsewhere(record: Record, url: str) -> Answer:
     return Answer(status=302, headers=found)
 
 
-def _delivered(record: Record, outcome: Outcome) -> Answer:
-    """The container's answer. Its 202 becomes 200: nothing more will come, and 202 would be polled for ever."""
-    status = 200 if outcome.status == 202 else outcome.status
-    found = _marked(record, "fulfilled" if 200 <= status < 400 else "errored")
+def _delivered(record: Record, outcome: Outcome, speaker: Speaker) -> Answer:
+    """The container's answer. Where we speak, its 202 becomes 200: nothing more will come, and 202 would be polled for
+    ever."""
+    status = 200 if outcome.status == 202 and speaker is Speaker.SERVER else outcome.status
+    found = _marked(record, "fulfilled" if 100 < status < 400 else "errored")
     for name, value in outcome.headers:
         key = name.lower()
         if key == "access-control-expose-headers":
             found[headers.EXPOSE_HEADERS] = f"{found[headers.EXPOSE_HEADERS]}, {value}"
-        elif key not in _NOT_THE_CONTAINERS and not key.startswith(("nvcf-", "access-control-")):
+        elif _may_say(speaker, key):
             found.add(name, value)
     return Answer(status=status, headers=found, body=outcome.body)
+
+
+def _may_say(speaker: Speaker, name: str) -> bool:
+    if name.startswith("nvcf-"):
+        return False
+    if speaker is Speaker.SERVER:
+        return name not in _NOT_THE_CONTAINERS and not name.startswith("access-control-")
+    return name not in _OURS and (speaker is Speaker.CONTAINER_ON_ITS_OWN_HOST or name not in _COOKIES)
 
 
 def _marked(record: Record, status: str) -> CIMultiDict[str]:

@@ -16,6 +16,7 @@ from api.routes import (
     authorizations,
     clusters,
     deployments,
+    envelopes,
     functions,
     health,
     invocations,
@@ -26,6 +27,7 @@ from api.routes import (
     registries,
     requests,
     secrets,
+    transparent,
 )
 from api.routes.blobs import BlobRoutes
 from broker.accounts import ADMIN
@@ -55,7 +57,7 @@ MIRROR = f"{NVCF}/accounts/{{for_account:[^/]+}}"
 
 def make_app(front: Front) -> web.Application:
     # From the outside in.
-    app = web.Application(middlewares=[observing(front), sharing(front), answer_errors])
+    app = web.Application(middlewares=[observing(front), transparent.addressed(front), sharing(front), answer_errors])
     invoking, managing = _invocations(front), [*_management(front), *_authorizations(front), *_clusters(front)]
     app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])
     app.add_routes(elsewhere([*invoking, *managing], *GATEWAYS))
@@ -98,6 +100,11 @@ def _invocations(front: Front) -> list[Operation]:
         calls.post(f"{NVCF}/pexec{FUNCTION}", invocations.invoke, "Invoke a function", **INVOCATION),
         calls.post(f"{NVCF}/pexec{VERSION}", invocations.invoke, "Invoke a version", **INVOCATION_OF_VERSION),
         calls.get(f"{NVCF}/pexec/status/{REQUEST}", invocations.poll, "Wait for a result", **POLL),
+        calls.post(f"{NVCF}/exec{FUNCTION}", envelopes.invoke, "Invoke a function with an envelope", **ENVELOPE),
+        calls.post(
+            f"{NVCF}/exec{VERSION}", envelopes.invoke, "Invoke a version with an envelope", **ENVELOPE_OF_VERSION
+        ),
+        calls.get(f"{NVCF}/exec/status/{REQUEST}", envelopes.poll, "Wait for a result in an envelope", **ENVELOPE_POLL),
         invokes.delete(
             f"{NVCF}/requests/{REQUEST}", requests.cancel, "Cancel a request", gives=wire.Cancelled, status=202
         ),
@@ -530,18 +537,25 @@ _SUBMIT = [
         schema={"type": "string", "enum": ["true", "false"]},
     ),
 ]
+_LAST_EVENT_ID = Parameter(
+    name=headers.LAST_EVENT_ID,
+    where="header",
+    description="With `Accept: text/event-stream`: the ID of the event after which to go on; absent: all of them.",
+    schema={"type": "string"},
+)
 _MARKS = {
     headers.REQUEST_ID: "The request's ID, to poll, find or cancel it by.",
     headers.STATUS: "`fulfilled`, `errored`, `rejected`, `in-progress` or `pending-evaluation`.",
     headers.PERCENT_COMPLETE: "Progress, where the function tells it.",
 }
 _TIMED = _MARKS | {headers.SERVER_TIMING: "Where the time of a finished request went, in milliseconds."}
+_AGAIN = {"Location": "Where to ask again.", "Retry-After": "Seconds to wait before."}
 _REPLIES = [
     Reply(status=200, description="The function's answer.", media="*/*", headers=_TIMED),
     Reply(
         status=202,
         description="Accepted, and not done yet.",
-        headers=_MARKS | {"Location": "Where to ask again.", "Retry-After": "Seconds to wait before."},
+        headers=_MARKS | _AGAIN,
     ),
     Reply(
         status=302,
@@ -550,6 +564,16 @@ _REPLIES = [
     ),
     Reply(status="default", description="The function's own answer, with its status.", media="*/*", headers=_TIMED),
 ]
-POLL = Facts(parameters=_WAIT, replies=_REPLIES, errors=[410, 500, 504])
-INVOCATION = Facts(takes=object, parameters=[*_WAIT, *_SUBMIT], replies=_REPLIES, errors=[410, 422, 500, 504])
+_TOLD = Reply(status=204, description="Everything of the stream was said before.", headers=_MARKS)
+_ENDS = [410, 500, 502, 504]
+POLL = Facts(parameters=[*_WAIT, _LAST_EVENT_ID], replies=[*_REPLIES, _TOLD], errors=_ENDS)
+INVOCATION = Facts(takes=object, parameters=[*_WAIT, *_SUBMIT], replies=_REPLIES, errors=[*_ENDS, 422])
 INVOCATION_OF_VERSION = INVOCATION | {"name": "invocations_invoke_version"}
+_ENCLOSED = [
+    Reply(status=200, description="Done.", media=JSON, model=wire.EnvelopeAnswer, headers=_MARKS),
+    Reply(status=202, description="Not done yet.", media=JSON, model=wire.EnvelopeAnswer, headers=_MARKS | _AGAIN),
+    Reply(status="default", description="A failure of the function, with its status.", media="*/*", headers=_MARKS),
+]
+ENVELOPE_POLL = Facts(parameters=_WAIT, replies=_ENCLOSED, errors=[410, 500, 504])
+ENVELOPE = Facts(takes=wire.Envelope, parameters=[*_WAIT, *_SUBMIT], replies=_ENCLOSED, errors=[410, 422, 500, 504])
+ENVELOPE_OF_VERSION = ENVELOPE | {"name": "envelopes_invoke_version"}

@@ -49,6 +49,8 @@ async def run(settings: ApiSettings, workers: ControllerSettings, *, announce: C
         update={"admin_key": SecretStr(_key(settings)), "encryption_keys": SecretStr(_encryption_keys(settings))}
     )
     quick = {"drain_s": DRAIN_S, "reconcile_s": RECONCILE_S}
+    if "channel_drain_s" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"channel_drain_s": DRAIN_S})
     workers = workers.model_copy(update={name: quick[name] for name in quick.keys() - workers.model_fields_set})
     stop = asyncio.Event()
     _stop_on_signals(stop)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from api.bodies import Bodies
 from api.calls import Calls
+from api.channels import Channels
 from api.connections import Newcomers
 from api.limits import Pace
 from broker.accounts import Authenticator
@@ -33,6 +34,7 @@ class Front:
     rate_limiter: RateLimiter
     pace: Pace
     calls: Calls
+    channels: Channels
     newcomers: Newcomers
     bodies: Bodies
     health: Health
@@ -51,6 +53,7 @@ class Front:
             rate_limiter=RateLimiter(broker),
             pace=Pace(settings),
             calls=Calls(),
+            channels=Channels(settings),
             newcomers=Newcomers(),
             bodies=Bodies(settings),
             health=Health(broker),

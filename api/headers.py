@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multidict import MultiMapping
 
 from broker.errors import BadRequest
-from broker.model import Quota
+from broker.model import EVENT_STREAM, Quota
 
 REQUEST_ID = "NVCF-REQID"
 STATUS = "NVCF-STATUS"
@@ -24,14 +24,17 @@ QUEUE_TIMEOUT = "NVCF-QUEUE-TIMEOUT-SECONDS"
 RUN_TIMEOUT = "NVCF-RUN-TIMEOUT-SECONDS"
 ENABLE_GATEWAY_TIMEOUT = "nvcf-feature-enable-gateway-timeout"
 DISABLE_COMPATIBILITY = "nvcf-feature-disable-worker-compatibility"
+STREAM_FULL_REQUEST = "nvcf-feature-enable-only-stream-full-request"
+FUNCTION_ID = "function-id"
+FUNCTION_VERSION_ID = "function-version-id"
 IDEMPOTENCY_KEY = "Idempotency-Key"
 PREFER = "Prefer"
 PREFERENCE_APPLIED = "Preference-Applied"
 EXPOSE_HEADERS = "Access-Control-Expose-Headers"
 RATE_LIMIT = "RateLimit"
 RATE_LIMIT_POLICY = "RateLimit-Policy"
+LAST_EVENT_ID = "Last-Event-ID"
 SERVER_TIMING = "Server-Timing"
-EVENT_STREAM = "text/event-stream"
 # What the script of a page may read beside what browsers show anyway. Of errors too, so not only what results carry.
 EXPOSED = (
     REQUEST_ID.lower(),
@@ -125,27 +128,28 @@ def uuid(text: str, *, field: str) -> str:
     return text.lower()
 
 
-def poll_s(headers: MultiMapping[str]) -> int:
-    """`NVCF-POLL-SECONDS`: 1 to 3600, 0 meaning 1; absent or not ASCII, 60, or 1200 for an event stream.
+def poll_s(headers: MultiMapping[str], *, transparent: bool = False) -> int:
+    """`NVCF-POLL-SECONDS`: 1 to 3600, 0 meaning 1; absent or not ASCII, 60, or 1200 for an event stream that is not
+    `transparent`.
 
     Raises:
         BadRequest: any other value, always with upstream's one message.
     """
     text = headers.get(POLL_SECONDS)
     if text is None or not text.isascii():
-        return POLL_STREAM_S if headers.get("Accept") == EVENT_STREAM else POLL_DEFAULT_S
+        return POLL_STREAM_S if headers.get("Accept") == EVENT_STREAM and not transparent else POLL_DEFAULT_S
     if not text.isdigit() or len(text) > 18 or int(text) > POLL_MAX_S:
         raise BadRequest("failed to parse poll duration", field=POLL_SECONDS)
     return max(1, int(text))
 
 
-def wait(headers: MultiMapping[str]) -> Wait:
+def wait(headers: MultiMapping[str], *, transparent: bool = False) -> Wait:
     """How long to hold this call: `NVCF-POLL-SECONDS`, or what `Prefer` says where that is silent.
 
     RFC 7240: `respond-async` alone asks for an answer at once, with `wait=N` after N seconds; preferences that
     cannot be read are ignored.
     """
-    poll = poll_s(headers)
+    poll = poll_s(headers, transparent=transparent)
     if PREFER not in headers:
         return Wait(seconds=poll)
     preferences = _preferences(headers.getall(PREFER))
@@ -216,8 +220,11 @@ def idempotency_key(headers: MultiMapping[str]) -> str:
 
 def passthrough(headers: MultiMapping[str]) -> bool:
     """Whether the container's answers reach the caller as they are (contract/invocation.md §8.4)."""
-    if _says_true(headers, DISABLE_COMPATIBILITY):
-        return True
+    return _says_true(headers, DISABLE_COMPATIBILITY) or wants_events(headers)
+
+
+def wants_events(headers: MultiMapping[str]) -> bool:
+    """Whether the caller wants the answer while it comes."""
     accepted = headers.get("Accept", "")
     return accepted.partition(";")[0].strip().lower() == EVENT_STREAM
 
@@ -227,15 +234,20 @@ def gateway_timeout(headers: MultiMapping[str]) -> bool:
     return _says_true(headers, ENABLE_GATEWAY_TIMEOUT)
 
 
+def streams_full_request(headers: MultiMapping[str]) -> bool:
+    """Whether the caller means to send and read at the same time (contract/invocation.md §2.1)."""
+    return _says_true(headers, STREAM_FULL_REQUEST)
+
+
 def _says_true(headers: MultiMapping[str], name: str) -> bool:
     return headers.get(name, "").lower() == "true"
 
 
-def forwarded(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
+def forwarded(headers: MultiMapping[str], *, cookies: bool = False) -> tuple[tuple[str, str], ...]:
     """The client's headers that a container may see, in order.
 
     Left out: hop-by-hop headers and what `Connection` names, credentials, what is spoken to this server, and
-    the names that the sidecar owns, also when spelled with underscores.
+    the names that the sidecar owns, also when spelled with underscores. Cookies too, unless they are the container's.
 
     Raises:
         BadRequest: more than 64 of them, or 32 KiB, or one that is not UTF-8.
@@ -247,7 +259,7 @@ def forwarded(headers: MultiMapping[str]) -> tuple[tuple[str, str], ...]:
     size_bytes = 0
     for name, value in headers.items():
         key = name.lower()
-        if key in named or key.replace("_", "-") in _NEVER_FORWARDED:
+        if key in named or (key.replace("_", "-") in _NEVER_FORWARDED and not (cookies and key == "cookie")):
             continue
         if not value.isascii() and not _is_text(value):
             raise BadRequest(f"header {name} is not UTF-8", field=name)

@@ -20,8 +20,11 @@ RECORD = web.RequestKey("record", Record)
 # Set by the handler of an invocation before it may refuse it: where the function's rate limits stand.
 TAKEN = web.RequestKey("taken", Taken)
 
+# Set by what invokes by any method; otherwise a POST does.
+INVOKES = web.RequestKey("invokes", bool)
+
 # Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
-ABOUT_A_REQUEST = ("/nvcf/pexec/", "/requests/")
+ABOUT_A_REQUEST = ("/nvcf/pexec/", "/nvcf/exec/", "/requests/")
 SERVER = "fnqueue"  # and not which versions of what
 _PREFLIGHT_S = "86400"
 
@@ -52,7 +55,7 @@ def observing(front: Front) -> Middleware:
 
 def _log(request: web.Request, status: int, started_at: float) -> None:
     record = request.get(RECORD)
-    level = logging.INFO if record is not None and request.method == "POST" else logging.DEBUG
+    level = logging.INFO if record is not None and request.get(INVOKES, request.method == "POST") else logging.DEBUG
     if not logger.isEnabledFor(level):
         return
     facts: dict[str, object] = {"status": status, "duration_ms": round((time.perf_counter() - started_at) * 1000, 1)}

@@ -24,14 +24,20 @@ class Answer(Protocol):
 
 async def read(front: Front, request: web.Request, kind: type[W]) -> W:
     """The body as a `kind`. Raises what `Bodies.read` does, and BadRequest that names each field at fault."""
-    request[READ] = kind
     held = await front.bodies.read(request)
     try:
-        return kind.model_validate_json(held.body)
-    except ValidationError as exc:
-        raise problems.faults(exc) from None
+        return parse(request, kind, held.body)
     finally:
         held.close()
+
+
+def parse(request: web.Request, kind: type[W], body: bytes) -> W:
+    """The body that was read of this request. Raises BadRequest that names each field at fault."""
+    request[READ] = kind
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as exc:
+        raise problems.faults(exc) from None
 
 
 def answer(content: Answer, *, status: int = 200) -> web.Response:

@@ -33,6 +33,7 @@ from broker.errors import (
     RequestExpired,
     RevisionConflict,
     StateConflict,
+    StreamNotKept,
     TooManyRequests,
     TryLater,
     Unauthenticated,
@@ -80,6 +81,14 @@ class BodyTooSlow(FnqueueError):
     """The client did not send its body in the time it had."""
 
 
+class TimedOut(FnqueueError):
+    """What the caller waited for did not come in time, and will not come."""
+
+
+class WorkerLost(FnqueueError):
+    """The worker died while the caller was connected to it."""
+
+
 # After these, what the client still sends of its body is not read.
 CLOSING = (BodyTooSlow, PayloadTooLarge)
 
@@ -109,12 +118,15 @@ _KINDS: dict[type[BaseException], Kind] = {
     AlreadyExists: Kind(409, UPSTREAM + "conflict"),
     AlreadyFinished: Kind(409, UPSTREAM + "conflict"),
     RevisionConflict: Kind(409, UPSTREAM + "conflict"),
+    StreamNotKept: Kind(410, OURS + "stream-not-kept"),
     QueueFull: Kind(429, OURS + "queue-full"),
     RateLimited: Kind(429, OURS + "rate-limited"),
     TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
+    WorkerLost: Kind(502, OURS + "worker-lost"),
     TryLater: Kind(503, OURS + "unavailable"),
     Overloaded: Kind(503, OURS + "overloaded"),
     Unavailable: Kind(503, OURS + "unavailable"),
+    TimedOut: Kind(504, OURS + "timed-out"),
 }
 INTERNAL = Kind(500, OURS + "internal")
 NOT_READY = Kind(503, OURS + "unavailable")
@@ -125,6 +137,9 @@ RUN_TIMEOUT = Kind(504, OURS + "run-timeout")
 REQUEST_CANCELLED = Kind(410, OURS + "request-cancelled")
 REQUEST_DEAD = Kind(500, OURS + "request-dead")
 REQUEST_REFUSED = Kind(503, OURS + "request-refused")
+STREAM_CUT = Kind(502, OURS + "stream-cut")
+# Of one that was fulfilled, and whose answer an envelope cannot hold (api.envelopes).
+NOT_JSON = Kind(500, OURS + "answer-not-json")
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -135,7 +150,7 @@ def kind_of(error: BaseException) -> Kind:
 def kinds() -> tuple[Kind, ...]:
     """All that an answer can be, for the documentation."""
     ends = (REQUEST_EXPIRED, QUEUE_TIMEOUT, RUN_TIMEOUT, REQUEST_CANCELLED, REQUEST_DEAD, REQUEST_REFUSED)
-    return (*_KINDS.values(), INTERNAL, NOT_READY, *ends)
+    return (*_KINDS.values(), INTERNAL, NOT_READY, *ends, STREAM_CUT, NOT_JSON)
 
 
 def body(kind: Kind, detail: str = "", **members: str) -> bytes:

@@ -11,9 +11,13 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from yarl import URL
 
 from api.app import make_app
+from api.channels import FAREWELL_S
+from api.connections import Newcomers
 from api.front import Front
+from api.routes import attach
 from broker.backends.files import FileBlobs
 from broker.errors import ConfigurationError
 from broker.ports import Broker
@@ -24,6 +28,8 @@ logger = logging.getLogger(__name__)
 # Longer than most proxies keep theirs (60 s), so that it is never us who closes under a request.
 KEEPALIVE_S = 75.0
 BACKLOG = 4096
+# Addresses for examples (RFC 5737, RFC 3849).
+_ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}
 
 
@@ -40,10 +46,6 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     front = Front.over(broker, settings)
     app = make_app(front)
 
-    async def wake(_: web.Application) -> None:
-        front.calls.interrupt()
-
-    app.on_shutdown.append(wake)
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -56,17 +58,69 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     await runner.setup()
     assert runner.server is not None, "it was set up"
     try:
-        front.newcomers.watch(runner.server)
-        url = await _listen(runner, settings, reuse_port=reuse_port)
-        if isinstance(broker.blobs, FileBlobs):
-            broker.blobs.set_base_url(settings.public_url or url)
-        logger.info("api_started", extra={"url": url})
-        yield url
-        logger.info("api_stopping")
+        async with _attaching(front):
+            try:
+                front.newcomers.watch(runner.server)
+                url = await _listen(runner, settings, reuse_port=reuse_port)
+                if isinstance(broker.blobs, FileBlobs):
+                    broker.blobs.set_base_url(settings.public_url or url)
+                logger.info("api_started", extra={"url": url})
+                yield url
+                logger.info("api_stopping")
+            finally:
+                front.newcomers.stop()
+                # The clean-up begins with closing its ears to every connection: no channel outlives that.
+                for site in runner.sites:
+                    await site.stop()
+                front.calls.interrupt()
+                await front.channels.drain()
+                await runner.cleanup()
     finally:
-        front.newcomers.stop()
-        await runner.cleanup()
         await front.calls.finish(grace_s=settings.shutdown_grace_s)
+
+
+@asynccontextmanager
+async def _attaching(front: Front) -> AsyncIterator[None]:
+    """Let sidecars attach to this process's channels, at an address that no other process has.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+    settings, newcomers = front.settings, Newcomers()
+    host = settings.attach_host or settings.host
+    runner = web.AppRunner(
+        attach.make_app(front, newcomers), access_log=None, logger=_http_logger(), shutdown_timeout=FAREWELL_S
+    )
+    await runner.setup()
+    assert runner.server is not None, "it was set up"
+    try:
+        newcomers.watch(runner.server)
+        site = web.TCPSite(runner, host, settings.attach_port, backlog=BACKLOG)
+        try:
+            await site.start()
+        except OSError as exc:
+            raise ConfigurationError(_why(exc, host, settings.attach_port, "FNQUEUE_ATTACH_PORT")) from exc
+        front.channels.url = str(
+            URL.build(scheme="http", host=_address(settings, host), port=site.port, path=attach.PATH)
+        )
+        yield
+    finally:
+        newcomers.stop()
+        await runner.cleanup()
+
+
+def _address(settings: ApiSettings, host: str) -> str:
+    """How sidecars on other machines call this one."""
+    if settings.attach_address or host not in _WILDCARDS:
+        return settings.attach_address or host
+    family = socket.AF_INET6 if host == "::" else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            # Nothing is sent: it only has the route looked up that leads out of this machine.
+            probe.connect((_ELSEWHERE[family], 9))
+        except OSError:
+            return "::1" if host == "::" else "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 def _http_logger() -> logging.Logger:
@@ -77,6 +131,8 @@ def _http_logger() -> logging.Logger:
 
     found = logging.getLogger(f"{__name__}.http")
     found.filters[:] = [is_ours]
+    # It warns of subprotocols that nobody speaks, and shows them; browsers hide credentials there.
+    logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
     return found
 
 
@@ -86,15 +142,14 @@ async def _listen(runner: web.AppRunner, settings: ApiSettings, *, reuse_port: b
     try:
         await site.start()
     except OSError as exc:
-        raise ConfigurationError(_why(exc, settings)) from exc
+        raise ConfigurationError(_why(exc, settings.host, settings.port, "--port or FNQUEUE_PORT")) from exc
     host = _WILDCARDS.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
     return f"http://{host}:{site.port}"
 
 
-def _why(error: OSError, settings: ApiSettings) -> str:
-    at = f"{settings.host}:{settings.port}"
+def _why(error: OSError, host: str, port: int, setting: str) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {settings.port} is taken on {settings.host}; choose another with --port or FNQUEUE_PORT"
+        return f"port {port} is taken on {host}; choose another with {setting}"
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-        return f"cannot listen on {at}: {settings.host} is not an address of this machine"
-    return f"cannot listen on {at}: {os.strerror(error.errno) if error.errno else error}"
+        return f"cannot listen on {host}:{port}: {host} is not an address of this machine"
+    return f"cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}"

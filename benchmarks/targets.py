@@ -99,12 +99,15 @@ def embedded(folder: Path, *, slots: int) -> Iterator[Target]:
     command = [*fnqueue("dev"), "--port", str(port), "--data-dir", str(folder / "data")]
     dev = Program("dev", folder, command=command, environment={"FNQUEUE_KEY": key}, port=port)
     with running(dev):
-        yield _deployed("embedded", port, key, slots=slots, trees=lambda: _by_role({"dev": dev}), settings={})
+        yield _deployed("embedded", port, key, FUNCTION, slots=slots, trees=lambda: _by_role({"dev": dev}), settings={})
 
 
 @contextlib.contextmanager
-def production(folder: Path, *, slots: int) -> Iterator[Target]:
-    """RabbitMQ, Redis and S3, an api and a controller, which starts the function and its sidecar."""
+def production(
+    folder: Path, *, slots: int, function: Mapping[str, Any] = FUNCTION, images: Path | None = None
+) -> Iterator[Target]:
+    """RabbitMQ, Redis and S3, an api and a controller, which starts the function and its sidecar. `images` names
+    commands for images that are no samples."""
     port, key = free_port(), secrets.token_hex(32)
     with contextlib.ExitStack() as opened:
         servers: dict[str, Server] = {
@@ -120,6 +123,7 @@ def production(folder: Path, *, slots: int) -> Iterator[Target]:
             "FNQUEUE_DATA_DIR": str(folder / "data"),
             "FNQUEUE_SECRET_KEY": secrets.token_hex(32),
             "FNQUEUE_DRAIN_S": DRAIN_S,
+            **({"FNQUEUE_IMAGES_FILE": str(images)} if images else {}),
         }
         front = {"FNQUEUE_HOST": LOOPBACK, "FNQUEUE_PORT": str(port), "FNQUEUE_ADMIN_KEY": key}
         programs = [
@@ -133,7 +137,7 @@ def production(folder: Path, *, slots: int) -> Iterator[Target]:
             **{name: f"{server.url.partition(':')[0]}://" for name, server in servers.items()},
             "FNQUEUE_DRAIN_S": DRAIN_S,
         }
-        yield _deployed("fnqueue", port, key, slots=slots, trees=lambda: _by_role(roles), settings=settings)
+        yield _deployed("fnqueue", port, key, function, slots=slots, trees=lambda: _by_role(roles), settings=settings)
 
 
 @contextlib.contextmanager
@@ -168,11 +172,18 @@ def _role(process: psutil.Process, otherwise: str) -> str:
 
 
 def _deployed(
-    name: str, port: int, key: str, *, slots: int, trees: Callable[[], cpu.Trees], settings: Mapping[str, str]
+    name: str,
+    port: int,
+    key: str,
+    definition: Mapping[str, Any],
+    *,
+    slots: int,
+    trees: Callable[[], cpu.Trees],
+    settings: Mapping[str, str],
 ) -> Target:
     """The function, created and deployed through the API as any user would, once it is ACTIVE."""
     api = _Api(port, key)
-    function = api.call("POST", "/v2/nvcf/functions", FUNCTION)["function"]
+    function = api.call("POST", "/v2/nvcf/functions", definition)["function"]
     function_id, version = function["id"], f"functions/{function['id']}/versions/{function['versionId']}"
     specification = {
         "gpu": "CPU",

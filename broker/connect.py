@@ -14,11 +14,12 @@ from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
+from broker.backends.memory.streams import MemoryStreams
 from broker.backends.rabbitmq import queue as rabbitmq
 from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
 from broker.keyring import Keyring
-from broker.ports import Blobs, Broker, Catalog, Counters, Queue, Results
+from broker.ports import Blobs, Broker, Queue, Store
 from broker.settings import ApiSettings, SecretSettings, Settings
 
 T = TypeVar("T")
@@ -40,13 +41,14 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
     keyring = Keyring.parse(_encryption_keys(settings))
     async with AsyncExitStack() as stack:
         queue = await stack.enter_async_context(_opener("queue_url", settings, QUEUES))
-        results, catalog, counters = await stack.enter_async_context(_opener("store_url", settings, STORES))
+        store = await stack.enter_async_context(_opener("store_url", settings, STORES))
         blobs = await stack.enter_async_context(_opener("blobs_url", settings, BLOBS))
         yield Broker(
             queue=queue,
-            results=results,
-            catalog=catalog,
-            counters=counters,
+            results=store.results,
+            streams=store.streams,
+            catalog=store.catalog,
+            counters=store.counters,
             blobs=blobs,
             settings=settings,
             keyring=keyring,
@@ -59,8 +61,9 @@ async def _memory_queue(url: str, settings: Settings) -> AsyncIterator[Queue]:
 
 
 @asynccontextmanager
-async def _memory_store(url: str, settings: Settings) -> AsyncIterator[tuple[Results, Catalog, Counters]]:
-    yield MemoryResults(settings), MemoryCatalog(), MemoryCounters()
+async def _memory_store(url: str, settings: Settings) -> AsyncIterator[Store]:
+    results = MemoryResults(settings)
+    yield Store(results, MemoryCatalog(), MemoryCounters(), MemoryStreams(results, settings))
 
 
 QUEUES: Mapping[str, Opener[Queue]] = {
@@ -68,7 +71,7 @@ QUEUES: Mapping[str, Opener[Queue]] = {
     "amqp": rabbitmq.open_queue,
     "amqps": rabbitmq.open_queue,
 }
-STORES: Mapping[str, Opener[tuple[Results, Catalog, Counters]]] = {
+STORES: Mapping[str, Opener[Store]] = {
     "memory": _memory_store,
     "redis": redis.open_store,
     "rediss": redis.open_store,

@@ -10,6 +10,7 @@
     ├── Forbidden                   a valid credential that lacks the scope
     ├── NotFound                    unknown, or not the caller's: told apart nowhere
     │   ├── RequestExpired          was the caller's, and its time to live has passed
+    ├── StreamNotKept               that part of a streamed answer is gone, or never was
     ├── AlreadyExists               there is one of that name
     ├── AlreadyFinished             a terminal request cannot be cancelled
     ├── RevisionConflict            somebody else wrote first; read again and retry
@@ -78,6 +79,10 @@ class NotFound(FnqueueError):
 
 
 class RequestExpired(NotFound):
+    pass
+
+
+class StreamNotKept(FnqueueError):
     pass
 
 

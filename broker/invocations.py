@@ -9,12 +9,14 @@ import asyncio
 import hashlib
 import logging
 import random
+import shutil
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from broker import assets, request_ids
+from broker import assets, request_ids, streams
 from broker.errors import (
     AlreadyFinished,
     FnqueueError,
@@ -29,6 +31,7 @@ from broker.errors import (
     Unavailable,
 )
 from broker.model import (
+    Channel,
     Draft,
     Job,
     Position,
@@ -39,7 +42,7 @@ from broker.model import (
     RequestState,
     Version,
 )
-from broker.ports import Broker, Watch
+from broker.ports import Broker, Sink, Watch
 from broker.visibility import check_request
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 Spawn = Callable[[Coroutine[Any, Any, Record]], "asyncio.Task[Record]"]
 
 UNKNOWN = "no such request"
+NOT_PICKED_UP = "not picked up within the caller's wait"
 CANCELLED_BY_CALLER = "cancelled by its caller"
 _SAFETY_READ_S = (10.0, 15.0)
 # A request that is due by this process's clock may not be by the store's, nor by much the other way round.
@@ -54,23 +58,40 @@ _DUE_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BodyFile:
+    """A body on disk, there until it was submitted. `sha256` is that of its content."""
+
+    path: Path
+    sha256: bytes
+
+    def copy_to(self, sink: Sink) -> None:
+        with self.path.open("rb") as file:
+            shutil.copyfileobj(file, sink, 1024 * 1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
-    filtered; `passthrough` asks for the container's answers as they are. `queue_timeout_s` and `run_timeout_s` 0 leave
-    those limits to the version; `region` is where it is accepted."""
+    filtered; `passthrough` asks for the container's answers as they are, `streaming` for them while they come.
+    `method` and `target` are those of the Job. `queue_timeout_s` and `run_timeout_s` 0 leave those limits to the
+    version; `region` is where it is accepted."""
 
     principal: Principal
     function_id: str
     version_id: str
     headers: tuple[tuple[str, str], ...]
-    body: bytes
+    body: bytes | BodyFile
     assets: tuple[str, ...] = ()
     passthrough: bool = False
+    streaming: bool = False
     poll_s: int = 60
     idempotency_key: str = ""
     queue_timeout_s: float = 0.0
     run_timeout_s: float = 0.0
     region: str = ""
+    method: str = "POST"
+    target: str = ""
+    channel: Channel | None = None
 
 
 async def invoke(broker: Broker, submission: Submission, version: Version, *, wait_s: float, spawn: Spawn) -> Record:
@@ -84,6 +105,7 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         NotFound: an asset is unknown.
         IdempotencyKeyReused, QueueFull, Unavailable: refused, and it will never run (unless the error says
             that the outcome is unknown).
+        StreamNotKept: as `status`.
     """
     account = submission.principal.account
     request_id = request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
@@ -92,8 +114,8 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         del submission
         record = await asyncio.shield(submitting)
         if record.id == request_id:
-            return await _until_terminal(watch, record, wait_s)
-    return await wait(broker, record.id, wait_s=wait_s) or record
+            return await streams.gathered(broker, await _until_terminal(watch, record, wait_s))
+    return await streams.gathered(broker, await wait(broker, record.id, wait_s=wait_s) or record)
 
 
 async def submit(broker: Broker, submission: Submission, version: Version, request_id: str, *, watch: bool) -> Record:
@@ -144,7 +166,13 @@ async def status(broker: Broker, principal: Principal, request_id: str, *, wait_
         NotFound: unknown or not the caller's.
         Forbidden: the key's resources do not cover the request's function.
         RequestExpired: it was the caller's, and its result has passed its time to live.
+        StreamNotKept: its answer was streamed and is not kept as a whole.
     """
+    return await streams.gathered(broker, await find(broker, principal, request_id, wait_s=wait_s))
+
+
+async def find(broker: Broker, principal: Principal, request_id: str, *, wait_s: float = 0.0) -> Record:
+    """As `status`, and a streamed answer is left where it is. Raises as `status`, but for StreamNotKept."""
     _own_id(broker, principal, request_id)
     record = await wait(broker, request_id, wait_s=wait_s)
     if record is None:
@@ -190,9 +218,9 @@ async def cancel(broker: Broker, principal: Principal, request_id: str) -> Recor
     return replace(record, state=RequestState.CANCELLED, reason=CANCELLED_BY_CALLER)
 
 
-async def withdraw(broker: Broker, record: Record) -> Record:
-    """Take a request that is still queued out of the queue, and return it as it then stands."""
-    await broker.results.cancel(record.id, reason="not picked up within the caller's wait")
+async def withdraw(broker: Broker, record: Record, *, reason: str = NOT_PICKED_UP) -> Record:
+    """End a request whose caller does not wait for it any more, and return it as it then stands."""
+    await broker.results.cancel(record.id, reason=reason)
     return await broker.results.read(record.id) or record
 
 
@@ -226,10 +254,14 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         body_key=body_key,
         assets=submission.assets,
         passthrough=submission.passthrough,
+        streaming=submission.streaming,
         poll_s=submission.poll_s,
         queue_deadline_at=record.queue_deadline_at,
         run_timeout_s=record.run_timeout_s,
         region=submission.region,
+        method=submission.method,
+        target=submission.target,
+        channel=submission.channel,
     )
     try:
         await _publish(broker, job)
@@ -238,12 +270,15 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
     return record
 
 
-async def _park_body(broker: Broker, draft: Draft, body: bytes) -> tuple[bytes, str]:
+async def _park_body(broker: Broker, draft: Draft, body: bytes | BodyFile) -> tuple[bytes, str]:
     """Bodies that are too large for a message wait in the blob store; nothing waits in this process."""
-    if len(body) <= broker.settings.inline_body_bytes:
-        return body, ""
     key = f"inputs/{draft.account}/{draft.id}"
-    await broker.blobs.put(key, body, content_type="application/octet-stream")
+    if isinstance(body, BodyFile):
+        await broker.blobs.upload(key, body.copy_to, content_type="application/octet-stream", scratch=body.path.parent)
+    elif len(body) <= broker.settings.inline_body_bytes:
+        return body, ""
+    else:
+        await broker.blobs.put(key, body, content_type="application/octet-stream")
     return b"", key
 
 
@@ -286,7 +321,7 @@ async def _until_terminal(watch: Watch, record: Record, wait_s: float) -> Record
     """PROTOCOL R2: a hint only means "read again", and a lost hint costs one safety interval."""
     loop = asyncio.get_running_loop()
     until = loop.time() + wait_s
-    while not record.state.terminal and (left_s := until - loop.time()) > 0:
+    while not (record.state.terminal or record.flowing) and (left_s := until - loop.time()) > 0:
         await watch.changed(min(left_s, _until_read_s(record)))
         try:
             record = await watch.read() or record
@@ -350,5 +385,7 @@ def _digest(submission: Submission) -> str:
     digest = hashlib.sha256()
     for part in (submission.function_id, submission.version_id, ",".join(submission.assets)):
         digest.update(part.encode() + b"\n")
-    digest.update(submission.body)
+    if submission.target:
+        digest.update(f"{submission.method} {submission.target}\n".encode())
+    digest.update(submission.body.sha256 if isinstance(submission.body, BodyFile) else submission.body)
     return digest.hexdigest()

@@ -397,6 +397,23 @@ class RequestState(StrEnum):
         return self not in (RequestState.QUEUED, RequestState.RUNNING)
 
 
+EVENT_STREAM = "text/event-stream"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channel:
+    """Where the one front end that holds the caller's connection waits for the sidecar that runs the job.
+
+    `token` opens it once and is a secret. `websocket` tells whether the caller asked for a WebSocket; else
+    `body_bytes` is the declared length of the body that will come over the channel, -1 when it was not declared.
+    """
+
+    url: str
+    token: str = field(repr=False)
+    websocket: bool = False
+    body_bytes: int = -1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What travels through the queue: enough to run the request and to rebuild its record.
@@ -404,6 +421,9 @@ class Job:
     `body` is the request body unless it was too large for a message; then `body_key` names the blob.
     `headers` are the client's, already filtered; `poll_s` is how long the accepting call may wait, `region` where it
     was accepted. `queue_deadline_at` and `run_timeout_s` are as in `Record`.
+    `target` is the path and query to ask the container for, "" for its inference path. `streaming` sends the answer
+    to the request's stream as it comes (`broker.ports.Streams`). With a `channel`, body and answer go over it, and
+    there is one attempt only: what a container was sent over a channel cannot be sent again.
     """
 
     id: str
@@ -423,19 +443,32 @@ class Job:
     queue_deadline_at: float = 0.0
     run_timeout_s: float = 0.0
     region: str = ""
+    method: str = "POST"
+    target: str = ""
+    streaming: bool = False
+    channel: Channel | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What the container answered, or what we answer in its place.
 
-    `blob_key` names a zip in the blob store when the answer was too large to keep inline; `body` is then empty.
+    `blob_key` names a zip in the blob store when the answer was too large to keep inline, and `streamed` says that
+    the whole body went to the request's stream; `body` is then empty.
     """
 
     status: int
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
     blob_key: str = ""
+    streamed: bool = False
+
+    @property
+    def event_stream(self) -> bool:
+        """Whether the body is server-sent events, and not compressed, so that one can be told from the next."""
+        named = {name.lower(): value.lower() for name, value in self.headers}
+        kind = named.get("content-type", "").partition(";")[0].strip()
+        return kind == EVENT_STREAM and named.get("content-encoding", "identity") == "identity"
 
 
 class AttemptEnd(StrEnum):
@@ -487,7 +520,8 @@ NO_TIMINGS = Timings()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """Where one request stands. `outcome` is set when the container or the sidecar produced an answer, and
-    `status_code` is its HTTP status; `reason` says in one sentence why a request ended without one.
+    `status_code` is its HTTP status; `reason` says in one sentence why a request ended without one; `head` is
+    that of an answer that is being streamed.
 
     `queue_deadline_at` is until when its first attempt must start, `run_timeout_s` how long each may take; 0 is no
     limit but that of `deadline_at`. `attempts` are in order, the newest MOST_ATTEMPTS_KEPT of those that came to
@@ -513,6 +547,8 @@ class Record:
     attempts: tuple[Attempt, ...] = ()
     timings: Timings | None = None
 
+    head: Outcome | None = None
+
     @property
     def due_at(self) -> float:
         """When it expires unless a worker takes it before."""
@@ -523,6 +559,11 @@ class Record:
     def overslept(self) -> bool:
         """Whether it is the queue timeout for which an EXPIRED request came too late."""
         return self.state is RequestState.EXPIRED and self.due_at < self.deadline_at
+
+    @property
+    def flowing(self) -> bool:
+        """Whether a body that is no stream of events is on its way: it must be read to come to an end."""
+        return self.state is RequestState.RUNNING and self.head is not None and not self.head.event_stream
 
 
 MOST_ATTEMPTS_KEPT = 32
@@ -628,6 +669,58 @@ class Load:
     queued: int
     running: int
     oldest_age_s: float
+
+
+# -- streams -----------------------------------------------------------------------------------
+
+STREAM_CUT = "the worker stopped in the middle of the answer, which is not begun again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of a streamed body. `end` is the offset in the body just behind it.
+
+    `event` says that it is one whole server-sent event, and `event_id` is the ID that the container gave it, ""
+    when it gave none that tells this event from the one before.
+    """
+
+    data: bytes
+    end: int
+    event: bool = False
+    event_id: str = ""
+
+    @property
+    def start(self) -> int:
+        return self.end - len(self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """What the writer of a stream has to know. Anything but RUNNING means: nothing was appended, stop; and so does
+    `cut`: what was written before is lost.
+
+    `unread_bytes` were written and not yet asked for. `unattended_s` is for how long nobody has been reading where
+    somebody was or should be, 0 where all is well.
+    """
+
+    state: RequestState
+    cut: bool = False
+    unread_bytes: int = 0
+    unattended_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excerpt:
+    """A part of a stream, and where the whole stands. `attempt` wrote it; `written` is the length of the body so far.
+
+    In a terminal `state` nothing is written any more. `head` holds the status and headers, None until they are known.
+    """
+
+    state: RequestState
+    attempt: int
+    written: int
+    head: Outcome | None = None
+    chunks: tuple[Chunk, ...] = ()
 
 
 # -- secrets -----------------------------------------------------------------------------------

@@ -10,18 +10,21 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from broker.keyring import Keyring
 from broker.model import (
     NO_TIMINGS,
     Account,
     Blob,
+    Chunk,
     Claim,
     Cluster,
     Deployment,
     Draft,
     Epoch,
+    Excerpt,
+    Flow,
     Gpu,
     GpuSpecification,
     Instance,
@@ -176,8 +179,9 @@ class Results(Protocol):
         """Extend the lease. Anything but RUNNING means: stop, the attempt's result will be refused."""
 
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
-        """Give the attempt back: the record is `queued` again at its old place. `refund` takes the attempt
-        off the count, for work that never started. Returns the state left behind."""
+        """Give the attempt back: the record is `queued` again at its old place, or `errored` if a part of its answer
+        was streamed. `refund` takes the attempt off the count, for work that never started. Returns the state left
+        behind."""
 
     async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
         """As `release` with a refund, and nobody is granted the request for `wait_s`: a claim before that is HELD.
@@ -214,6 +218,55 @@ class Results(Protocol):
         """The present life of the store's data, a few seconds old at most unless `fresh`."""
 
     async def ping(self) -> None: ...
+
+
+# -- Streams -----------------------------------------------------------------------------------
+
+
+class StreamWriter(Protocol):
+    """Appends to the stream of one attempt, as long as its lease holds."""
+
+    async def append(self, chunks: Sequence[Chunk] = (), *, head: Outcome | None = None) -> Flow:
+        """Append `chunks`, in order and without gaps, and make `head` known; repeating an append is harmless.
+        Without either, only say how the stream stands.
+
+        Once a chunk was appended, the request is not run again: an attempt that then is released, or whose worker
+        falls silent, ends `errored` with STREAM_CUT.
+        """
+
+    async def drained(self, timeout_s: float) -> None:
+        """Return when a reader has caught up with what the last append left unread, or after `timeout_s`."""
+
+
+class StreamReader(Protocol):
+    """Reads the stream of one request."""
+
+    async def read(self, after: int, *, limit_bytes: int, attended_s: float = 0.0) -> Excerpt | None:
+        """What is in the stream behind offset `after`, about `limit_bytes` of it and at least one chunk, and ask to
+        be told when there is more. None if there is no such request.
+
+        A worker that has been silent past its lease for as long again as a lease lasts is taken for dead here: after
+        an outage of the store, readers and workers are back at about the same time.
+
+        The first chunk begins at `after` unless what lies between is not kept any more. `attended_s` says how long
+        the caller means to be there, and that it is done with everything before `after`; 0 is for one who only looks.
+        """
+
+    async def changed(self, timeout_s: float) -> None:
+        """Return when a hint came since the last `read` or `changed`, or after `timeout_s`."""
+
+    async def leave(self, *, expected_back: bool) -> None:
+        """Nobody reads here now. Unless a reader is `expected_back` at any time, the writer's patience begins to
+        run out."""
+
+
+class Streams(Protocol):
+    """Answers that are handed on while they come: for each request one ordered log of limited size, in which the
+    latest `stream_bytes` are kept, for as long as the request's record. All methods raise StoreUnavailable."""
+
+    def write(self, lease: Lease) -> AbstractAsyncContextManager[StreamWriter]: ...
+
+    def follow(self, request_id: str) -> AbstractAsyncContextManager[StreamReader]: ...
 
 
 # -- Catalog -----------------------------------------------------------------------------------
@@ -410,12 +463,22 @@ class Launcher(Protocol):
         """Every instance started here and not yet stopped, the dead ones included."""
 
 
+class Store(NamedTuple):
+    """The ports that one store serves together."""
+
+    results: Results
+    catalog: Catalog
+    counters: Counters
+    streams: Streams
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broker:
     """The data ports of one process, opened together by `broker.connect` and handed to every verb."""
 
     queue: Queue
     results: Results
+    streams: Streams
     catalog: Catalog
     counters: Counters
     blobs: Blobs

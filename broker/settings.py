@@ -100,6 +100,20 @@ class Settings(BaseSettings):
         le=16 * MIB,
         description="Request bodies above this travel through the blob store instead of the queue.",
     )
+    stream_bytes: int = Field(
+        4 * MIB,
+        ge=64 * 1024,
+        le=64 * MIB,
+        description="Bytes of one streamed answer that are kept for a client that comes back; half of them may be "
+        "unread before the container has to wait, and half is the most that one event may have.",
+    )
+    max_message_bytes: int = Field(
+        MIB,
+        ge=64 * 1024,
+        le=64 * MIB,
+        description="Largest message of a WebSocket, in either direction; a larger one closes it with 1009. Each open "
+        "one may hold a few of these in memory.",
+    )
     rate_limit_unreachable: Literal["open", "closed"] = Field(
         "open",
         description="What becomes of invocations of rate limited functions while the counters cannot be reached: "
@@ -165,6 +179,20 @@ class ApiSettings(SecretSettings):
     inflight_body_bytes: int = Field(
         256 * MIB, ge=5 * MIB, description="Request bodies held in memory at once; beyond it the answer is 503."
     )
+    max_streamed_body_bytes: int = Field(
+        1024 * MIB,
+        ge=1024,
+        description="Largest request body of a transparent invocation; larger ones are answered 413. What does not fit "
+        "into a message goes through a file to the blob store, or over a channel.",
+    )
+    spool_dir: str = Field(
+        "",
+        description="Folder for those files while they arrive; empty: the system's temporary folder. Older files named "
+        "`fnqueue-body-*` are those of a killed front end and may be deleted.",
+    )
+    spool_bytes: int = Field(
+        8 * 1024 * MIB, ge=MIB, description="What they may take there at once; beyond it the answer is 503."
+    )
     gateway_timeout: bool = Field(
         False,
         description="Answer 504 and remove a request still queued when the caller's wait ends, as upstream does.",
@@ -176,6 +204,12 @@ class ApiSettings(SecretSettings):
     cors_origins: str = Field(
         "*",
         description="Origins whose pages may call this server, separated by commas; `*` for any. Never with cookies.",
+    )
+    stream_keepalive_s: float = Field(
+        15, ge=1, le=600, description="Seconds of silence after which a comment is sent on a stream of events."
+    )
+    stream_write_timeout_s: float = Field(
+        30, ge=1, le=3600, description="Seconds that the client of a stream may take no bytes before it is left."
     )
     asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
     result_url_ttl_s: float = Field(
@@ -208,6 +242,34 @@ class ApiSettings(SecretSettings):
         "`ID=NUMBER`, separated by commas; 0 for any number.",
     )
     shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
+    attach_host: str = Field(
+        "",
+        description="Address to listen on for sidecars, which attach here to run WebSockets and bidirectional streams; "
+        "empty: that of `host`.",
+    )
+    attach_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port for the same; 0 takes a free one. Processes that share a `port` need one each.",
+    )
+    attach_address: str = Field(
+        "",
+        description="Name or address by which sidecars reach exactly this process (on Kubernetes, the pod's IP); "
+        "empty: the address that it listens on, or this machine's own where that is every address.",
+    )
+    max_channels: int = Field(
+        1000, ge=0, description="WebSockets and bidirectional streams at once, queued ones included; beyond it 503."
+    )
+    channel_idle_s: float = Field(
+        600, gt=0, le=86_400, description="Seconds without a byte in either direction after which a channel is closed."
+    )
+    channel_drain_s: float = Field(
+        10,
+        ge=0,
+        le=7200,
+        description="Seconds that open channels may go on when this process is told to stop, before they are closed.",
+    )
 
 
 class ControllerSettings(SecretSettings):
@@ -343,6 +405,13 @@ class SidecarSettings(Settings):
         ge=0,
         le=100,
         description="Seconds between two renewals of a lease, at most a third of `lease_s`; 0: a quarter of it.",
+    )
+    stream_grace_s: float = Field(
+        30,
+        ge=1,
+        le=3600,
+        description="Seconds for which a streamed answer is kept coming though its client has left; then the request "
+        "is cancelled. As long may a container wait for somebody to read at all.",
     )
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds to finish running jobs after SIGTERM before they are handed back."

@@ -23,6 +23,7 @@ from tests.eventually import eventually
 
 CONTAINERS = Path(__file__).parent / "containers"
 RECORDER = "tests/recorder:latest"
+STREAMER = "tests/streamer:latest"
 WAIT_S = 30
 
 
@@ -210,9 +211,12 @@ class House:
         self.key = f"nvapi-{secrets.token_urlsafe(32)}"
         self.record = Record(folder / "record")
         images = folder / "images.toml"
-        command = json.dumps([sys.executable, str(CONTAINERS / "recorder.py")])
         images.write_text(
-            f'["{RECORDER}"]\ncommand = {command}\nenv = {{ RECORD = {json.dumps(str(self.record.path))} }}\n'
+            "".join(
+                f'["{image}"]\ncommand = {json.dumps([sys.executable, str(CONTAINERS / script)])}\n'
+                f"env = {{ RECORD = {json.dumps(str(self.record.path))} }}\n"
+                for image, script in ((RECORDER, "recorder.py"), (STREAMER, "streamer.py"))
+            )
         )
         shared = {
             **servers,

@@ -1,4 +1,4 @@
-"""The inference container: whether it is healthy, and one POST per attempt, never followed and never repeated.
+"""The inference container: whether it is healthy, and one request per attempt, never followed and never repeated.
 
 Everything that the container sends is untrusted (field/security.md): its status line, its headers, its body.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections.abc import Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, Literal, Self
 import aiohttp
 import orjson
 from aiohttp.connector import Connection
+from yarl import URL
 
 from broker.model import Job, Outcome, RequestState
 from broker.settings import SidecarSettings
@@ -25,6 +27,7 @@ from workers.probes import GrpcProbe, HttpProbe, Probe, url_of
 from workers.retry_after import retry_after_s
 
 CONNECT_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 2.0
 # Shorter than any server's own limit that we know of (gunicorn's 2 s), so that it is seldom first to close.
 KEPT_S = 1.0
 MAX_PARSED_ERROR_BYTES = 256 * 1024
@@ -46,23 +49,19 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-# They speak for the origin, which is ours, or are set by whoever sends the answer on.
-_NOT_THE_CONTAINERS = frozenset(
-    {
-        "access-control-allow-credentials",
-        "access-control-allow-origin",
-        "alt-svc",
-        "clear-site-data",
-        "content-length",
-        "date",
-        "location",
-        "refresh",
-        "server",
-        "set-cookie",
-        "set-cookie2",
-        "strict-transport-security",
-    }
-)
+# They speak for the connection to the client and the server at its end.
+_OURS = frozenset({"alt-svc", "clear-site-data", "date", "server", "strict-transport-security"})
+# They speak for the origin, which is ours unless the container was asked in its own name, or are set by whoever sends
+# the answer on.
+_NOT_THE_CONTAINERS = _OURS | {
+    "access-control-allow-credentials",
+    "access-control-allow-origin",
+    "content-length",
+    "location",
+    "refresh",
+    "set-cookie",
+    "set-cookie2",
+}
 # Where Python's phrase changed between releases: `type` must not change with the interpreter.
 _PHRASES = {
     413: "Request Entity Too Large",
@@ -97,6 +96,40 @@ class Answer:
         return Outcome(status=self.status, headers=self.headers, body=self.body)
 
 
+class Response:
+    """The head of the container's answer, and its body while it comes. Valid until `Inference.exchange` ends.
+
+    `chunks` ends with the body; it raises what `Inference.exchange` says.
+    """
+
+    def __init__(self, job: Job, response: aiohttp.ClientResponse) -> None:
+        self._job = job
+        self._response = response
+        self.status = response.status
+        self.length = response.content_length
+        """How long the body will be, None if the container did not say."""
+        self.headers = _presentable(job, response.headers, response.url)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the body has arrived already."""
+        return self._response.content.is_eof()
+
+    def arrived(self) -> bytes:
+        """What of the body is here already, without waiting; `chunks` goes on behind it."""
+        return self._response.content.read_nowait()
+
+    async def read(self) -> bytes:
+        """All of it. Raises as `chunks`."""
+        return b"".join([self.arrived(), *[chunk async for chunk in self.chunks()]])
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes, in pieces of any size; who does not ask for the next one makes the container wait."""
+        with translated(self._job):
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+
+
 class ContainerLost(Exception):
     """The container refused the connection or died on us; the attempt may be repeated. `sent` tells whether
     it may have seen the request."""
@@ -113,6 +146,15 @@ class ContainerBusy(Exception):
         super().__init__(f"answered {outcome.status}, to be tried again in {wait_s:g} s")
         self.outcome = outcome
         self.wait_s = wait_s
+
+
+class Refused(Exception):
+    """The container answers, and does not open a WebSocket."""
+
+    def __init__(self, status: int, headers: tuple[tuple[str, str], ...]) -> None:
+        super().__init__(f"answered {status}")
+        self.status = status
+        self.headers = headers
 
 
 class AttemptFailed(Exception):
@@ -132,10 +174,6 @@ class RunTimedOut(AttemptFailed):
 
     def __init__(self, job: Job) -> None:
         super().__init__(problem(job, 504, OVERDUE))
-
-
-class _TooManyHeaders(ValueError):
-    pass
 
 
 class Inference:
@@ -188,7 +226,7 @@ class Inference:
         budget_s: float,
         attempt: int = 1,
     ) -> Answer:
-        """POST the job once and read the answer. A body above `max_response_bytes` is written to `spill`, in a
+        """Send the job once and read the answer. A body above `max_response_bytes` is written to `spill`, in a
         folder that is made if need be. `attempt` decides whether a kept connection will do.
 
         Outside passthrough, an answer of 400 and above comes back as a problem (contract/invocation.md §3.2).
@@ -198,11 +236,10 @@ class Inference:
             ContainerBusy: 429 or 503 with `Retry-After`, outside passthrough, where the caller is told instead.
             AttemptFailed: what came back was not HTTP, or more than `max_artifact_bytes` of it, or too many headers.
         """
-        try:
-            async with asyncio.timeout(budget_s):
-                answer = await self._exchange(self._session(attempt), job, headers, body, spill)
-        except TimeoutError as exc:
-            raise RunTimedOut(job) from exc
+        async with self.exchange(job, headers, body=body, budget_s=budget_s, attempt=attempt) as response:
+            spillable = job.passthrough or response.status < 400
+            content, spilled = await self._read(job, response, spill if spillable else None)
+            answer = Answer(status=response.status, headers=response.headers, body=content, spilled=spilled)
         if job.passthrough or not answer.failed:
             return answer
         mapped = _mapped(job, answer)
@@ -211,64 +248,104 @@ class Inference:
             raise ContainerBusy(mapped.outcome(), wait_s)
         return mapped
 
+    @asynccontextmanager
+    async def exchange(
+        self,
+        job: Job,
+        headers: Iterable[tuple[str, str]],
+        *,
+        body: bytes | Path | AsyncIterable[bytes] | None,
+        budget_s: float,
+        attempt: int = 1,
+    ) -> AsyncIterator[Response]:
+        """Send the job once; the head of the answer is there when the body of this context begins, which may be
+        before all of a `body` that comes piece by piece was sent. `budget_s` bounds it all, and `attempt` decides
+        whether a kept connection will do.
+
+        Raises:
+            ContainerLost, RunTimedOut.
+            AttemptFailed: what came back was not HTTP.
+        """
+        session, budget = self._session(attempt), asyncio.timeout(budget_s)
+        async with AsyncExitStack() as stack:
+            try:
+                async with budget:
+                    with translated(job):
+                        content: bytes | BinaryIO | AsyncIterable[bytes] | None
+                        if isinstance(body, Path):
+                            content = stack.enter_context(await loops.in_thread(_opened, body, "rb"))
+                        else:
+                            content = body or None  # a GET without a body has no length either
+                        response = await stack.enter_async_context(
+                            session.request(
+                                job.method,
+                                self._url_of(job),
+                                data=content,
+                                headers=list(headers),
+                                allow_redirects=False,
+                            )
+                        )
+                        if not 200 <= response.status <= 599:
+                            raise ValueError(f"the container answered {response.status}")
+                    yield Response(job, response)
+            except TimeoutError as exc:
+                if not budget.expired():
+                    raise
+                raise RunTimedOut(job) from exc
+
+    async def connect(
+        self, job: Job, headers: Iterable[tuple[str, str]], *, protocols: Sequence[str], largest_bytes: int
+    ) -> aiohttp.ClientWebSocketResponse[bool]:
+        """A WebSocket to where the job is for, without extensions, that answers neither ping nor close by itself and
+        leaves text encoded. The caller closes it, and translates its errors (`translated`).
+
+        Raises:
+            ContainerLost, Refused.
+            AttemptFailed: what came back was not a handshake.
+        """
+        with translated(job):
+            try:
+                return await self._session(self._settings.max_attempts).ws_connect(
+                    self._url_of(job),
+                    method=job.method,
+                    protocols=protocols,
+                    headers=list(headers),
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
+                    autoclose=False,
+                    autoping=False,
+                    max_msg_size=largest_bytes + 1,
+                    decode_text=False,
+                )
+            except aiohttp.WSServerHandshakeError as exc:
+                if not 200 <= exc.status <= 599:
+                    raise
+                raise Refused(exc.status, _presentable(job, exc.headers or {}, exc.request_info.url)) from exc
+
     def _session(self, attempt: int = 1) -> aiohttp.ClientSession:
         kept = self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
         session = self._kept if kept else self._fresh
         assert session is not None, "Inference is used outside of its context"
         return session
 
-    async def _exchange(
-        self,
-        session: aiohttp.ClientSession,
-        job: Job,
-        headers: Iterable[tuple[str, str]],
-        body: bytes | Path,
-        spill: Path,
-    ) -> Answer:
-        """One round trip, with the client's errors translated once."""
-        try:
-            if isinstance(body, bytes):
-                return await self._post(session, job, headers, body, spill)
-            with await loops.in_thread(_opened, body, "rb") as file:
-                return await self._post(session, job, headers, file, spill)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
-            raise ContainerLost("the container refused the connection", sent=False) from exc
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
-            raise ContainerLost("the container closed the connection", sent=True) from exc
-        except _TooManyHeaders as exc:
-            raise AttemptFailed(problem(job, 500, str(exc))) from exc
-        except (aiohttp.ClientError, ValueError) as exc:
-            raise AttemptFailed(problem(job, 500, CONNECTION_FAULT, source="inference-connection")) from exc
+    def _url_of(self, job: Job) -> URL:
+        if not job.target:
+            return self._job_url
+        return URL(f"{self._job_url.origin()}/{job.target.removeprefix('/')}", encoded=True)
 
-    async def _post(
-        self,
-        session: aiohttp.ClientSession,
-        job: Job,
-        headers: Iterable[tuple[str, str]],
-        body: bytes | BinaryIO,
-        spill: Path,
-    ) -> Answer:
-        async with session.post(self._job_url, data=body, headers=list(headers), allow_redirects=False) as response:
-            if not 200 <= response.status <= 599:
-                raise ValueError(f"the container answered {response.status}")
-            spillable = job.passthrough or response.status < 400
-            content, spilled = await self._read(job, response, spill if spillable else None)
-            kept = _presentable(response)
-            return Answer(status=response.status, headers=kept, body=content, spilled=spilled)
-
-    async def _read(self, job: Job, response: aiohttp.ClientResponse, spill: Path | None) -> tuple[bytes, Path | None]:
+    async def _read(self, job: Job, response: Response, spill: Path | None) -> tuple[bytes, Path | None]:
         """The body, or the file it went to. Without a file to spill to, what is too large is dropped."""
         content = bytearray()
-        async for chunk in response.content.iter_any():
+        chunks = response.chunks()
+        async for chunk in chunks:
             content += chunk
             if len(content) > self._settings.max_response_bytes:
                 if spill is None:
                     return b"", None
-                await self._spill(job, response, bytes(content), spill)
+                await self._spill(job, chunks, bytes(content), spill)
                 return b"", spill
         return bytes(content), None
 
-    async def _spill(self, job: Job, response: aiohttp.ClientResponse, head: bytes, path: Path) -> None:
+    async def _spill(self, job: Job, chunks: AsyncIterator[bytes], head: bytes, path: Path) -> None:
         """Write `head` and the rest of the body to `path`; memory stays flat and the loop free."""
         try:
             await loops.in_thread(prepare_scratch, path)
@@ -277,7 +354,7 @@ class Inference:
             raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
         with file:
             size_bytes, pending = 0, bytearray(head)
-            async for chunk in response.content.iter_any():
+            async for chunk in chunks:
                 pending += chunk
                 if len(pending) >= SPILL_CHUNK_BYTES:
                     size_bytes += await self._write(job, file, pending, size_bytes)
@@ -292,6 +369,19 @@ class Inference:
             return await loops.in_thread(file.write, content)
         except OSError as exc:
             raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
+
+
+@contextmanager
+def translated(job: Job) -> Iterator[None]:
+    """The client's errors as ours."""
+    try:
+        yield
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
+        raise ContainerLost("the container refused the connection", sent=False) from exc
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
+        raise ContainerLost("the container closed the connection", sent=True) from exc
+    except (aiohttp.ClientError, ValueError) as exc:
+        raise AttemptFailed(connection_fault(job)) from exc
 
 
 class _Kept(aiohttp.TCPConnector):
@@ -341,6 +431,11 @@ def problem(job: Job, status: int, detail: str, *, source: str = "nvcf-worker-se
     return Outcome(status=status, headers=(("Content-Type", "application/problem+json"),), body=content)
 
 
+def connection_fault(job: Job) -> Outcome:
+    """For a container that could not be talked to."""
+    return problem(job, 500, CONNECTION_FAULT, source="inference-connection")
+
+
 def end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """`headers` without the hop-by-hop ones and without those that `Connection` names (RFC 9110 §7.6.1)."""
     pairs = list(headers)
@@ -376,21 +471,30 @@ def _stated_error(body: bytes) -> str:
     return error if isinstance(error, str) else ""
 
 
-def _presentable(response: aiohttp.ClientResponse) -> tuple[tuple[str, str], ...]:
-    """The container's headers that may reach a client in our name; `Content-Encoding` among them, because the
-    body was not decoded. Raises _TooManyHeaders."""
+def _presentable(job: Job, headers: Mapping[str, str], url: URL) -> tuple[tuple[str, str], ...]:
+    """The container's headers that may reach a client, in our name unless it was asked in its own (`job.target`);
+    `Content-Encoding` among them, because the body was not decoded. Raises AttemptFailed."""
+    dropped = _OURS if job.target else _NOT_THE_CONTAINERS
     kept = [
-        (name, value)
-        for name, value in end_to_end(response.headers.items())
-        if name.lower() not in _NOT_THE_CONTAINERS and not name.lower().replace("_", "-").startswith("nvcf-")
+        (name, _from_outside(value, url) if name.lower() == "location" else value)
+        for name, value in end_to_end(headers.items())
+        if name.lower() not in dropped and not name.lower().replace("_", "-").startswith("nvcf-")
     ]
     kept = [(name, value) for name, value in kept if _is_text(name + value)]
     size_bytes = sum(len(name) + len(value) for name, value in kept)
     if len(kept) > MAX_ANSWER_HEADERS or size_bytes > MAX_ANSWER_HEADER_BYTES:
-        raise _TooManyHeaders(
-            f"The answer has more than {MAX_ANSWER_HEADERS} headers or {MAX_ANSWER_HEADER_BYTES} bytes of them"
-        )
+        limits = f"{MAX_ANSWER_HEADERS} headers or {MAX_ANSWER_HEADER_BYTES} bytes of them"
+        raise AttemptFailed(problem(job, 500, f"The answer has more than {limits}"))
     return tuple(kept)
+
+
+def _from_outside(location: str, url: URL) -> str:
+    """A redirect to the address under which only we know the container, as one that leads there from outside."""
+    origin = str(url.origin())
+    path = location[len(origin) :]
+    if not location.lower().startswith(origin) or path[:1] not in ("", "/", "?") or path.startswith("//"):
+        return location
+    return path if path.startswith("/") else f"/{path}"
 
 
 def _is_text(value: str) -> bool:

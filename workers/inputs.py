@@ -132,6 +132,8 @@ def container_headers(job: Job, room: Workspace, for_all: Mapping[str, str], bud
         ours["NVCF-INVOCATION-REGION"] = job.region
     # Some servers read `nvcf_sub` and `nvcf-sub` as one name.
     dropped = _NEVER_FORWARDED | {name.lower() for name in ours}
+    if job.target:
+        dropped -= {"cookie"}  # the front end lets those pass that are the container's own
     theirs = [pair for pair in end_to_end(job.headers) if pair[0].lower().replace("_", "-") not in dropped]
     if not job.assets:
         del ours["NVCF-FUNCTION-ASSET-IDS"]

@@ -9,14 +9,16 @@ import asyncio
 import functools
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, NoReturn, Self, TypeVar, cast
 
 from broker.errors import FnqueueError
+from broker.tasks import beside as beside  # noqa: PLC0414  spoken of as loops.beside throughout this package
+from broker.tasks import either as either  # noqa: PLC0414
+from broker.tasks import together as together  # noqa: PLC0414
 
 logger = logging.getLogger(__name__)
 
@@ -75,40 +77,6 @@ async def guard(work: Coroutine[Any, Any, T], *, expected: tuple[type[Exception]
     except Exception as exc:
         logger.exception("fault", extra=facts)
         raise Fault(type(exc).__name__) from exc
-
-
-@asynccontextmanager
-async def together() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group that raises the first error itself, not a group of errors."""
-    error: BaseException | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as found:
-        error = found.exceptions[0]
-    # Raised out here, because inside the clause above its own cause would be lost.
-    if error is not None:
-        raise error
-
-
-@asynccontextmanager
-async def beside(*works: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
-    """Run `works` in the background of the body; they end with it. An error on either side ends both sides and
-    is raised as it is."""
-    async with together() as group:
-        tasks = [group.create_task(work) for work in works]
-        yield
-        for task in tasks:
-            task.cancel()
-
-
-async def either(*waits: Coroutine[Any, Any, object]) -> None:
-    """Return when the first of `waits` ends, or raise what it raised; the others are cancelled."""
-    async with together() as group:
-        tasks = [group.create_task(wait) for wait in waits]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
 
 
 async def in_thread(function: Callable[..., T], *args: object, stop: Callable[[], None] | None = None) -> T:

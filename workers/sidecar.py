@@ -11,15 +11,17 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from broker.errors import StoreUnavailable, Unavailable
 from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Timings, Verdict
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from workers import loops
+from workers.channel import ClientLeft, Dialer, Line, converse, stopped
 from workers.health import Gate, status_server
 from workers.inference import (
     INFERENCE_FAULT,
@@ -33,6 +35,7 @@ from workers.inference import (
 from workers.inputs import container_headers, headers_for_all, workspace
 from workers.metering import HEARTBEAT_S, Meter
 from workers.outputs import collect
+from workers.streams import Feed, LeaseLost
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +47,16 @@ MOST_DISCARDED = 64
 # Jobs that are held back at once with their slot at other work; those of more are idle. Each takes a channel.
 MOST_STAND_INS = 64
 STAND_IN_PAUSE_S = 0.25
+# What is over for good; a dead or an expired request may be started once more.
+OVER = (
+    RequestState.FULFILLED,
+    RequestState.ERRORED,
+    RequestState.TIMED_OUT,
+    RequestState.CANCELLED,
+    RequestState.ABANDONED,
+)
 # Beats of an instance that may go missing before it is taken for dead.
 BEATS = 5
-
-
-class LeaseLost(Exception):
-    """The store took the attempt away; `state` is what stands instead."""
-
-    def __init__(self, state: RequestState) -> None:
-        super().__init__(state.value)
-        self.state = state
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -114,16 +117,19 @@ async def serve(broker: Broker, settings: SidecarSettings, stop: asyncio.Event) 
         NeverReady: the container was not healthy within `ready_timeout_s`.
     """
     with loops.Clerk() as clerk:
-        async with Inference(settings) as inference:
-            await Sidecar(broker, settings, inference, clerk).run(stop)
+        async with Inference(settings) as inference, Dialer() as dialer:
+            await Sidecar(broker, settings, inference, dialer, clerk).run(stop)
 
 
 class Sidecar:
-    def __init__(self, broker: Broker, settings: SidecarSettings, inference: Inference, clerk: loops.Clerk) -> None:
-        self._queue, self._results = broker.queue, broker.results
+    def __init__(
+        self, broker: Broker, settings: SidecarSettings, inference: Inference, dialer: Dialer, clerk: loops.Clerk
+    ) -> None:
+        self._queue, self._results, self._streams = broker.queue, broker.results, broker.streams
         self._catalog, self._blobs = broker.catalog, broker.blobs
         self._settings = settings
         self._inference = inference
+        self._dialer = dialer
         self._clerk = clerk
         self._headers_for_all = headers_for_all(settings)
         self._gate = Gate(inference, settings, full=lambda: self._calls >= settings.max_request_concurrency)
@@ -267,11 +273,14 @@ class Sidecar:
             if claim.state is RequestState.QUEUED:
                 return max(claim.wait_s, SHORTEST_BACKOFF_S)
             await self._decline(run, claim)
+            self._discard_body(run.job, claim.state)
             return 0.0
         try:
-            state, outcome = await self._attempt(run, claim.lease)
+            attempt = self._attempt if run.job.channel is None else self._converse
+            state, outcome = await attempt(run, claim.lease)
         except LeaseLost as lost:
             await self._end(run, lost.state, metered=await self._ended_by(run, claim.lease, lost.state))
+            self._discard_body(run.job, lost.state)
         except ContainerLost as lost:
             await self._hand_back(run, lost)
         except ContainerBusy as busy:
@@ -282,13 +291,12 @@ class Sidecar:
 
     async def _claim(self, run: _Run) -> Claim:
         """The store's answer. When another worker has a lease, its end is waited for and the claim repeated."""
-        job = run.job
+        job, settings = run.job, self._settings
+        attempts = settings.max_attempts if job.channel is None else 1
 
         async def claim() -> Claim:
-            run.leased_until = time.monotonic() + self._settings.lease_s
-            return await self._results.claim(
-                job, worker=self._id, lease_s=self._settings.lease_s, max_attempts=self._settings.max_attempts
-            )
+            run.leased_until = time.monotonic() + settings.lease_s
+            return await self._results.claim(job, worker=self._id, lease_s=settings.lease_s, max_attempts=attempts)
 
         answer = await loops.insist(claim, on=StoreUnavailable, name="claim")
         if answer.verdict is Verdict.HELD and answer.state is RequestState.RUNNING and not self._draining:
@@ -315,7 +323,7 @@ class Sidecar:
             async with loops.beside(self._keep(run, lease)):
                 outcome = await loops.guard(
                     self._answer(run, lease),
-                    expected=(AttemptFailed, ContainerLost, ContainerBusy),
+                    expected=(AttemptFailed, ContainerLost, ContainerBusy, LeaseLost),
                     request_id=run.job.id,
                 )
         except RunTimedOut as late:
@@ -331,6 +339,8 @@ class Sidecar:
         async with workspace(self._blobs, settings, job, self._clerk) as room:
             run.inputs_s = time.monotonic() - run.started_at
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
+            if job.streaming:
+                return await self._stream(run, lease, headers, room.body)
             with self._calling(run):
                 answer = await self._inference.infer(
                     job,
@@ -345,6 +355,58 @@ class Sidecar:
             if outcome.blob_key:
                 run.upload_s = time.monotonic() - since
             return outcome
+
+    async def _stream(self, run: _Run, lease: Lease, headers: Iterable[tuple[str, str]], body: bytes | Path) -> Outcome:
+        with self._calling(run):
+            async with self._streams.write(lease) as writer:
+                feed = Feed(self._results, writer, self._settings, run.job)
+                async with (
+                    loops.beside(feed.attend()),
+                    self._inference.exchange(
+                        run.job, headers, body=body, budget_s=run.left_s(), attempt=lease.attempt
+                    ) as response,
+                ):
+                    return await feed.carry(response)
+
+    async def _converse(self, run: _Run, lease: Lease) -> tuple[RequestState, Outcome]:
+        """Run the job over its channel while its lease is kept. There is no other attempt, so nothing is handed back.
+
+        Raises:
+            LeaseLost.
+        """
+        expected = (AttemptFailed, ContainerLost, ClientLeft)
+        try:
+            async with self._dialer.line(run.job) as line, loops.beside(self._keep(run, lease)):
+                outcome = await loops.guard(self._talk(run, line), expected=expected, request_id=run.job.id)
+        except RunTimedOut as late:
+            return RequestState.TIMED_OUT if run.run_limited else late.state, late.outcome
+        except AttemptFailed as failed:
+            return failed.state, failed.outcome
+        except loops.Fault:
+            return RequestState.ERRORED, problem(run.job, 500, INFERENCE_FAULT)
+        except ClientLeft as left:
+            await self._cancel(run.job, left.reason)
+            raise LeaseLost(RequestState.CANCELLED) from left
+        except asyncio.CancelledError:
+            with suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(self._settings.store_timeout_s):
+                    await self._results.settle(lease, run.job, RequestState.ERRORED, stopped(run.job))
+            raise
+        return RequestState.FULFILLED if outcome.status < 400 else RequestState.ERRORED, outcome
+
+    async def _talk(self, run: _Run, line: Line) -> Outcome:
+        settings = self._settings
+        async with workspace(self._blobs, settings, run.job, self._clerk) as room:
+            await line.open()
+            headers = container_headers(run.job, room, self._headers_for_all, run.left_s())
+            with self._calling(run):
+                return await converse(line, self._inference, settings, headers, budget_s=run.left_s())
+
+    async def _cancel(self, job: Job, reason: str) -> None:
+        async def cancel() -> object:
+            return await self._results.cancel(job.id, reason=reason)
+
+        await loops.insist(cancel, on=StoreUnavailable, name="cancel")
 
     @contextmanager
     def _calling(self, run: _Run) -> Iterator[None]:
@@ -411,10 +473,8 @@ class Sidecar:
     async def _finish(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> None:
         stands = await self._settle(run, lease, state, outcome)
         await self._end(run, stands, outcome, metered=await self._ended_by(run, lease, stands))
-        # A body in the blob store is of no use once there is a result, nor is a result that came too late.
-        if stands in (RequestState.FULFILLED, RequestState.ERRORED):
-            self._discard(run.job.body_key)
-        if stands is not state:
+        self._discard_body(run.job, stands)
+        if stands is not state:  # it came too late
             self._discard(outcome.blob_key)
 
     async def _settle(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> RequestState:
@@ -435,6 +495,11 @@ class Sidecar:
         except StoreUnavailable:
             return False
         return record is not None and (record.worker, record.attempt) == (self._id, lease.attempt)
+
+    def _discard_body(self, job: Job, state: RequestState) -> None:
+        """A body in the blob store is of no use once there is a result, or nobody wants one."""
+        if state in OVER:
+            self._discard(job.body_key)
 
     def _discard(self, key: str) -> None:
         """Delete an object in the background. Best effort: what a blob store that is away keeps is left to its own

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from aiohttp import web
 
-from api import answers, auth, headers
-from api.answers import Answer
-from api.bodies import Held
+from api import answers, auth, headers, streams
+from api.answers import Answer, Speaker
+from api.bodies import Body
 from api.calls import Accepting, Interrupted
 from api.front import Front
 from api.middleware import RECORD, TAKEN
 from broker import invocations, limits
-from broker.errors import Overloaded
-from broker.invocations import Submission
+from broker.errors import Overloaded, StoreUnavailable
+from broker.invocations import BodyFile, Submission
 from broker.model import Principal, Record, RequestState, Version
+from broker.streams import gathered
 
 SCOPE = "invoke_function"
 STATUS_PATH = "/v2/nvcf/pexec/status/"
@@ -34,12 +36,15 @@ class Call:
     assets: tuple[str, ...]
     forwarded: tuple[tuple[str, str], ...]
     passthrough: bool
+    streaming: bool
     idempotency_key: str
     queue_timeout_s: float
     run_timeout_s: float
     region: str
+    method: str = "POST"
+    target: str = ""
 
-    def submission(self, body: bytes) -> Submission:
+    def submission(self, body: bytes | BodyFile) -> Submission:
         return Submission(
             principal=self.principal,
             function_id=self.function_id,
@@ -48,42 +53,128 @@ class Call:
             body=body,
             assets=self.assets,
             passthrough=self.passthrough,
+            streaming=self.streaming,
             poll_s=max(1, int(self.wait.seconds)),
             idempotency_key=self.idempotency_key,
             queue_timeout_s=self.queue_timeout_s,
             run_timeout_s=self.run_timeout_s,
             region=self.region,
+            method=self.method,
+            target=self.target,
         )
 
 
-async def invoke(front: Front, request: web.Request) -> web.Response:
-    """Accept the request and hold the call until it ends, or for as long as the caller wishes."""
-    call = await _admit(front, request)
-    record = await _run(front, call, await front.bodies.read(request))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How one way of invoking answers: where it sends who has to ask again, and in whose name. `origin` is this
+    server's where the request's own Host is not."""
+
+    status_path: str = STATUS_PATH
+    speaker: Speaker = Speaker.SERVER
+    origin: str = ""
+
+
+PLAIN = Manner()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Who asks for which request, and for how long."""
+
+    principal: Principal
+    request_id: str
+    wait: headers.Wait
+
+
+async def invoke(front: Front, request: web.Request) -> web.StreamResponse:
+    """Accept the request and hold the call until it ends, or for as long as the caller wishes. A caller that accepts
+    `text/event-stream` is given the answer while it comes."""
+    call = await admit(front, request)
+    found = await run(front, request, call, await front.bodies.read(request))
+    return respond(found, call.wait) if isinstance(found, Answer) else found
+
+
+async def poll(front: Front, request: web.Request) -> web.StreamResponse:
+    """Where the request stands, after holding the call as `invoke` does. With `Accept: text/event-stream` the answer
+    of a request that was made with it is given while it comes, behind the event that `Last-Event-ID` names."""
+    asked = await ask(front, request)
+    if headers.wants_events(request.headers):
+        record = request[RECORD] = await invocations.find(front.broker, asked.principal, asked.request_id)
+        last_id = request.headers.get(headers.LAST_EVENT_ID, "")
+        if (response := await streams.opened(front, record, asked.wait, last_id=last_id)) is not None:
+            return response
+        asked = replace(asked, wait=replace(asked.wait, seconds=0))  # it is over
+    record = request[RECORD] = await _wait(front, asked)
+    if record.flowing:
+        at_once = replace(asked.wait, seconds=0)
+        if (response := await streams.opened(front, record, at_once)) is not None:
+            return response
+        record = request[RECORD] = await invocations.find(front.broker, asked.principal, asked.request_id)
+    return respond(await _answer(front, request, record, PLAIN), asked.wait)
+
+
+async def run(
+    front: Front, request: web.Request, call: Call, held: Body, manner: Manner = PLAIN
+) -> Answer | web.StreamResponse:
+    """The answer to a call that was admitted, at its end or that of its caller's patience; of a streaming one, the
+    response that gives it while it comes."""
+    record = await _submit(front, call, held)
     request[RECORD] = record
+    if call.streaming:
+        streamed, record = await _stream(front, request, record, call, manner)
+        if streamed is not None:
+            return streamed
     if _gives_up(front, request, call, record):
         record = await invocations.withdraw(front.broker, record)
         if record.state is RequestState.CANCELLED:
-            return _response(answers.timed_out(record), call.wait)
-    return await _answer(front, request, record, call.wait)
+            return answers.timed_out(record)
+    return await _answer(front, request, record, manner)
 
 
-async def poll(front: Front, request: web.Request) -> web.Response:
-    """Where the request stands, after holding the call as `invoke` does."""
+async def ask(front: Front, request: web.Request) -> Question:
+    """What the path and the headers say, in upstream's order of checks."""
     auth.token(request.headers)
     wait = headers.wait(request.headers)
     request_id = headers.uuid(request.match_info["request_id"], field="requestId")
-    principal = await auth.authenticate(front, request, SCOPE)
+    return Question(principal=await auth.authenticate(front, request, SCOPE), request_id=request_id, wait=wait)
+
+
+async def look(front: Front, request: web.Request, asked: Question, manner: Manner = PLAIN) -> Answer:
+    """How the request answers, at its end or that of its caller's patience."""
+    record = request[RECORD] = await _wait(front, asked)
+    return await _answer(front, request, record, manner)
+
+
+async def _wait(front: Front, asked: Question) -> Record:
+    """The record at its end, or that of its caller's patience, or when its body flows."""
     try:
         with front.calls.waiting():
-            record = await invocations.status(front.broker, principal, request_id, wait_s=wait.seconds)
+            return await invocations.find(front.broker, asked.principal, asked.request_id, wait_s=asked.wait.seconds)
     except Interrupted:
-        record = await invocations.status(front.broker, principal, request_id, wait_s=0)
-    request[RECORD] = record
-    return await _answer(front, request, record, wait)
+        return await invocations.find(front.broker, asked.principal, asked.request_id)
 
 
-async def _admit(front: Front, request: web.Request) -> Call:
+async def _stream(
+    front: Front, request: web.Request, record: Record, call: Call, manner: Manner
+) -> tuple[web.StreamResponse | None, Record]:
+    """The answer from its first byte on, or None and the record as it then stands."""
+    # Only a key can lead to a request that its caller has heard of before. A container in its own name has IDs of its
+    # own.
+    resumes = call.idempotency_key and not call.target
+    last_id = request.headers.get(headers.LAST_EVENT_ID, "") if resumes else ""
+    try:
+        response = await streams.opened(front, record, call.wait, last_id=last_id, speaker=manner.speaker)
+    except asyncio.CancelledError:
+        if front.settings.on_disconnect == "cancel":
+            front.calls.spawn(invocations.cancel(front.broker, call.principal, record.id))
+        raise
+    if response is None:
+        with suppress(StoreUnavailable):
+            record = await invocations.status(front.broker, call.principal, record.id, wait_s=0)
+    return response, record
+
+
+async def admit(front: Front, request: web.Request) -> Call:
     """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read.
 
     The rate limit comes last, so that nothing that could never run counts; a body that then does not come, counts.
@@ -104,17 +195,23 @@ async def _admit(front: Front, request: web.Request) -> Call:
         assets=assets,
         forwarded=headers.forwarded(arrived),
         passthrough=headers.passthrough(arrived),
+        streaming=headers.wants_events(arrived),
         idempotency_key=headers.idempotency_key(arrived),
         queue_timeout_s=headers.timeout_s(arrived, headers.QUEUE_TIMEOUT, longest_s=front.settings.request_deadline_s),
         run_timeout_s=headers.timeout_s(arrived, headers.RUN_TIMEOUT, longest_s=front.settings.request_deadline_s),
         region=front.settings.region,
     )
-    request[TAKEN] = await front.rate_limiter.take(principal, version)
-    limits.require(request[TAKEN])
+    await take(front, request, call)
     return call
 
 
-async def _run(front: Front, call: Call, held: Held) -> Record:
+async def take(front: Front, request: web.Request, call: Call) -> None:
+    """Count the call against its function's rates. Raises RateLimited."""
+    request[TAKEN] = await front.rate_limiter.take(call.principal, call.version)
+    limits.require(request[TAKEN])
+
+
+async def _submit(front: Front, call: Call, held: Body) -> Record:
     """Submit and wait. The body is given up once it was submitted, so that who waits holds no memory."""
     accepting = Accepting(front.calls, done=held.close)
     try:
@@ -123,7 +220,7 @@ async def _run(front: Front, call: Call, held: Held) -> Record:
                 front.broker,
                 call.submission(held.body),
                 call.version,
-                wait_s=call.wait.seconds,
+                wait_s=0 if call.streaming else call.wait.seconds,
                 spawn=accepting.spawn,
             )
     except Interrupted:
@@ -151,24 +248,26 @@ def _gives_up(front: Front, request: web.Request, call: Call, record: Record) ->
     return front.settings.gateway_timeout or headers.gateway_timeout(request.headers)
 
 
-async def _answer(front: Front, request: web.Request, record: Record, wait: headers.Wait) -> web.Response:
+async def _answer(front: Front, request: web.Request, record: Record, manner: Manner) -> Answer:
     broker, settings = front.broker, front.settings
+    record = await gathered(broker, record)
 
     def download_url(key: str, filename: str) -> str:
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
-    answer = answers.answer(record, status_url=_status_url(front, request, record.id), download_url=download_url)
+    status_url = f"{manner.origin or origin(front, request)}{manner.status_path}{record.id}"
+    answer = answers.answer(record, status_url=status_url, download_url=download_url, speaker=manner.speaker)
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
-    return _response(answer, wait)
+    return answer
 
 
-def _status_url(front: Front, request: web.Request, request_id: str) -> str:
-    origin = front.settings.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
-    return f"{origin}{STATUS_PATH}{request_id}"
+def origin(front: Front, request: web.Request, *, host: str = "") -> str:
+    """How this server is reached, by the Host of the request unless another one is given."""
+    return front.settings.public_url.rstrip("/") or f"{request.scheme}://{host or request.host}"
 
 
-def _response(answer: Answer, wait: headers.Wait) -> web.Response:
+def respond(answer: Answer, wait: headers.Wait) -> web.Response:
     if wait.applied:
         answer.headers[headers.PREFERENCE_APPLIED] = wait.applied
     return web.Response(status=answer.status, headers=answer.headers, body=answer.body)

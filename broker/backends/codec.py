@@ -15,7 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import orjson
 
-from broker.model import Job, Outcome
+from broker.model import Channel, Job, Outcome
 
 T = TypeVar("T")
 
@@ -55,6 +55,8 @@ def unpack_job(envelope: bytes | str, body: bytes) -> Job:
             raise Unreadable("written by another release")
         fields["headers"] = tuple((str(name), str(value)) for name, value in fields["headers"])
         fields["assets"] = tuple(str(asset) for asset in fields["assets"])
+        if fields.get("channel") is not None:
+            fields["channel"] = _build(Channel, fields["channel"])
         job = Job(body=body, **{name: fields[name] for name in _JOB_FIELDS if name in fields})
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise Unreadable("not a job") from exc
@@ -65,7 +67,9 @@ def unpack_job(envelope: bytes | str, body: bytes) -> Job:
 
 def pack_outcome(outcome: Outcome) -> bytes:
     """One line of JSON, then the body as it is."""
-    head = orjson.dumps([VERSION, outcome.status, outcome.headers, outcome.blob_key])
+    # Releases that know no streams read what has four members.
+    streamed = (True,) if outcome.streamed else ()
+    head = orjson.dumps([VERSION, outcome.status, outcome.headers, outcome.blob_key, *streamed])
     return head + b"\n" + outcome.body
 
 
@@ -73,12 +77,13 @@ def unpack_outcome(raw: bytes) -> Outcome:
     """Raises Unreadable."""
     head, _, body = raw.partition(b"\n")
     try:
-        _, status, headers, blob_key = orjson.loads(head)
+        _, status, headers, blob_key, *streamed = orjson.loads(head)
         return Outcome(
             status=int(status),
             headers=tuple((str(name), str(value)) for name, value in headers),
             body=body,
             blob_key=str(blob_key),
+            streamed=bool(streamed and streamed[0]),
         )
     except (ValueError, TypeError) as exc:
         raise Unreadable("not an outcome") from exc
@@ -100,6 +105,10 @@ _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "queue_deadline_at": (int, float),
     "run_timeout_s": (int, float),
     "region": str,
+    "method": str,
+    "target": str,
+    "streaming": bool,
+    "channel": (Channel, types.NoneType),
 }
 
 

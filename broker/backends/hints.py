@@ -8,20 +8,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from broker.model import Record
 
 
 class Watch:
-    """One waiter; implements `broker.ports.Watch` over the back end's read."""
+    """One waiter."""
 
-    def __init__(self, read: Callable[[], Awaitable[Record | None]]) -> None:
-        self._read = read
+    def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    async def read(self) -> Record | None:
+    def forget(self) -> None:
+        """From now on only what is told later counts: the caller reads next."""
         self._event.clear()
-        return await self._read()
 
     async def changed(self, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -36,29 +36,46 @@ class Watch:
         self._event.set()
 
 
+class RecordWatch(Watch):
+    """Implements `broker.ports.Watch` over the back end's read."""
+
+    def __init__(self, read: Callable[[], Awaitable[Record | None]]) -> None:
+        super().__init__()
+        self._read = read
+
+    async def read(self) -> Record | None:
+        self.forget()
+        return await self._read()
+
+
+AnyWatch = TypeVar("AnyWatch", bound=Watch)
+
+
 class Hints:
+    """By subject: a request's ID, with `/r` behind it for readers of its stream, `/w` for the writer."""
+
     def __init__(self) -> None:
         self._watches: dict[str, list[Watch]] = {}
 
     @contextmanager
-    def watching(self, request_id: str, watch: Watch) -> Iterator[Watch]:
-        self._watches.setdefault(request_id, []).append(watch)
+    def watching(self, subject: str, watch: AnyWatch) -> Iterator[AnyWatch]:
+        self._watches.setdefault(subject, []).append(watch)
         try:
             yield watch
         finally:
-            waiting = self._watches[request_id]
+            waiting = self._watches[subject]
             waiting.remove(watch)
             if not waiting:
-                del self._watches[request_id]
+                del self._watches[subject]
 
-    def tell(self, request_id: str) -> None:
-        for watch in self._watches.get(request_id, ()):
+    def tell(self, subject: str) -> None:
+        for watch in self._watches.get(subject, ()):
             watch.tell()
 
     def tell_all(self) -> None:
         """After a gap in which hints may have been lost."""
-        for request_id in list(self._watches):
-            self.tell(request_id)
+        for subject in list(self._watches):
+            self.tell(subject)
 
     def __len__(self) -> int:
         return len(self._watches)

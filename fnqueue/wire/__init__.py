@@ -63,6 +63,7 @@ from fnqueue.wire.deployments import (
     UpdateGpuSpecification,
     Wanted,
 )
+from fnqueue.wire.envelopes import Envelope, EnvelopeAnswer, EnvelopeHeader
 from fnqueue.wire.fields import Wire, seconds
 from fnqueue.wire.functions import (
     CreateFunction,
@@ -162,6 +163,9 @@ __all__ = [
     "Deployment",
     "DeploymentAnswer",
     "DeploymentList",
+    "Envelope",
+    "EnvelopeAnswer",
+    "EnvelopeHeader",
     "EnvironmentVariable",
     "ExtraKubernetesType",
     "Function",

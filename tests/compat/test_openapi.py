@@ -192,7 +192,7 @@ def test_every_body_was_read_as_documented(server: Server) -> None:
 
 def name_what_exists(case: Case[Any]) -> None:
     """Every other case is about the function that there is; and none waits."""
-    if case.path.startswith("/v2/nvcf/pexec"):
+    if case.path.startswith(("/v2/nvcf/pexec", "/v2/nvcf/exec")):
         case.headers["Prefer"] = "respond-async"
     parts = case.path_parameters or {}
     if parts and sum(map(ord, "".join(map(str, parts.values())))) % 2:
@@ -288,6 +288,11 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     assert call("queues_of_version", **of)["queues"][0]["queueDepth"] == 2
     assert call("queues_of_function", functionId=function)["queues"]
     assert call("requests_cancel", requestId=request)["status"] == "cancelled"
+    # With an envelope
+    envelope = {"requestBody": {"any": "thing"}, "requestHeader": {"pollDurationSeconds": 1}}
+    waits = call("envelopes_invoke_version", envelope, headers=now, **of)
+    assert call("envelopes_poll", headers=now, requestId=waits["reqId"]) == waits
+    call("envelopes_invoke", envelope, headers=now, functionId=function)
     # With an asset
     asset = call("assets_create", {"contentType": "text/plain", "description": "d"})
     signed = {"Content-Type": "text/plain", "x-amz-meta-nvcf-asset-description": "d"}

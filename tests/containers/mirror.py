@@ -11,6 +11,8 @@ Any method and path. The header X-Mirror holds a JSON object, every field option
     size_bytes  answer with so many bytes
     seed        of random bytes, which do not get smaller
     tell        true: answer with JSON of what came: method, path, headers, body (base64), assets ({name: sha256})
+    digest      true: answer with JSON of the body: size_bytes, sha256; it may be of any size
+    stream      [count, size_bytes]: answer with so many pieces of so many bytes, without saying how long it will be
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ from aiohttp import web
 
 async def mirror(request: web.Request) -> web.StreamResponse:
     order: dict[str, Any] = json.loads(request.headers.get("X-Mirror", "{}"))
+    if order.get("digest"):
+        return await digest(request)
+    if "stream" in order:
+        return await stream(request, *order["stream"])
     body = await request.read()
     await asyncio.sleep(order.get("delay_s", 0))
     if time.time() < order.get("busy_until", 0):
@@ -42,6 +48,22 @@ async def mirror(request: web.Request) -> web.StreamResponse:
         request.transport.close()
         return web.Response()
     return answer(request, order, body)
+
+
+async def digest(request: web.Request) -> web.Response:
+    found, size_bytes = hashlib.sha256(), 0
+    async for piece in request.content.iter_any():
+        found.update(piece)
+        size_bytes += len(piece)
+    return web.json_response({"size_bytes": size_bytes, "sha256": found.hexdigest()})
+
+
+async def stream(request: web.Request, count: int, size_bytes: int) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+    await response.prepare(request)
+    for number in range(count):
+        await response.write(bytes([number % 256]) * size_bytes)
+    return response
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
@@ -71,7 +93,7 @@ def tell(request: web.Request, body: bytes) -> dict[str, Any]:
     folder = Path(request.headers.get("NVCF-ASSET-DIR", "/nowhere"))
     return {
         "method": request.method,
-        "path": request.path_qs,
+        "path": request.raw_path,
         "headers": [[name.decode("latin-1"), value.decode("latin-1")] for name, value in request.raw_headers],
         "body": base64.b64encode(body).decode(),
         "assets": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*")},

@@ -56,7 +56,7 @@ async def catalog(request: pytest.FixtureRequest) -> AsyncIterator[Catalog]:
         yield MemoryCatalog()
         return
     server: Redis = request.getfixturevalue("redis_server")
-    async with open_store(server.url, Settings()) as (_, opened, _):
+    async with open_store(server.url, Settings()) as (_, opened, *_):
         yield opened
 
 

@@ -26,6 +26,7 @@ from tests.eventually import eventually
 from tests.house import CONTAINERS, RECORDER, Caller, Function, House, Record, Reply
 
 MIRROR = "tests/mirror:latest"
+TALKER = "tests/talker:latest"
 NVCF = "/v2/nvcf"
 UNKNOWN_ID = "0655fbd8-96c2-4a19-b877-4d42dfeceedf"
 QUEUE_LIMIT = 20
@@ -72,7 +73,7 @@ def settings_for(folder: Path) -> dict[str, str]:
     images = folder / "test-images.toml"
     record = json.dumps(str(folder / "record"))
     lines = []
-    for image, script in ((RECORDER, "recorder.py"), (MIRROR, "mirror.py")):
+    for image, script in ((RECORDER, "recorder.py"), (MIRROR, "mirror.py"), (TALKER, "talker.py")):
         command = json.dumps([sys.executable, str(CONTAINERS / script)])
         lines += [f"[{json.dumps(image)}]", f"command = {command}", f"env = {{ RECORD = {record} }}"]
     images.write_text("\n".join(lines) + "\n")
@@ -231,14 +232,15 @@ async def idle(caller: Caller, function: Function) -> None:
 async def exchange(
     caller: Caller, method: str, path: str, *, headers: Sequence[tuple[str, str | bytes]] = (), body: bytes = b""
 ) -> Reply:
-    """One request with these headers in this order, and none but these, Host, Authorization and Content-Length."""
+    """One request with these headers in this order, and none but these, Authorization, Content-Length and Host."""
     return await asyncio.to_thread(_exchange, caller, method, path, headers, body)
 
 
 def _exchange(caller: Caller, method: str, path: str, headers: Sequence[tuple[str, str | bytes]], body: bytes) -> Reply:
     connection = http.client.HTTPConnection(urlsplit(caller.url).netloc, timeout=60)
     try:
-        connection.putrequest(method, path, skip_accept_encoding=True)
+        own_host = any(name == "Host" for name, _ in headers)
+        connection.putrequest(method, path, skip_host=own_host, skip_accept_encoding=True)
         for name, value in (("Authorization", f"Bearer {caller.key}"), ("Content-Length", str(len(body))), *headers):
             connection.putheader(name, value)
         connection.endheaders(body)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pytest
 from redis.asyncio import Redis as Client
 
-from broker.backends.redis.results import RedisResults
 from broker.backends.redis.store import open_store
 from broker.errors import StoreUnavailable
 from broker.model import Draft, Job, Outcome, Record, RequestState, Verdict
+from broker.ports import Results
 from broker.settings import Settings
 from infra.local.servers import Redis
 from tests.eventually import eventually
@@ -41,13 +41,13 @@ def make_job(record: Record) -> Job:
     )
 
 
-async def finish(results: RedisResults, job: Job) -> RequestState:
+async def finish(results: Results, job: Job) -> RequestState:
     claimed = await results.claim(job, worker="w", lease_s=30, max_attempts=3)
     assert claimed.lease is not None
     return await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME)
 
 
-async def answers(results: RedisResults) -> bool:
+async def answers(results: Results) -> bool:
     try:
         await results.ping()
     except StoreUnavailable:

@@ -24,7 +24,7 @@ FUNCTION_ID = "2c1d6f0e-9f63-4a52-9a57-0b6f1f1d2e22"
 
 @dataclass
 class Container:
-    """Answers `POST` by `handler`, and its health check by `healthy`. `bodies` and `headers` are what it was sent;
+    """Answers any method by `handler`, and its health check by `healthy`. `bodies` and `headers` are what it was sent;
     `called` tells that there was a call, `left` that a caller hung up."""
 
     port: int = 0
@@ -71,7 +71,7 @@ async def answer(body: bytes, **given: Any) -> web.Response:
 async def container() -> AsyncIterator[Container]:
     box = Container()
     app = web.Application(client_max_size=64 * 1024 * 1024)
-    app.add_routes([web.get("/health", box.health), web.post("/{path:.*}", box.post)])
+    app.add_routes([web.get("/health", box.health), web.route("*", "/{path:.*}", box.post)])
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -98,7 +98,7 @@ def test_a_large_result_is_elsewhere() -> None:
         (RequestState.CANCELLED, 410, "request-cancelled", "rejected"),
         (RequestState.DEAD, 500, "request-dead", "errored"),
         (RequestState.ABANDONED, 503, "request-refused", "rejected"),
-        (RequestState.ERRORED, 500, "request-dead", "errored"),
+        (RequestState.ERRORED, 502, "stream-cut", "errored"),
     ],
 )
 def test_an_end_without_an_answer_is_a_problem(state: RequestState, code: int, slug: str, status: str) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.backends import codec
-from broker.model import Deployment, GpuSpecification, Job, Outcome, Version
+from broker.model import Channel, Deployment, GpuSpecification, Job, Outcome, Version
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 PAIRS = st.lists(st.tuples(TEXT, TEXT), max_size=4).map(tuple)
@@ -29,6 +29,17 @@ def make_job(**changes: object) -> Job:
 def test_a_job_survives_the_queue(body: bytes, headers: tuple[tuple[str, str], ...], assets: tuple[str, ...]) -> None:
     job = make_job(body=body, headers=headers, assets=assets, passthrough=True, poll_s=7)
     assert codec.unpack_job(*codec.pack_job(job)) == job
+
+
+@given(token=TEXT, websocket=st.booleans(), body_bytes=st.integers(-1, 2**40))
+def test_a_channel_survives_the_queue(token: str, websocket: bool, body_bytes: int) -> None:
+    channel = Channel(url="http://10.0.0.7:9000/x", token=token, websocket=websocket, body_bytes=body_bytes)
+    job = make_job(channel=channel, method="PUT", target="/a?b")
+    assert codec.unpack_job(*codec.pack_job(job)) == job
+
+
+def test_a_token_is_not_shown() -> None:
+    assert "secret" not in repr(make_job(channel=Channel(url="http://h/x", token="secret")))
 
 
 @given(body=st.binary(max_size=200), headers=PAIRS, status=st.integers(100, 599))

@@ -161,6 +161,85 @@ async def test_a_header_that_is_not_text_is_dropped(tmp_path: Path) -> None:
     assert got == Answer(status=200, headers=(("X-Own", "1"),), body=b"ok")
 
 
+# -- in the container's own name ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PROPFIND", "PUT", "DELETE", "PATCH"])
+async def test_any_method_and_target_reach_the_container_as_they_were_sent(tmp_path: Path, method: str) -> None:
+    heads: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        writer.close()
+
+    target = "//a/../b%2F%zz/%C3%BC?x=%20+;&&=@"
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with Inference(settings_for(tmp_path, port)) as inference:
+            job = a_job(method=method, target=target, body=b"", passthrough=True)
+            got = await inference.infer(job, (), body=b"", spill=tmp_path / "spill", budget_s=10)
+    assert got.status == 204
+    assert heads[0].startswith(f"{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n".encode())
+    assert (b"Content-Length" in heads[0]) is (method in ("PROPFIND", "PUT", "DELETE", "PATCH"))
+
+
+async def test_in_its_own_name_a_container_may_say_more(bench: Bench) -> None:
+    bench.answers(
+        b"",
+        status=302,
+        headers=[
+            ("Location", "http://elsewhere.example/"),
+            ("Set-Cookie", "a=1"),
+            ("Set-Cookie", "b=2"),
+            ("Refresh", "1"),
+            ("Access-Control-Allow-Origin", "*"),
+            ("Strict-Transport-Security", "max-age=1"),
+            ("NVCF-REQID", "forged"),
+            ("Keep-Alive", "timeout=5"),
+        ],
+    )
+    got = await bench.infer(a_job(target="/", passthrough=True))
+    assert [pair for pair in got.headers if not pair[0].startswith("Content-")] == [
+        ("Location", "http://elsewhere.example/"),
+        ("Set-Cookie", "a=1"),
+        ("Set-Cookie", "b=2"),
+        ("Refresh", "1"),
+        ("Access-Control-Allow-Origin", "*"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "seen"),
+    [
+        ("{origin}/a?b", "/a?b"),
+        ("{origin}", "/"),
+        ("{origin}?a", "/?a"),
+        ("/relative", "/relative"),
+        ("{origin}0/a", "{origin}0/a"),
+        ("{origin}@elsewhere.example/", "{origin}@elsewhere.example/"),
+        # Without the origin, this would lead to another host.
+        ("{origin}//elsewhere.example/", "{origin}//elsewhere.example/"),
+    ],
+)
+async def test_a_redirect_to_the_containers_own_address_leads_there_from_outside(
+    bench: Bench, said: str, seen: str
+) -> None:
+    origin = f"http://127.0.0.1:{bench.box.port}"
+    bench.answers(b"", status=307, headers={"Location": said.format(origin=origin)})
+    got = await bench.infer(a_job(target="/", passthrough=True))
+    assert dict(got.headers)["Location"] == seen.format(origin=origin)
+
+
+@pytest.mark.parametrize(("method", "body"), [("HEAD", b""), ("GET", b"x" * 500)])
+async def test_the_length_of_an_answer_is_told_even_where_it_does_not_come(
+    bench: Bench, method: str, body: bytes
+) -> None:
+    bench.answers(b"x" * 500)
+    got = await bench.infer(a_job(method=method, target="/", passthrough=True))
+    assert (got.body, dict(got.headers)["Content-Length"]) == (body, "500")
+
+
 async def test_an_encoded_body_passes_untouched(bench: Bench) -> None:
     packed = gzip.compress(b"hello")
     bench.answers(packed, headers={"Content-Encoding": "gzip"})

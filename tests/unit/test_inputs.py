@@ -345,3 +345,14 @@ async def failure(blobs: FileBlobs, settings: SidecarSettings, job: Job) -> str:
 async def enter(blobs: FileBlobs, settings: SidecarSettings, job: Job) -> None:
     async with laid_out(blobs, settings, job):
         pass
+
+
+@pytest.mark.parametrize("target", ["", "/"])
+async def test_cookies_reach_a_container_that_is_asked_in_its_own_name(
+    blobs: FileBlobs, settings: SidecarSettings, target: str
+) -> None:
+    job = a_job(target=target, headers=(("Cookie", "a=b"), ("Authorization", "Bearer x")))
+    async with laid_out(blobs, settings, job) as room:
+        names = {name for name, _ in container_headers(job, room, headers_for_all(settings), 60.0)}
+    assert ("Cookie" in names) is bool(target)
+    assert "Authorization" not in names

@@ -25,6 +25,7 @@ from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
+from broker.backends.memory.streams import MemoryStreams
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.keyring import Keyring
 from broker.model import (
@@ -121,6 +122,7 @@ class Rig:
         return Broker(
             queue=self.queue,
             results=self.results,
+            streams=MemoryStreams(self.results, self.settings),
             catalog=self.catalog,
             counters=MemoryCounters(),
             blobs=self.blobs,
@@ -319,6 +321,27 @@ async def test_a_body_in_the_blob_store_goes_once_its_request_has_a_result(rig: 
     await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
     rig.box.handler = lambda _: answer(b"{}", status=status)
     await rig.run(body=b"", body_key="inputs/acme/x")
+    assert await rig.blobs.head("inputs/acme/x") is None
+
+
+async def test_a_body_in_the_blob_store_goes_with_a_request_that_was_cancelled(rig: Rig) -> None:
+    await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
+    job = await rig.submit(body=b"", body_key="inputs/acme/x")
+    await rig.results.cancel(job.id, reason="not wanted")
+    async with rig.sidecar():
+        await rig.ended(await rig.submit())  # behind it
+    assert await rig.blobs.head("inputs/acme/x") is None
+    assert rig.box.bodies == [b'{"message": "hi"}']
+
+
+async def test_a_body_in_the_blob_store_goes_with_a_request_that_is_cancelled_while_it_runs(rig: Rig) -> None:
+    await rig.blobs.put("inputs/acme/x", b"large", content_type="application/octet-stream")
+    rig.box.handler = Gate()
+    async with rig.sidecar():
+        job = await rig.submit(body=b"", body_key="inputs/acme/x")
+        await rig.box.called.wait()
+        await rig.results.cancel(job.id, reason="not wanted")
+        await rig.box.left.wait()
     assert await rig.blobs.head("inputs/acme/x") is None
 
 

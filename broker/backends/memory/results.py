@@ -12,15 +12,17 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from broker.backends.hints import Hints, Watch
+from broker.backends.hints import Hints, RecordWatch
 from broker.errors import IdempotencyKeyReused, QueueFull
 from broker.model import (
     MOST_ATTEMPTS_KEPT,
     NO_TIMINGS,
+    STREAM_CUT,
     Attempt,
     AttemptEnd,
+    Chunk,
     Claim,
     Draft,
     Epoch,
@@ -43,8 +45,19 @@ OVERDUE = "not finished before its deadline"
 OVERSLEPT = "no worker took it before its queue timeout"
 
 
+@dataclass(slots=True)
+class Log:
+    """A request's stream. `until` is when its readers mean to leave, or since when nobody has come; 0: not said."""
+
+    head: Outcome | None = None
+    chunks: deque[Chunk] = field(default_factory=deque)
+    written: int = 0
+    read: int = 0
+    until: float = 0.0
+
+
 @dataclass(slots=True, kw_only=True)
-class _Entry:
+class Entry:
     """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it; `worker` is set
     from a claim until the attempt comes to nothing, and `past` holds those that did."""
 
@@ -71,6 +84,7 @@ class _Entry:
     timings: Timings | None = None
     past: tuple[Attempt, ...] = ()
     hidden: bool = False
+    log: Log = field(default_factory=Log)
 
     def record(self) -> Record:
         """The outcome of a request that is not terminal is nobody's to read."""
@@ -93,6 +107,7 @@ class _Entry:
             run_timeout_s=self.run_timeout_s,
             attempts=self.past + ((self.turn(AttemptEnd(self.state), self.finished_at),) if self.worker else ()),
             timings=self.timings,
+            head=None if self.state.terminal else self.log.head,
         )
 
     def turn(self, end: AttemptEnd, ended_at: float) -> Attempt:
@@ -111,8 +126,8 @@ class MemoryResults:
         self._settings = settings
         self._now = now
         self._epoch = Epoch(number=secrets.randbelow(256), born_at=now(), now=now())
-        self._hints = Hints()
-        self._entries: dict[str, _Entry] = {}
+        self.hints = Hints()
+        self._entries: dict[str, Entry] = {}
         self._finished: deque[tuple[float, str]] = deque()
         self._waiting: dict[str, list[tuple[int, str]]] = {}
         self._running: dict[str, set[str]] = {}
@@ -134,6 +149,12 @@ class MemoryResults:
         if self._keys.get((account, key), ("",))[0] == request_id:
             del self._keys[account, key]
 
+    def entry(self, request_id: str) -> Entry | None:
+        return self._entries.get(request_id)
+
+    def now(self) -> float:
+        return self._now()
+
     async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
         self._drop_old()
         entry = self._entries.get(draft.id)
@@ -154,12 +175,12 @@ class MemoryResults:
         if entry.submitters > 1:
             entry.submitters -= 1
             return False
-        self._finish(entry, RequestState.ABANDONED, reason=reason)
+        self.finish(entry, RequestState.ABANDONED, reason=reason)
         return True
 
     @asynccontextmanager
-    async def watch(self, request_id: str) -> AsyncIterator[Watch]:
-        with self._hints.watching(request_id, Watch(lambda: self.read(request_id))) as watch:
+    async def watch(self, request_id: str) -> AsyncIterator[RecordWatch]:
+        with self.hints.watching(request_id, RecordWatch(lambda: self.read(request_id))) as watch:
             yield watch
 
     async def read(self, request_id: str) -> Record | None:
@@ -203,8 +224,11 @@ class MemoryResults:
         if entry.not_before > now:
             return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=entry.not_before - now)
         entry.not_before, entry.outcome = 0.0, None
+        if entry.log.written:
+            self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
+            return Claim(verdict=Verdict.SETTLED, state=entry.state)
         if entry.attempt >= max_attempts:
-            self._finish(
+            self.finish(
                 entry, RequestState.DEAD, reason=f"the worker or its container died in {entry.attempt} attempts"
             )
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
@@ -232,6 +256,9 @@ class MemoryResults:
         if entry is None:
             return RequestState.QUEUED
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
+            if entry.log.written:
+                self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
+                return entry.state
             entry.close(AttemptEnd.RETURNED if refund else AttemptEnd.FAILED, self._now())
             entry.attempt -= refund
             entry.token, entry.lease_until = "", 0.0
@@ -258,7 +285,7 @@ class MemoryResults:
             entry.state, entry.attempt, entry.token = RequestState.RUNNING, lease.attempt, lease.token
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
             entry.timings = timings
-            self._finish(entry, state, outcome=outcome)
+            self.finish(entry, state, outcome=outcome)
         return entry.state
 
     async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
@@ -267,7 +294,7 @@ class MemoryResults:
         if entry.state is RequestState.RUNNING and wait_s > 0:
             return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=wait_s)
         if not entry.state.terminal:
-            self._finish(entry, state, reason=reason)
+            self.finish(entry, state, reason=reason)
         return Claim(verdict=Verdict.SETTLED, state=entry.state)
 
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
@@ -277,13 +304,13 @@ class MemoryResults:
         self._expire(entry)
         before = entry.state
         if not before.terminal:
-            self._finish(entry, RequestState.CANCELLED, reason=reason)
+            self.finish(entry, RequestState.CANCELLED, reason=reason)
         return before
 
     async def forget(self, request_id: str) -> None:
         entry = self._entries.get(request_id)
         if entry is not None and entry.state.terminal:
-            entry.hidden, entry.outcome = True, None
+            entry.hidden, entry.outcome, entry.log = True, None, Log()
 
     async def position(self, record: Record) -> Position:
         waiting = self._waiting.get(record.version_id, [])
@@ -317,9 +344,9 @@ class MemoryResults:
             queued=len(waiting), running=len(self._running.get(version_id, ())), oldest_age_s=max(0.0, oldest_age_s)
         )
 
-    def _add(self, draft: Draft, *, created_at: float, deadline_at: float) -> _Entry:
+    def _add(self, draft: Draft, *, created_at: float, deadline_at: float) -> Entry:
         self._orders += 1
-        entry = _Entry(
+        entry = Entry(
             id=draft.id,
             account=draft.account,
             function_id=draft.function_id,
@@ -337,7 +364,7 @@ class MemoryResults:
         self._list(entry)
         return entry
 
-    def _list(self, entry: _Entry) -> None:
+    def _list(self, entry: Entry) -> None:
         """As the newest of its account, or where a rebuilt one was before."""
         listed = self._accounts.setdefault(entry.account, [])
         order = _order(entry.created_at)
@@ -347,7 +374,7 @@ class MemoryResults:
         if len(listed) > 2 * self._settings.listed_requests:
             del listed[: -self._settings.listed_requests]
 
-    def _rebuild(self, job: Job) -> _Entry:
+    def _rebuild(self, job: Job) -> Entry:
         draft = Draft(
             id=job.id,
             account=job.account,
@@ -360,7 +387,7 @@ class MemoryResults:
         )
         return self._add(draft, created_at=job.created_at, deadline_at=job.deadline_at)
 
-    def _expire(self, entry: _Entry) -> bool:
+    def _expire(self, entry: Entry) -> bool:
         """PROTOCOL R3: whoever looks at an overdue request that nobody runs ends it."""
         now = self._now()
         held = entry.state is RequestState.RUNNING and entry.lease_until > now
@@ -368,20 +395,21 @@ class MemoryResults:
         if entry.state.terminal or held or now < due_at:
             return False
         if entry.outcome is not None:  # of the attempt that was postponed last
-            self._finish(entry, RequestState.ERRORED, outcome=entry.outcome)
+            self.finish(entry, RequestState.ERRORED, outcome=entry.outcome)
         else:
-            self._finish(entry, RequestState.EXPIRED, reason=OVERDUE if due_at == entry.deadline_at else OVERSLEPT)
+            self.finish(entry, RequestState.EXPIRED, reason=OVERDUE if due_at == entry.deadline_at else OVERSLEPT)
         return True
 
-    def _finish(self, entry: _Entry, state: RequestState, *, reason: str = "", outcome: Outcome | None = None) -> None:
+    def finish(self, entry: Entry, state: RequestState, *, reason: str = "", outcome: Outcome | None = None) -> None:
         if entry.state is RequestState.RUNNING and outcome is None and entry.lease_until <= self._now():
             entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, state)
         entry.reason, entry.outcome, entry.finished_at = reason, outcome, self._now()
         self._finished.append((entry.finished_at, entry.id))
-        self._hints.tell(entry.id)
+        self.hints.tell(entry.id)
+        self.hints.tell(f"{entry.id}/r")
 
-    def _move(self, entry: _Entry, state: RequestState) -> None:
+    def _move(self, entry: Entry, state: RequestState) -> None:
         """The one place where a state changes, with the order and the running set beside it."""
         if entry.state is RequestState.QUEUED:
             waiting = self._waiting[entry.version_id]

@@ -16,7 +16,7 @@ import orjson
 from redis.exceptions import RedisError
 
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
-from broker.backends.hints import Hints, Watch
+from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Command, Connection
 from broker.errors import IdempotencyKeyReused, QueueFull, StoreUnavailable
@@ -60,8 +60,8 @@ class RedisResults:
         self._connection = connection
         self._settings = settings
         self._retention_ms = int(settings.result_ttl_s * 1000)
-        self._channel = f"fnq:h:{secrets.token_hex(6)}"
-        self._hints = Hints()
+        self.channel = f"fnq:h:{secrets.token_hex(6)}"
+        self.hints = Hints()
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
 
@@ -93,7 +93,7 @@ class RedisResults:
                 int(draft.deadline_s * 1000),
                 self._retention_ms,
                 nonce,
-                self._channel if watch else "",
+                self.channel if watch else "",
                 queue_ms,
                 int(draft.run_timeout_s * 1000),
             ),
@@ -144,8 +144,8 @@ class RedisResults:
     # -- readers ----------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def watch(self, request_id: str) -> AsyncIterator[Watch]:
-        with self._hints.watching(request_id, Watch(lambda: self._read(request_id, self._channel))) as watch:
+    async def watch(self, request_id: str) -> AsyncIterator[RecordWatch]:
+        with self.hints.watching(request_id, RecordWatch(lambda: self._read(request_id, self.channel))) as watch:
             yield watch
 
     async def read(self, request_id: str) -> Record | None:
@@ -237,7 +237,7 @@ class RedisResults:
                 (_record(job.id), _body(job.id)),
                 worker,
                 token,
-                self._channel,
+                self.channel,
                 int(lease_s * 1000),
                 max_attempts,
                 self._retention_ms,
@@ -272,9 +272,13 @@ class RedisResults:
 
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
         [reply] = await self._connection.run(
-            scripts.RELEASE.call((_record(lease.request_id),), lease.token, int(refund))
+            scripts.RELEASE.call(
+                (_record(lease.request_id), _body(lease.request_id)), lease.token, int(refund), self._retention_ms
+            )
         )
         state = RequestState(_text(reply))
+        if state.terminal:
+            await self._leave(lease.version_id, lease.request_id, timed=True)
         if state is RequestState.QUEUED:
             await self._back_in_line(lease.version_id, lease.request_id)
         return state
@@ -376,7 +380,7 @@ class RedisResults:
         while True:
             try:
                 async with self._connection.client.pubsub() as pubsub:
-                    await pubsub.subscribe(self._channel)
+                    await pubsub.subscribe(self.channel)
                     while True:
                         message = await pubsub.get_message(timeout=5.0)
                         failing = False
@@ -391,10 +395,10 @@ class RedisResults:
         if message is None:
             return
         if message["type"] == "message":
-            self._hints.tell(_text(message["data"]))
+            self.hints.tell(_text(message["data"]))
         elif message["type"] == "subscribe":
             # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
-            self._hints.tell_all()
+            self.hints.tell_all()
             self.subscribed.set()
 
     async def _keep_epoch(self) -> None:
@@ -457,12 +461,7 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         return None
     state, account, function_id, version_id = (_text(part) for part in reply[:4])
     created, deadline, attempt, started, ended = (int(part) for part in reply[4:9])
-    body, worker = reply[11], _text(reply[9])
-    try:
-        outcome = unpack_outcome(body) if body else None
-    except Unreadable:
-        logger.error("outcome_unreadable", extra={"request_id": request_id})
-        outcome = None
+    worker = _text(reply[9])
     attempts = tuple(_attempt(*each) for each in orjson.loads(reply[15] or b"[]"))
     if worker:
         attempts += (_attempt(attempt, worker, started, ended, _text(state)),)
@@ -480,7 +479,8 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         finished_at=ended / 1000,
         worker=worker,
         reason=_text(reply[10]),
-        outcome=outcome,
+        outcome=_outcome(request_id, reply[11]),
+        head=_outcome(request_id, reply[17]),
         status_code=status_code,
         queue_deadline_at=int(reply[13]) / 1000,
         run_timeout_s=int(reply[14]) / 1000,
@@ -525,6 +525,14 @@ def _parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
         container_s=container / 1000,
         upload_s=upload / 1000,
     )
+
+
+def _outcome(request_id: str, packed: bytes) -> Outcome | None:
+    try:
+        return unpack_outcome(packed) if packed else None
+    except Unreadable:
+        logger.error("outcome_unreadable", extra={"request_id": request_id})
+        return None
 
 
 def _job(job: Job) -> tuple[str | int, ...]:

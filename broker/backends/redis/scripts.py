@@ -2,6 +2,8 @@
 
 Keys of one request share a hash tag, so that they live in one slot of a Redis Cluster:
     fnq:{<id>}:r   hash, the record      fnq:{<id>}:b   string, the packed outcome
+    fnq:{<id>}:s   stream, the latest of a streamed body: entry <attempt>-<offset behind it>, fields d data · k kind
+                   (0 bytes, 1 event) · c the container's ID of the event
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
     fnq:{<version>}:d   sorted set of ids by queue deadline, of those that have one
@@ -13,11 +15,15 @@ o nonce of the creating call · t lease token · l lease end · w worker · k th
 e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
 Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
 G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
+and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
+means to be there · i channels of readers · j channel of a writer that waits, and how many unread bytes it waits for
 """
 
 from __future__ import annotations
 
 import hashlib
+
+from broker.model import STREAM_CUT
 
 
 class Script:
@@ -55,21 +61,24 @@ end
 """
 )
 
-# finish(): the only place where a record becomes terminal. The record outlives every copy of its message.
+# finish(): the only place where a record becomes terminal. The record outlives every copy of its message. The key of
+# the stream is made here, because few requests have one; it is in the record's slot.
 _FINISH = (
     _CLOSE
     + """
 local terminal = {fulfilled=1, errored=1, expired=1, ['timed-out']=1, cancelled=1, dead=1, abandoned=1}
 local function finish(r, b, state, reason, retention, body)
-  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z')
+  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z')
   if old[4] == 'running' and not body and tonumber(old[5] or 0) <= now then close(r, 'lost', old[5] or now) end
   local id = string.match(r, '{(.-)}')
   local ttl = math.max(retention, (tonumber(old[1]) or now) - now + 180000)
   redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
-  redis.call('HDEL', r, 'h', 'k', 'l', 't')
+  redis.call('HDEL', r, 'h', 'k', 'l', 't', 'i', 'j')
   redis.call('PEXPIRE', r, ttl)
+  if old[8] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
   if body then redis.call('SET', b, body, 'PX', ttl) elseif old[6] then redis.call('DEL', b) end
   for channel in string.gmatch(old[2] or '', '%S+') do redis.call('PUBLISH', channel, id) end
+  for channel in string.gmatch(old[7] or '', '%S+') do redis.call('PUBLISH', channel, id .. '/r') end
   if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
   return state
 end
@@ -92,6 +101,8 @@ local function overdue(r, b, retention)
 end
 """
 )
+
+_CUT = f"local cut = '{STREAM_CUT}'\n"
 
 # rebuild(): a record that is gone is made again from what its message carries.
 _REBUILD = (
@@ -163,14 +174,16 @@ return 1
 
 # KEYS record body · ARGV retention_ms channel touch whole
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
-#   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result}
+#   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result,
+#   head of a stream that is not terminal}
 # A touched terminal record is written to, so that WAIT on this connection covers what was read.
 READ = Script(
     _FINISH
     + """
 if redis.call('HEXISTS', KEYS[1], 's') == 0 or redis.call('HEXISTS', KEYS[1], 'x') == 1 then return nil end
 local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
-local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I')
+local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I',
+  'u')
 local body = ''
 if terminal[f[1]] then
   body = ARGV[4] == '1' and redis.call('GET', KEYS[2]) or ''
@@ -179,10 +192,12 @@ elseif ARGV[2] ~= '' and not string.find(f[12] or '', ARGV[2], 1, true) and #(f[
   redis.call('HSET', KEYS[1], 'h', (f[12] and f[12] .. ' ' or '') .. ARGV[2])
 end
 return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
-  f[10] or '', f[11] or '', body, expired and 1 or 0, f[13] or '0', f[14] or '0', f[15] or '', f[16] or ''}
+  f[10] or '', f[11] or '', body, expired and 1 or 0, f[13] or '0', f[14] or '0', f[15] or '', f[16] or '',
+  not terminal[f[1]] and f[17] or ''}
 """
 )
 
+# An attempt that began to stream is the last one: its reader cannot be given the same again.
 # KEYS record body
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
 #   queue_deadline run_ms
@@ -190,11 +205,12 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 # What POSTPONE kept goes when the next attempt starts.
 CLAIM = Script(
     _REBUILD
+    + _CUT
     + """
 local r = KEYS[1]
 local rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
 overdue(r, KEYS[2], ARGV[6] + 0)
-local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z')
+local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
 if f[6] then
@@ -206,6 +222,7 @@ if f[1] == 'running' and tonumber(f[4] or 0) > now then
   if f[3] == ARGV[2] then return {'granted', 'running', n, 0, f[5] - now, rebuilt} end
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
+if f[7] then return {'settled', finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0), n, 0} end
 if n >= tonumber(ARGV[5]) then
   finish(r, KEYS[2], 'dead', 'the worker or its container died in ' .. n .. ' attempts', ARGV[6] + 0)
   return {'settled', 'dead', n, 0}
@@ -230,13 +247,15 @@ return 'running'
 """
 )
 
-# KEYS record · ARGV token refund(0|1) · returns the state left behind
+# KEYS record body · ARGV token refund(0|1) retention_ms · returns the state left behind
 RELEASE = Script(
-    _CLOSE
+    _FINISH
+    + _CUT
     + """
-local f = redis.call('HMGET', KEYS[1], 's', 't')
+local f = redis.call('HMGET', KEYS[1], 's', 't', 'z')
 if not f[1] then return 'queued' end
 if f[1] == 'running' and f[2] == ARGV[1] then
+  if f[3] then return finish(KEYS[1], KEYS[2], 'errored', cut, ARGV[3] + 0) end
   close(KEYS[1], ARGV[2] == '1' and 'returned' or 'failed', now)
   redis.call('HINCRBY', KEYS[1], 'n', 0 - ARGV[2])
   redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
@@ -319,8 +338,123 @@ FORGET = Script(
     + """
 if terminal[redis.call('HGET', KEYS[1], 's') or ''] then
   redis.call('HSET', KEYS[1], 'x', 1)
-  redis.call('DEL', KEYS[2])
+  redis.call('DEL', KEYS[2], string.sub(KEYS[1], 1, -2) .. 's')
 end
+return 1
+"""
+)
+
+# -- streams: what was appended is found again by its offset, so that appending twice changes nothing ---------------
+
+# KEYS record stream
+# ARGV token channel most_unread most_kept head('' for none), then for each chunk: end kind event_id data
+# returns {state, 1 if something before is missing, bytes unread, ms that nobody has read}
+STREAM_APPEND = Script(
+    _NOW
+    + """
+local r, stream = KEYS[1], KEYS[2]
+local f = redis.call('HMGET', r, 's', 't', 'n', 'z', 'q', 'g', 'i', 'j')
+if not f[1] then return {'running', 1, 0, 0} end
+if f[1] ~= 'running' then return {f[1], 0, 0, 0} end
+if f[2] ~= ARGV[1] then return {'queued', 0, 0, 0} end
+local written, news = tonumber(f[4] or 0), ARGV[5] ~= ''
+local id = string.match(r, '{(.-)}')
+if news then
+  redis.call('HSET', r, 'u', ARGV[5])
+  for channel in string.gmatch(redis.call('HGET', r, 'h') or '', '%S+') do redis.call('PUBLISH', channel, id) end
+end
+local before = written
+for at = 6, #ARGV, 4 do
+  local last = tonumber(ARGV[at])
+  if last > written then
+    if last - #ARGV[at + 3] ~= written then return {'running', 1, 0, 0} end
+    redis.call('XADD', stream, f[3] .. '-' .. ARGV[at], 'd', ARGV[at + 3], 'k', ARGV[at + 1], 'c', ARGV[at + 2])
+    written = last
+  end
+end
+if written > before then
+  news = true
+  redis.call('HSET', r, 'z', string.format('%d', written))
+  if before == 0 then redis.call('PEXPIRE', stream, math.max(1, redis.call('PTTL', r))) end
+  local dropped = written - tonumber(ARGV[4])
+  if dropped > 0 then redis.call('XTRIM', stream, 'MINID', f[3] .. '-' .. string.format('%d', dropped + 1)) end
+end
+if news and f[7] then
+  for channel in string.gmatch(f[7], '%S+') do redis.call('PUBLISH', channel, id .. '/r') end
+end
+local unread, there = written - tonumber(f[5] or 0), tonumber(f[6] or 0)
+if unread > tonumber(ARGV[3]) then
+  if there == 0 then
+    there = now
+    redis.call('HSET', r, 'g', now)
+  end
+  redis.call('HSET', r, 'j', ARGV[2] .. ' ' .. math.floor(ARGV[3] / 2))
+elseif f[8] then
+  redis.call('HDEL', r, 'j')
+end
+return {'running', 0, unread, there > 0 and math.max(0, now - there) or 0}
+"""
+)
+
+# KEYS record body stream · ARGV after most_bytes attended_ms channel silence_ms retention_ms step_bytes
+# returns nil, or {state, attempt, bytes written, head, then for each chunk: end kind event_id data}
+# It writes only what has changed by much, because a write may cost a flush of the disk before the answer leaves.
+# A stream whose worker has fallen silent is ended here, because no other worker may be there to do it.
+STREAM_READ = Script(
+    _FINISH
+    + _CUT
+    + """
+local r, after = KEYS[1], tonumber(ARGV[1])
+local f = redis.call('HMGET', r, 's', 'n', 'z', 'u', 'l', 'g', 'i', 'j', 'x', 'q')
+if not f[1] or f[9] then return nil end
+local state, written = f[1], tonumber(f[3] or 0)
+if state == 'running' and f[3] and tonumber(f[5] or 0) + ARGV[5] <= now then
+  state = finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0)
+end
+local answer, size, at = {state, tonumber(f[2] or 0), written, f[4] or ''}, 0, after
+if at < written then
+  local from = string.format('%s-%d', f[2], after + 1)
+  while size < tonumber(ARGV[2]) do
+    local entries = redis.call('XRANGE', KEYS[3], from, '+', 'COUNT', 32)
+    for _, entry in ipairs(entries) do
+      local data = entry[2][2]
+      if size > 0 and size + #data > tonumber(ARGV[2]) then size = size + #data break end
+      size, at = size + #data, tonumber(string.match(entry[1], '%-(%d+)$'))
+      answer[#answer + 1] = at
+      answer[#answer + 1] = entry[2][4]
+      answer[#answer + 1] = entry[2][6]
+      answer[#answer + 1] = data
+    end
+    if #entries < 32 then break end
+    from = '(' .. entries[#entries][1]
+  end
+end
+if terminal[state] then return answer end
+local attended = tonumber(ARGV[3])
+if attended > 0 then
+  if f[8] or math.abs(after - tonumber(f[10] or 0)) >= tonumber(ARGV[7]) then redis.call('HSET', r, 'q', ARGV[1]) end
+  if now + attended * 7 / 8 > tonumber(f[6] or 0) then redis.call('HSET', r, 'g', now + attended) end
+  local writer, few = string.match(f[8] or '', '^(%S+) (%d+)$')
+  if writer and written - after <= tonumber(few) then
+    redis.call('PUBLISH', writer, string.match(r, '{(.-)}') .. '/w')
+    redis.call('HDEL', r, 'j')
+  end
+end
+if not string.find(f[7] or '', ARGV[4], 1, true) and #(f[7] or '') < 512 then
+  redis.call('HSET', r, 'i', (f[7] and f[7] .. ' ' or '') .. ARGV[4])
+end
+return answer
+"""
+)
+
+# KEYS record · ARGV 1 if a reader is expected back
+STREAM_LEAVE = Script(
+    _NOW
+    + """
+local there = redis.call('HGET', KEYS[1], 'g')
+if not there then return 0 end
+if ARGV[1] == '1' then return redis.call('HDEL', KEYS[1], 'g') end
+redis.call('HSET', KEYS[1], 'g', math.min(now, tonumber(there)))
 return 1
 """
 )

@@ -1,4 +1,4 @@
-"""Opens Results, Catalog and Counters over one Redis."""
+"""Opens Results, Streams, Catalog and Counters over one Redis."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from broker.backends.redis.catalog import RedisCatalog
 from broker.backends.redis.connection import Connection
 from broker.backends.redis.counters import RedisCounters
 from broker.backends.redis.results import RedisResults
+from broker.backends.redis.streams import RedisStreams
+from broker.ports import Store
 from broker.settings import Settings
 
 
 @asynccontextmanager
-async def open_store(url: str, settings: Settings) -> AsyncIterator[tuple[RedisResults, RedisCatalog, RedisCounters]]:
+async def open_store(url: str, settings: Settings) -> AsyncIterator[Store]:
     """Raises ConfigurationError for a URL that cannot be read; a Redis that is away does not fail the opening."""
     connection = Connection(url, settings)
     results = RedisResults(connection, settings)
@@ -22,7 +24,12 @@ async def open_store(url: str, settings: Settings) -> AsyncIterator[tuple[RedisR
     try:
         with suppress(TimeoutError):
             await asyncio.wait_for(results.subscribed.wait(), settings.store_timeout_s)
-        yield results, RedisCatalog(connection), RedisCounters(connection)
+        yield Store(
+            results=results,
+            streams=RedisStreams(connection, settings, hints=results.hints, channel=results.channel),
+            catalog=RedisCatalog(connection),
+            counters=RedisCounters(connection),
+        )
     finally:
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)

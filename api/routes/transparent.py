@@ -1,0 +1,155 @@
+"""Invocation in the function's own name: any method, path and query, by host name or by header
+(contract/invocation.md §1.1, §2.1, §8.4).
+
+`{functionId}.<anything>` and `{versionId}.{functionId}.<anything>` as Host, or the headers `function-id` and
+`function-version-id`, which win over the Host and over every path of ours. What the address names is only ever what
+the Authorization covers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from api import auth, headers
+from api.answers import Answer, Speaker
+from api.front import Front
+from api.middleware import INVOKES, answer_errors
+from api.routes.channels import converse
+from api.routes.invocations import SCOPE, Call, Manner, origin, respond, run, take
+from broker.accounts import require
+from broker.errors import BadRequest
+
+_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_OWN_HOST = re.compile(rf"({_ID})\.(?:({_ID})\.(?=[^.:]))?([^.:].*)", re.ASCII | re.IGNORECASE)
+# What HTTP allows in a target, but for what ends it early: it goes on to the container byte for byte.
+_TARGET = re.compile(r"/[!-\"$-~]*", re.ASCII)
+_ABSOLUTE = re.compile(r"https?://([^/?#]*)", re.ASCII | re.IGNORECASE)
+_SPOKEN_TO_US = frozenset({headers.FUNCTION_ID, headers.FUNCTION_VERSION_ID})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Which function is meant, and what it is asked for. `version_id` is "" for any callable version. `host` is the
+    rest of a Host that names the function, and "" where headers do."""
+
+    function_id: str
+    version_id: str
+    target: str
+    host: str = ""
+
+
+def addressed(front: Front) -> Middleware:
+    """Takes what is addressed to a function out of the hands of the router."""
+
+    @web.middleware
+    async def divert(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not is_addressed(request):
+            return await handler(request)
+        request[INVOKES] = True
+        return await answer_errors(request, partial(invoke, front))
+
+    return divert
+
+
+async def invoke(front: Front, request: web.Request) -> web.StreamResponse:
+    """Accept the request and hold the call as `pexec` does; the answer is the container's own."""
+    address = address_of(request)
+    call = await _admit(front, request, address)
+    await take(front, request, call)
+    speaker = Speaker.CONTAINER_ON_ITS_OWN_HOST if address.host else Speaker.CONTAINER
+    if needs_channel(request):
+        return await converse(
+            front, request, call.submission(b""), call.version, wait_s=call.wait.seconds, speaker=speaker
+        )
+    manner = Manner(speaker=speaker, origin=origin(front, request, host=address.host) if address.host else "")
+    found = await run(front, request, call, await front.bodies.receive(request), manner)
+    return respond(found, call.wait) if isinstance(found, Answer) else found
+
+
+def needs_channel(request: web.Request) -> bool:
+    """Whether the container must be able to answer before it has all of the request: it then has to be connected to
+    this very process.
+
+    That a body comes in chunks does not say so: most clients that send one only do not know its length.
+    """
+    return request.headers.get("Upgrade", "").lower() == "websocket" or headers.streams_full_request(request.headers)
+
+
+def is_addressed(request: web.Request) -> bool:
+    """Whether the request names a function in its headers or its host."""
+    return headers.FUNCTION_ID in request.headers or _OWN_HOST.match(_host(request)) is not None
+
+
+def address_of(request: web.Request) -> Address:
+    """Raises BadRequest: an ID is none, or is given twice, or what is asked for is no path."""
+    target = _target(request)
+    if headers.FUNCTION_ID in request.headers:
+        return Address(
+            function_id=_named(request, headers.FUNCTION_ID),
+            version_id=_named(request, headers.FUNCTION_VERSION_ID),
+            target=target,
+        )
+    found = _OWN_HOST.match(_host(request))
+    assert found is not None, "it is addressed to a function"
+    first, second, rest = (part.lower() if part else "" for part in found.groups())
+    return Address(function_id=second or first, version_id=first if second else "", target=target, host=rest)
+
+
+async def _admit(front: Front, request: web.Request, address: Address) -> Call:
+    """As of `pexec`, but for what has no meaning here: an envelope of assets, and whatever path of ours this is."""
+    arrived = request.headers
+    principal = await front.authenticator.authenticate(auth.token(arrived))
+    require(principal, SCOPE)
+    version = await front.versions.pick(principal, address.function_id, address.version_id)
+    return Call(
+        principal=principal,
+        version=version,
+        function_id=address.function_id,
+        version_id=address.version_id,
+        wait=headers.wait(arrived, transparent=True),
+        assets=(),
+        forwarded=tuple(
+            (name, value)
+            for name, value in headers.forwarded(arrived, cookies=bool(address.host))
+            if name.lower() not in _SPOKEN_TO_US
+        ),
+        passthrough=True,
+        idempotency_key=headers.idempotency_key(arrived),
+        queue_timeout_s=headers.timeout_s(arrived, headers.QUEUE_TIMEOUT, longest_s=front.settings.request_deadline_s),
+        run_timeout_s=headers.timeout_s(arrived, headers.RUN_TIMEOUT, longest_s=front.settings.request_deadline_s),
+        region=front.settings.region,
+        method=request.method,
+        target=address.target,
+        streaming=True,
+    )
+
+
+def _named(request: web.Request, name: str) -> str:
+    """The ID in this header, "" where there is none."""
+    given = set(request.headers.getall(name, []))
+    if len(given) > 1:
+        raise BadRequest(f"{name} is given more than once", field=name)
+    return headers.uuid(given.pop().strip(), field=name) if given else ""
+
+
+def _host(request: web.Request) -> str:
+    """That of an absolute target wins (RFC 9112 §3.2.2)."""
+    found = _ABSOLUTE.match(request.raw_path)
+    return found[1] if found else request.headers.get("Host", "")
+
+
+def _target(request: web.Request) -> str:
+    """Path and query as they came."""
+    raw = request.raw_path
+    if found := _ABSOLUTE.match(raw):
+        raw = raw[found.end() :]
+    if not raw.startswith("/"):
+        raw = f"/{raw}" if raw.startswith("?") or not raw else raw
+    if request.method == "CONNECT" or (raw != "*" and _TARGET.fullmatch(raw) is None):
+        raise BadRequest("the target of the request is not a path of ASCII characters without blanks and #")
+    return "/" if raw == "*" else raw

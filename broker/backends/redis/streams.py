@@ -1,0 +1,117 @@
+"""Streams on Redis: appending and reading are one script each, and hints come over the one subscription of the process.
+
+Thousands of readers hold no connection: who waits for more waits for a hint, and what they then ask for together
+leaves in one exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from broker.backends.codec import pack_outcome, unpack_outcome
+from broker.backends.hints import Hints, Watch
+from broker.backends.redis import scripts
+from broker.backends.redis.connection import Connection
+from broker.model import Chunk, Excerpt, Flow, Lease, Outcome, RequestState
+from broker.settings import Settings
+
+_CHUNK_FIELDS = 4
+# How exactly a reader's place is kept, in parts of what is kept of the stream.
+_STEPS = 16
+
+
+class RedisStreams:
+    """`channel` is the one over which this process hears hints, which arrive in `hints`."""
+
+    def __init__(self, connection: Connection, settings: Settings, *, hints: Hints, channel: str) -> None:
+        self._connection = connection
+        self._settings = settings
+        self._hints = hints
+        self._channel = channel
+
+    @asynccontextmanager
+    async def write(self, lease: Lease) -> AsyncIterator[_Writer]:
+        watch = Watch()
+        with self._hints.watching(f"{lease.request_id}/w", watch):
+            yield _Writer(self._connection, self._settings, lease, watch, self._channel)
+
+    @asynccontextmanager
+    async def follow(self, request_id: str) -> AsyncIterator[_Reader]:
+        watch = Watch()
+        with self._hints.watching(f"{request_id}/r", watch):
+            yield _Reader(self._connection, self._settings, request_id, watch, self._channel)
+
+
+class _Writer:
+    def __init__(self, connection: Connection, settings: Settings, lease: Lease, watch: Watch, channel: str) -> None:
+        self._connection = connection
+        self._watch = watch
+        self._keys = _record(lease.request_id), _stream(lease.request_id)
+        self._facts = lease.token, channel, settings.stream_bytes // 2, settings.stream_bytes
+
+    async def append(self, chunks: Sequence[Chunk] = (), *, head: Outcome | None = None) -> Flow:
+        self._watch.forget()
+        packed = pack_outcome(head) if head else b""
+        parts = (part for chunk in chunks for part in (chunk.end, int(chunk.event), chunk.event_id, chunk.data))
+        [reply] = await self._connection.run(scripts.STREAM_APPEND.call(self._keys, *self._facts, packed, *parts))
+        state, cut, unread_bytes, unattended_ms = reply
+        return Flow(
+            state=RequestState(_text(state)),
+            cut=bool(cut),
+            unread_bytes=int(unread_bytes),
+            unattended_s=int(unattended_ms) / 1000,
+        )
+
+    async def drained(self, timeout_s: float) -> None:
+        await self._watch.changed(timeout_s)
+
+
+class _Reader:
+    def __init__(self, connection: Connection, settings: Settings, request_id: str, watch: Watch, channel: str) -> None:
+        self._connection = connection
+        self._watch = watch
+        self._keys = _record(request_id), f"fnq:{{{request_id}}}:b", _stream(request_id)
+        ttl_ms = int(settings.result_ttl_s * 1000)
+        self._facts = channel, int(settings.lease_s * 1000), ttl_ms, settings.stream_bytes // _STEPS
+
+    async def read(self, after: int, *, limit_bytes: int, attended_s: float = 0.0) -> Excerpt | None:
+        self._watch.forget()
+        [reply] = await self._connection.run(
+            scripts.STREAM_READ.call(self._keys, after, limit_bytes, int(attended_s * 1000), *self._facts)
+        )
+        return None if reply is None else _excerpt(reply)
+
+    async def changed(self, timeout_s: float) -> None:
+        await self._watch.changed(timeout_s)
+
+    async def leave(self, *, expected_back: bool) -> None:
+        await self._connection.run(scripts.STREAM_LEAVE.call(self._keys[:1], int(expected_back)))
+
+
+def _excerpt(reply: Sequence[Any]) -> Excerpt:
+    state, attempt, written, head, *rest = reply
+    chunks = (rest[at : at + _CHUNK_FIELDS] for at in range(0, len(rest), _CHUNK_FIELDS))
+    return Excerpt(
+        state=RequestState(_text(state)),
+        attempt=int(attempt),
+        written=int(written),
+        head=unpack_outcome(head) if head else None,
+        chunks=tuple(
+            Chunk(data=data, end=int(end), event=kind == b"1", event_id=_text(event_id))
+            for end, kind, event_id, data in chunks
+        ),
+    )
+
+
+def _record(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:r"
+
+
+def _stream(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:s"
+
+
+def _text(raw: bytes | str) -> str:
+    return raw.decode() if isinstance(raw, bytes) else raw
