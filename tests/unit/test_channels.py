@@ -481,7 +481,7 @@ async def test_a_call_that_takes_too_long_is_ended(rig: Rig) -> None:
     async with rig.sidecar(run_timeout_s=1):
         async with rig.client.post("/talk", data=b"x", headers={"X-Talk": "silent"}) as answer:
             assert answer.status == 504
-        assert (await rig.ended()).state is RequestState.EXPIRED
+        assert (await rig.ended()).state is RequestState.TIMED_OUT
         await rig.said("aborted")
         async with rig.ws() as ws:
             assert (await ws.receive()).data == 1011
