@@ -19,7 +19,7 @@ from api import auth, headers
 from api.answers import Answer, Speaker
 from api.front import Front
 from api.middleware import INVOKES, answer_errors
-from api.routes.channels import converse
+from api.routes.channels import converse, is_websocket
 from api.routes.invocations import SCOPE, Call, Manner, origin, respond, run, take
 from broker.accounts import require
 from broker.errors import BadRequest
@@ -79,7 +79,7 @@ def needs_channel(request: web.Request) -> bool:
 
     That a body comes in chunks does not say so: most clients that send one only do not know its length.
     """
-    return "websocket" in request.headers.get("Upgrade", "").lower() or headers.streams_full_request(request.headers)
+    return is_websocket(request) or headers.streams_full_request(request.headers)
 
 
 def is_addressed(request: web.Request) -> bool:
