@@ -90,7 +90,7 @@ async def converse(
 
 
 def is_websocket(request: web.Request) -> bool:
-    return request.headers.get("Upgrade", "").strip().lower() == "websocket"
+    return "websocket" in request.headers.get("Upgrade", "").lower()
 
 
 def _check(request: web.Request, websocket: bool, wait_s: float, limit_bytes: int) -> None:

@@ -19,7 +19,7 @@ from api import auth, headers
 from api.answers import Answer, Speaker
 from api.front import Front
 from api.middleware import INVOKES, answer_errors
-from api.routes.channels import converse
+from api.routes.channels import converse, is_websocket
 from api.routes.invocations import SCOPE, Call, Manner, origin, respond, run, take
 from broker.accounts import require
 from broker.errors import BadRequest
@@ -34,13 +34,14 @@ _SPOKEN_TO_US = frozenset({headers.FUNCTION_ID, headers.FUNCTION_VERSION_ID})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """Which function is meant, and what it is asked for. `version_id` is "" for any callable version. `host` is the
-    rest of a Host that names the function, and "" where headers do."""
+    """Which function is meant, and what it is asked for. `version_id` is "" for any callable version; `by_host` tells
+    that the Host names the function, and not headers. `host` is this server's own."""
 
     function_id: str
     version_id: str
     target: str
-    host: str = ""
+    by_host: bool
+    host: str
 
 
 def addressed(front: Front) -> Middleware:
@@ -58,15 +59,16 @@ def addressed(front: Front) -> Middleware:
 
 async def invoke(front: Front, request: web.Request) -> web.StreamResponse:
     """Accept the request and hold the call as `pexec` does; the answer is the container's own."""
+    auth.token(request.headers)
     address = address_of(request)
     call = await _admit(front, request, address)
     await take(front, request, call)
-    speaker = Speaker.CONTAINER_ON_ITS_OWN_HOST if address.host else Speaker.CONTAINER
+    speaker = Speaker.CONTAINER_ON_ITS_OWN_HOST if address.by_host else Speaker.CONTAINER
     if needs_channel(request):
         return await converse(
             front, request, call.submission(b""), call.version, wait_s=call.wait.seconds, speaker=speaker
         )
-    manner = Manner(speaker=speaker, origin=origin(front, request, host=address.host) if address.host else "")
+    manner = Manner(speaker=speaker, origin=origin(front, request, host=address.host))
     found = await run(front, request, call, await front.bodies.receive(request), manner)
     return respond(found, call.wait) if isinstance(found, Answer) else found
 
@@ -77,7 +79,7 @@ def needs_channel(request: web.Request) -> bool:
 
     That a body comes in chunks does not say so: most clients that send one only do not know its length.
     """
-    return request.headers.get("Upgrade", "").lower() == "websocket" or headers.streams_full_request(request.headers)
+    return is_websocket(request) or headers.streams_full_request(request.headers)
 
 
 def is_addressed(request: web.Request) -> bool:
@@ -87,17 +89,20 @@ def is_addressed(request: web.Request) -> bool:
 
 def address_of(request: web.Request) -> Address:
     """Raises BadRequest: an ID is none, or is given twice, or what is asked for is no path."""
-    target = _target(request)
+    target, host = _target(request), _host(request)
+    found = _OWN_HOST.match(host)
+    first, second, rest = (part.lower() if part else "" for part in found.groups()) if found else ("", "", host)
     if headers.FUNCTION_ID in request.headers:
         return Address(
             function_id=_named(request, headers.FUNCTION_ID),
             version_id=_named(request, headers.FUNCTION_VERSION_ID),
             target=target,
+            by_host=False,
+            host=rest,
         )
-    found = _OWN_HOST.match(_host(request))
-    assert found is not None, "it is addressed to a function"
-    first, second, rest = (part.lower() if part else "" for part in found.groups())
-    return Address(function_id=second or first, version_id=first if second else "", target=target, host=rest)
+    return Address(
+        function_id=second or first, version_id=first if second else "", target=target, by_host=True, host=rest
+    )
 
 
 async def _admit(front: Front, request: web.Request, address: Address) -> Call:
@@ -115,7 +120,7 @@ async def _admit(front: Front, request: web.Request, address: Address) -> Call:
         assets=(),
         forwarded=tuple(
             (name, value)
-            for name, value in headers.forwarded(arrived, cookies=bool(address.host))
+            for name, value in headers.forwarded(arrived, cookies=address.by_host)
             if name.lower() not in _SPOKEN_TO_US
         ),
         passthrough=True,

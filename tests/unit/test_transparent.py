@@ -60,7 +60,9 @@ def asked(target: str = "/", method: str = "GET", *, host: str = "api.example.co
 def test_a_host_that_begins_with_ids_is_a_functions(host: str, function_id: str, version_id: str, rest: str) -> None:
     request = asked("/a?b", host=host)
     assert is_addressed(request)
-    assert address_of(request) == Address(function_id=function_id, version_id=version_id, target="/a?b", host=rest)
+    assert address_of(request) == Address(
+        function_id=function_id, version_id=version_id, target="/a?b", by_host=True, host=rest
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,12 +97,13 @@ def test_every_other_host_is_ours(host: str) -> None:
         ({"function_id": FUNCTION, "function_version_id": VERSION.upper()}, (FUNCTION, VERSION)),
     ],
 )
-@pytest.mark.parametrize("host", ["api.example.com", f"{NOBODYS}.example.com", f"{NOBODYS}.{NOBODYS}.example.com"])
+@pytest.mark.parametrize("host", ["example.com", f"{NOBODYS}.example.com", f"{NOBODYS}.{NOBODYS}.example.com"])
 def test_headers_win_over_the_host(given: Mapping[str, str], expected: tuple[str, str], host: str) -> None:
     request = asked("/health", host=host, **given)
     assert is_addressed(request)
     found = address_of(request)
-    assert (found.function_id, found.version_id, found.host) == (*expected, "")
+    assert (found.function_id, found.version_id) == expected
+    assert (found.by_host, found.host) == (False, "example.com")
 
 
 def test_a_version_alone_names_no_function() -> None:
@@ -177,6 +180,7 @@ def test_what_is_no_target_is_refused(method: str, target: str) -> None:
         ({"Upgrade": "h2c"}, False),
         ({"Transfer_Encoding": "chunked"}, False),
         ({"Upgrade": "WebSocket"}, True),
+        ({"Upgrade": "h2c, websocket"}, True),
         ({"nvcf_feature_enable_only_stream_full_request": "true"}, True),
     ],
 )
@@ -279,6 +283,11 @@ async def test_an_address_opens_nothing_that_the_credential_does_not(house: Hous
     for bad in ("", "Basic YTpi", "Bearer nobody"):
         status, headers, body = await get(house, headers={"Authorization": bad})
         assert (status, headers["WWW-Authenticate"], slug(body)) == (401, "Bearer", "unauthorized")
+
+
+async def test_a_missing_credential_is_told_before_anything_else(house: House) -> None:
+    status, _, body = await get(house, headers={"Authorization": "", "function-id": "x"})
+    assert (status, slug(body)) == (401, "unauthorized")
 
 
 async def test_a_version_of_another_function_is_404(house: House) -> None:
