@@ -103,7 +103,7 @@ def status_of(answer: bytes) -> int:
         ("POST", f"pexec/status/{UNKNOWN_ID}", "GET, HEAD"),
         ("PUT", "functions", "GET, HEAD, POST"),
         ("PATCH", f"deployments/functions/{UNKNOWN_ID}/versions/{UNKNOWN_ID}", "DELETE, GET, HEAD, POST, PUT"),
-        ("GET", f"requests/{UNKNOWN_ID}", "DELETE"),
+        ("POST", f"requests/{UNKNOWN_ID}", "DELETE, GET, HEAD"),
     ],
 )
 async def test_a_wrong_method_is_405_and_told_the_right_ones(

@@ -211,6 +211,8 @@ async def test_the_functions_headers_reach_the_caller_but_for_what_is_not_its_to
     headers = multiple(reply)
     assert headers.pop("nvcf-reqid") != ["forged"]
     del headers["date"]
+    [timing] = headers.pop("server-timing")
+    assert timing.startswith("queue;dur=")
     assert headers == {
         "content-type": ["text/x-own; v=1"],
         "x-public": ["one", "two"],

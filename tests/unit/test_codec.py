@@ -27,7 +27,8 @@ def make_job(**changes: object) -> Job:
 
 @given(body=st.binary(max_size=200), headers=PAIRS, assets=st.lists(TEXT, max_size=3).map(tuple))
 def test_a_job_survives_the_queue(body: bytes, headers: tuple[tuple[str, str], ...], assets: tuple[str, ...]) -> None:
-    job = make_job(body=body, headers=headers, assets=assets, passthrough=True, poll_s=7)
+    limits = {"queue_deadline_at": 1.5, "run_timeout_s": 30.0, "region": "eu"}
+    job = make_job(body=body, headers=headers, assets=assets, passthrough=True, poll_s=7, **limits)
     assert codec.unpack_job(*codec.pack_job(job)) == job
 
 
