@@ -162,8 +162,8 @@ class Parts:
 
     def _abort(self) -> None:
         """Best effort: a server that is away keeps the parts until its own rule removes them."""
-        # A part that arrives after the abort would stay; each is bounded by its time-outs. One that was cancelled is not
-        # waited for: a pool that is shut down never says that it is over.
+        # A part that arrives after the abort would stay; each is bounded by its time-outs. One that was cancelled is
+        # not waited for: a pool that is shut down never says that it is over.
         wait([part for part in self._sending if not part.cancel()])
         for number, part in enumerate(self._sending, start=len(self._sent) + 1):
             if part.cancelled():
