@@ -115,7 +115,12 @@ class Parts:
             )
             self._upload_id = answer["UploadId"]
         number = len(self._sent) + len(self._sending) + 1
-        self._sending.append(self._threads.submit(self._send_part, number, self._finish_file()))
+        path = self._finish_file()
+        try:
+            self._sending.append(self._threads.submit(self._send_part, number, path))
+        except RuntimeError as exc:  # the pool is closed
+            path.unlink(missing_ok=True)
+            raise Stopped from exc
         while len(self._sending) > PARTS_AHEAD:
             self._await_oldest()
 
@@ -157,9 +162,9 @@ class Parts:
 
     def _abort(self) -> None:
         """Best effort: a server that is away keeps the parts until its own rule removes them."""
-        for part in self._sending:
-            part.cancel()
-        wait(self._sending)  # a part that arrives after the abort would stay; each is bounded by its time-outs
+        # A part that arrives after the abort would stay; each is bounded by its time-outs. One that was cancelled is
+        # not waited for: a pool that is shut down never says that it is over.
+        wait([part for part in self._sending if not part.cancel()])
         for number, part in enumerate(self._sending, start=len(self._sent) + 1):
             if part.cancelled():
                 Path(f"{self._place}-{number}").unlink(missing_ok=True)

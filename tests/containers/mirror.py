@@ -2,7 +2,8 @@
 
 Any method and path. The header X-Mirror holds a JSON object, every field optional:
     delay_s     wait that long first
-    busy_until  unix time: before it, answer 503 with Retry-After: 1
+    busy_until  unix time: before it, answer 503 with Retry-After
+    retry_after value of that header; 1 otherwise
     files       {name: text}: write these into the output directory
     raw         base64: send just these bytes, then close the connection
     status      of the answer; 200 otherwise
@@ -40,7 +41,7 @@ async def mirror(request: web.Request) -> web.StreamResponse:
     body = await request.read()
     await asyncio.sleep(order.get("delay_s", 0))
     if time.time() < order.get("busy_until", 0):
-        return web.json_response({"error": "busy"}, status=503, headers={"Retry-After": "1"})
+        return web.json_response({"error": "busy"}, status=503, headers={"Retry-After": order.get("retry_after", "1")})
     write(Path(request.headers.get("NVCF-LARGE-OUTPUT-DIR", "/nowhere")), order.get("files", {}))
     if "raw" in order:
         assert request.transport is not None

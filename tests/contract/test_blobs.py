@@ -511,6 +511,28 @@ async def all_unavailable(blobs: S3Blobs, server: S3, tmp_path: Path) -> None:
     assert files_under(tmp_path, "copy*") == []
 
 
+async def test_an_upload_ends_when_its_bucket_is_closed(s3: S3, tmp_path: Path) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def write(sink: Sink) -> None:
+        try:
+            while True:
+                sink.write(bytes(MIB))
+                begun.set()
+        finally:
+            ended.set()
+
+    async with asyncio.timeout(30):
+        async with open_s3(s3.url) as blobs:
+            upload = asyncio.ensure_future(blobs.upload(new_key(), write, content_type=PNG, scratch=tmp_path))
+            assert await asyncio.to_thread(begun.wait, 10)
+            await asyncio.sleep(0.3)  # parts wait for their turn by then
+        with pytest.raises(BlobsUnavailable):
+            await upload
+    assert ended.is_set()
+    assert files_under(tmp_path, "part*") == []
+
+
 async def test_a_silent_s3_is_unavailable_in_time() -> None:
     async with asyncio.timeout(20), silent_server() as port:
         url = f"s3://access:secret@{LOOPBACK}:{port}/bucket?tls=false"

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 from tests.e2e.conftest import MIRROR, Mirror
+from tests.eventually import eventually
 from tests.house import Caller, Reply
 
 MIB = 1024 * 1024
@@ -93,14 +94,17 @@ async def test_a_busy_container_gets_the_job_again_and_others_run_meanwhile(one_
 
 async def test_a_postponed_request_waits_in_its_place_and_can_be_cancelled(one_slot: Mirror) -> None:
     caller = one_slot.caller
-    order = {"busy_until": time.time() + 60}
+    order = {"busy_until": time.time() + 60, "retry_after": "60"}
     accepted = await one_slot.post(b"", order, headers={"Prefer": "respond-async"})
-    await asyncio.sleep(1)
-    seen = await caller.status(accepted.request_id)
-    assert (seen.status, seen.headers["NVCF-STATUS"]) == (202, "pending-evaluation")
-    assert (await caller.position(accepted.request_id)).json["positionInQueue"] == 1
-    [queue] = (await caller.depth(one_slot.function.id)).json["queues"]
-    assert (queue["queueDepth"], queue["inFlight"]) == (1, 0)
+
+    async def place() -> tuple[int, str, int, int, int]:
+        seen = await caller.status(accepted.request_id, wait_s=0)
+        position = (await caller.position(accepted.request_id)).json["positionInQueue"]
+        [queue] = (await caller.depth(one_slot.function.id)).json["queues"]
+        return seen.status, seen.headers["NVCF-STATUS"], position, queue["queueDepth"], queue["inFlight"]
+
+    assert (await one_slot.post(b"now")).body == b"now"  # so the container has refused the first
+    await eventually(place, lambda found: found == (202, "pending-evaluation", 1, 1, 0))
     assert (await caller.cancel(accepted.request_id)).status in (200, 202, 204)
     assert (await one_slot.post(b"now")).body == b"now"
     [queue] = (await caller.depth(one_slot.function.id)).json["queues"]
