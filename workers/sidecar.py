@@ -12,7 +12,7 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from broker.errors import StoreUnavailable, Unavailable
@@ -24,6 +24,7 @@ from workers.health import Gate, status_server
 from workers.inference import INFERENCE_FAULT, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
 from workers.inputs import container_headers, headers_for_all, workspace
 from workers.outputs import collect
+from workers.progress import ProgressWatch
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Sidecar:
         self._inference = inference
         self._clerk = clerk
         self._headers_for_all = headers_for_all(settings)
+        self._progress = ProgressWatch(broker.results, settings, clerk)
         self._gate = Gate(inference, settings, full=lambda: self._calls >= settings.max_request_concurrency)
         self._slots = asyncio.Semaphore(settings.max_request_concurrency)
         self._runs: dict[str, _Run] = {}
@@ -132,7 +134,8 @@ class Sidecar:
             "sidecar_started", extra={"instance_id": self._id, "version_id": self._settings.function_version_id}
         )
         checking = loops.every(self._gate.interval_s, self._gate.check, name="health")
-        async with loops.beside(checking), self._jobs:
+        looking = loops.every(self._progress.pause_s, self._progress.look, name="progress")
+        async with loops.beside(checking, looking), self._jobs:
             async with loops.beside(loops.every(1.0, self._consume, name="consume")):
                 await stop.wait()
             await self._drain()
@@ -236,15 +239,17 @@ class Sidecar:
         job, settings = run.job, self._settings
         async with workspace(self._blobs, settings, job, self._clerk) as room:
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
+            progress = nullcontext() if job.passthrough else self._progress.watching(lease, room.response)
             with self._calling(run):
-                answer = await self._inference.infer(
-                    job,
-                    headers,
-                    body=room.body,
-                    spill=room.scratch / "response",
-                    budget_s=run.left_s(),
-                    attempt=lease.attempt,
-                )
+                async with progress:
+                    answer = await self._inference.infer(
+                        job,
+                        headers,
+                        body=room.body,
+                        spill=room.scratch / "response",
+                        budget_s=run.left_s(),
+                        attempt=lease.attempt,
+                    )
             return await collect(self._blobs, settings, job, answer, room, attempt=lease.attempt, left_s=run.left_s)
 
     @contextmanager

@@ -22,21 +22,26 @@ from broker.model import (
     Claim,
     Draft,
     Epoch,
+    Interest,
     Job,
     Lease,
     Load,
     Outcome,
     Position,
+    Progress,
     Record,
     RequestState,
     Verdict,
 )
+from broker.ports import FURTHEST, MOST_UPDATES
 from broker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 _EPOCH_REFRESH_S = 2.0
 _STRAY_AFTER_S = 60.0
+# From here on, one answer with the whole front of the queue costs less than a command each.
+_MANY = 32
 
 
 class RedisResults:
@@ -121,12 +126,17 @@ class RedisResults:
     # -- readers ----------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def watch(self, request_id: str) -> AsyncIterator[Watch]:
-        with self._hints.watching(request_id, Watch(lambda: self._read(request_id, self._channel))) as watch:
+    async def watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[Watch]:
+        reading = Watch(lambda: self._read(request_id, self._channel, interest), interest)
+        with self._hints.watching(request_id, reading) as watch:
             yield watch
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, "")
+
+    async def updates(self, request_id: str, *, after: int, limit: int) -> list[Progress]:
+        [found] = await self._connection.run(scripts.UPDATES.call((_updates(request_id),), after, limit))
+        return [_progress(update) for update in found]
 
     async def forget(self, request_id: str) -> None:
         await self._connection.run(scripts.FORGET.call((_record(request_id), _body(request_id))))
@@ -141,6 +151,20 @@ class RedisResults:
             return Position(rank=0, length=int(length))
         # A request that a wiped store has not seen again yet is somewhere behind those it has.
         return Position(rank=int(rank) + 1 if rank is not None else int(length) + 1, length=int(length))
+
+    async def places(self, version_id: str, request_ids: Sequence[str]) -> list[Position]:
+        waiting = _waiting(version_id)
+        if len(request_ids) < _MANY:
+            *found, length = await self._connection.run(
+                *(("ZRANK", waiting, request_id) for request_id in request_ids), ("ZCARD", waiting)
+            )
+            ranks = [0 if rank is None else int(rank) + 1 for rank in found]
+        else:
+            first, length = await self._connection.run(("ZRANGE", waiting, 0, FURTHEST - 2), ("ZCARD", waiting))
+            ahead = {_text(request_id): rank for rank, request_id in enumerate(first, start=1)}
+            further = FURTHEST if length >= FURTHEST else 0
+            ranks = [ahead.get(request_id, further) for request_id in request_ids]
+        return [Position(rank=rank, length=int(length)) for rank in ranks]
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         if not version_ids:
@@ -231,6 +255,20 @@ class RedisResults:
             )
         return stands
 
+    async def report(self, lease: Lease, progress: Progress, *, sequence: int) -> RequestState:
+        [state] = await self._connection.run(
+            scripts.REPORT.call(
+                (_record(lease.request_id), _updates(lease.request_id)),
+                lease.token,
+                sequence,
+                progress.percent,
+                progress.partial,
+                MOST_UPDATES,
+                self._settings.progress_kept_bytes,
+            )
+        )
+        return RequestState(_text(state))
+
     async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
         [ended] = await self._connection.run(
             scripts.END.call((_record(job.id), _body(job.id)), state, reason, self._retention_ms, *_job(job)),
@@ -291,7 +329,8 @@ class RedisResults:
         if message is None:
             return
         if message["type"] == "message":
-            self._hints.tell(_text(message["data"]))
+            request_id, _, of = _text(message["data"]).partition(" ")
+            self._hints.tell(request_id, Interest(int(of or 0)))
         elif message["type"] == "subscribe":
             # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
             self._hints.tell_all()
@@ -307,9 +346,16 @@ class RedisResults:
 
     # -- pieces -----------------------------------------------------------------------------------
 
-    async def _read(self, request_id: str, channel: str) -> Record | None:
+    async def _read(self, request_id: str, channel: str, interest: Interest = Interest.END) -> Record | None:
         touch = self._settings.durable_replicas > 0
-        command = scripts.READ.call((_record(request_id), _body(request_id)), self._retention_ms, channel, int(touch))
+        command = scripts.READ.call(
+            (_record(request_id), _body(request_id)),
+            self._retention_ms,
+            channel,
+            int(touch),
+            secrets.token_hex(4) if interest is Interest.PROGRESS else "",
+            int(interest is Interest.STEPS),
+        )
         try:
             [reply] = await self._connection.run(command, durable=touch)
         except StoreUnavailable:
@@ -355,7 +401,14 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         worker=_text(reply[9]),
         reason=_text(reply[10]),
         outcome=outcome,
+        progress=_progress(reply[13]) if reply[13] else None,
+        unread=bool(reply[14]),
     )
+
+
+def _progress(packed: bytes) -> Progress:
+    number, percent, partial = packed.split(b" ", 2)
+    return Progress(number=int(number), percent=int(percent), partial=partial)
 
 
 def _job(job: Job) -> tuple[str | int, ...]:
@@ -374,6 +427,10 @@ def _record(request_id: str) -> str:
 
 def _body(request_id: str) -> str:
     return f"fnq:{{{request_id}}}:b"
+
+
+def _updates(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:p"
 
 
 def _waiting(version_id: str) -> str:
