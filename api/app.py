@@ -16,6 +16,7 @@ from api.routes import (
     authorizations,
     clusters,
     deployments,
+    events,
     functions,
     health,
     invocations,
@@ -90,6 +91,7 @@ def _open(front: Front) -> list[Operation]:
 def _invocations(front: Front) -> list[Operation]:
     """These check the caller themselves, in upstream's order; except the cancel, which upstream has not."""
     calls, invokes = checking_itself(front, "invoke_function"), scoped(front, "invoke_function")
+    listens = scoped(front, "invoke_function", paced=False)
     return [
         calls.post(f"{NVCF}/pexec{FUNCTION}", invocations.invoke, "Invoke a function", **INVOCATION),
         calls.post(f"{NVCF}/pexec{VERSION}", invocations.invoke, "Invoke a version", **INVOCATION_OF_VERSION),
@@ -97,6 +99,7 @@ def _invocations(front: Front) -> list[Operation]:
         invokes.delete(
             f"{NVCF}/requests/{REQUEST}", requests.cancel, "Cancel a request", gives=wire.Cancelled, status=202
         ),
+        listens.get(f"{NVCF}/requests/{REQUEST}/events", events.follow, "Listen to a request", **EVENTS),
     ]
 
 
@@ -448,6 +451,26 @@ _REPLIES = [
     ),
     Reply(status="default", description="The function's own answer, with its status.", media="*/*", headers=_MARKS),
 ]
+EVENTS = Facts(
+    parameters=[
+        Parameter(
+            name=headers.LAST_EVENT_ID,
+            where="header",
+            description="The ID of the last event that came: what came after it is sent.",
+            schema={"type": "string"},
+        )
+    ],
+    replies=[
+        Reply(
+            status=200,
+            description="Events as they happen, up to `done`.",
+            media=headers.EVENT_STREAM,
+            model=wire.RequestEvent,
+            headers={headers.REQUEST_ID: _MARKS[headers.REQUEST_ID]},
+        ),
+        Reply(status=204, description="The last event was `done`: there will be no more."),
+    ],
+)
 POLL = Facts(parameters=_WAIT, replies=_REPLIES, errors=[410, 500, 504])
 INVOCATION = Facts(takes=object, parameters=[*_WAIT, *_SUBMIT], replies=_REPLIES, errors=[410, 422, 500, 504])
 INVOCATION_OF_VERSION = INVOCATION | {"name": "invocations_invoke_version"}

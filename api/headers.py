@@ -28,6 +28,7 @@ PREFERENCE_APPLIED = "Preference-Applied"
 EXPOSE_HEADERS = "Access-Control-Expose-Headers"
 RATE_LIMIT = "RateLimit"
 RATE_LIMIT_POLICY = "RateLimit-Policy"
+LAST_EVENT_ID = "Last-Event-ID"
 EVENT_STREAM = "text/event-stream"
 
 POLL_DEFAULT_S = 60

@@ -702,6 +702,26 @@ class Cancelled(Wire):
     status: str
 
 
+class RequestEvent(Wire):
+    """Data of one event of a request: `queued`, `started`, `progress` or `done`.
+
+    `status` is as in `NVCF-STATUS`. `queued` has a place as in `Position`, unless it is not known; `started` and
+    `progress` the number of the attempt; `done` the HTTP status under which `location` has the result, and in `detail`
+    why there is none.
+    """
+
+    request_id: str
+    status: str
+    position_in_queue: int | None = None
+    queue_length: int | None = None
+    attempt: int | None = None
+    percent_complete: int | None = None
+    partial_response: dict[str, Any] | None = None
+    status_code: int | None = None
+    location: str | None = None
+    detail: str | None = None
+
+
 # -- accounts and sharing ----------------------------------------------------------------------
 
 AccountName = Annotated[str, Field(min_length=4, max_length=36, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]

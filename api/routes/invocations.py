@@ -148,13 +148,14 @@ async def _answer(front: Front, request: web.Request, record: Record, wait: head
     def download_url(key: str, filename: str) -> str:
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
-    answer = answers.answer(record, status_url=_status_url(front, request, record.id), download_url=download_url)
+    answer = answers.answer(record, status_url=status_url(front, request, record.id), download_url=download_url)
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
     return _response(answer, wait)
 
 
-def _status_url(front: Front, request: web.Request, request_id: str) -> str:
+def status_url(front: Front, request: web.Request, request_id: str) -> str:
+    """Where a request's result is to be had."""
     origin = front.settings.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
     return f"{origin}{STATUS_PATH}{request_id}"
 
