@@ -5,6 +5,7 @@ POST / with JSON, every field optional:
     delay_s  answer only then; a caller that leaves meanwhile is written down as `aborted`
     die      true: exit in the middle of the answer
     gate     path of a file: answer only when it exists
+    progress list of [gate, text]: once that file exists, make the text the progress file
     secret   name of a secret: answer with a digest of its value as `secret`
 Written to the file RECORD, one line each: `start <id>`, `done <id>`, `aborted <id>`.
 """
@@ -40,6 +41,9 @@ async def run(request: web.Request) -> web.StreamResponse:
     try:
         if order.get("die"):
             await die(request)
+        for gate, text in order.get("progress", []):
+            await opened(gate)
+            tell_progress(Path(request.headers["NVCF-LARGE-OUTPUT-DIR"]), text)
         await asyncio.sleep(order.get("delay_s", 0))
         if order.get("gate"):
             await opened(order["gate"])
@@ -56,6 +60,12 @@ async def run(request: web.Request) -> web.StreamResponse:
 def digest(name: str) -> str:
     value = json.loads(Path(os.environ["NVCF_SECRETS_FILE"]).read_bytes()).get(name)
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def tell_progress(folder: Path, text: str) -> None:
+    """Renamed into place, so that nobody reads half of it."""
+    (folder / "progress.partial").write_text(text)
+    (folder / "progress.partial").rename(folder / "progress")
 
 
 async def opened(gate: str) -> None:
