@@ -41,10 +41,15 @@ class _Stuck(Exception):
 
 
 async def serve(
-    front: Front, request: web.Request, response: web.StreamResponse, events: AsyncGenerator[bytes, None]
+    front: Front,
+    request: web.Request,
+    response: web.StreamResponse,
+    events: AsyncGenerator[bytes, None],
+    *,
+    write_s: float = WRITE_S,
 ) -> web.StreamResponse:
     """Answer with `response` as an event stream of `events`, which are closed in the end. It ends with them, after
-    LONGEST_S, when the client does not read, or when this server stops.
+    LONGEST_S, when the client takes longer than `write_s` to read, or when this server stops.
 
     Raises:
         Overloaded: this server is stopping.
@@ -56,7 +61,7 @@ async def serve(
     try:
         with front.calls.waiting():
             async with asyncio.timeout(LONGEST_S), aclosing(events):
-                await _write(request, response, events)
+                await _write(request, response, events, write_s)
     except Interrupted:
         if not response.prepared:
             raise Overloaded("this server is stopping; send the request again") from None
@@ -73,12 +78,14 @@ async def serve(
     return response
 
 
-async def _write(request: web.Request, response: web.StreamResponse, events: AsyncGenerator[bytes, None]) -> None:
+async def _write(
+    request: web.Request, response: web.StreamResponse, events: AsyncGenerator[bytes, None], write_s: float
+) -> None:
     await response.prepare(request)
     await response.write(b"retry: %d\n\n" % RETRY_MS)
     async for event in events:
         try:
-            async with asyncio.timeout(WRITE_S):
+            async with asyncio.timeout(write_s):
                 await response.write(event)
         except TimeoutError:
             raise _Stuck from None

@@ -20,8 +20,9 @@ from broker.model import Interest, Position, Progress, Record, RequestState
 from broker.ports import Results, Watch
 
 PLACES_EVERY_S = 1.0
-# Seconds between two reads without a hint: hints may be lost. What is silent for so long is told to be alive.
-QUIET_S = (10.0, 15.0)
+# Seconds between two reads without a hint: hints may be lost. A listener hears as often that the stream is alive;
+# proxies cut what is silent for a minute.
+QUIET_S = (15.0, 25.0)
 _AWAY_S = 1.0
 # Updates read at once: a partial response may be large.
 _BATCH = 16

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import stat
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 
 import orjson
 
 from broker.errors import StoreUnavailable
 from broker.model import Lease, Progress, RequestState
-from broker.ports import MOST_UPDATES, Results
+from broker.ports import Results
 from broker.settings import SidecarSettings
 from workers import loops
 from workers.outputs import open_untrusted
@@ -30,11 +30,11 @@ from workers.outputs import open_untrusted
 logger = logging.getLogger(__name__)
 
 FILE = "progress"
-# How old an attempt is when it is looked at first, and the pause between looks while it writes nothing.
+# How old an attempt is when it is looked at first, and the least pause between looks until it has written.
 LOOK_S = 0.1
-# The pause while it writes, and for how long after its last update.
-CLOSELY_S, CLOSELY_FOR_S = 0.01, 1.0
-# What looking may take of the time, whatever the number of attempts.
+# The least pause once it has. It grows with silence, as a share of that, up to the longest.
+CLOSELY_S, LONGEST_S = 0.01, 1.0
+# What a pause may be of the silence before it, and looking of all time, whatever the number of attempts.
 _SHARE = 0.05
 # Attempts looked at in one turn of the clerk, who has other work too.
 _BATCH = 128
@@ -139,25 +139,6 @@ class ProgressFile:
         return content
 
 
-@dataclass(slots=True, eq=False)
-class _Attempt:
-    """One attempt under way. The clerk counts `sequence` and fills `pending`; `over`: the store takes no more."""
-
-    file: ProgressFile
-    lease: Lease
-    look_at: float
-    closely_until: float = 0.0
-    sequence: int = 0
-    over: bool = False
-    pending: deque[tuple[int, Progress]] = field(default_factory=lambda: deque(maxlen=MOST_UPDATES))
-    reporting: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def looked(self, now: float) -> None:
-        if self.pending:
-            self.closely_until = now + CLOSELY_FOR_S
-        self.look_at = now + (CLOSELY_S if self.closely_until > now else LOOK_S)
-
-
 class ProgressWatch:
     """Where `look` is called again and again, `pause_s` apart, attempts that are `watching` report."""
 
@@ -170,32 +151,20 @@ class ProgressWatch:
         self._armed = False
         self._took_s = 0.0
 
-    @asynccontextmanager
-    async def watching(self, lease: Lease, directory: Path) -> AsyncIterator[None]:
+    def watching(self, lease: Lease, directory: Path) -> AbstractAsyncContextManager[None]:
         """While the body runs, report what is written to `progress` in `directory`, the attempt's output directory.
 
         Where there was progress, the file is looked at once more after the body, so that what was written last comes
         before the result.
         """
-        file = ProgressFile(directory, limit_bytes=self._limit_bytes)
-        attempt = _Attempt(file, lease, time.monotonic() + LOOK_S)
-        self._attempts[lease.request_id] = attempt
-        if not self._armed:
-            self._armed = True
-            asyncio.get_running_loop().call_later(LOOK_S, self._due.set)
-        try:
-            yield
-            if attempt.sequence:
-                await self._clerk.run(_look, (attempt,))
-                await self._report(attempt)
-        finally:
-            del self._attempts[lease.request_id]
+        return _Attempt(self, lease, directory)
 
     def pause_s(self) -> float:
         """Seconds until the next look."""
-        now = time.monotonic()
-        writing = any(attempt.closely_until > now for attempt in self._attempts.values())
-        return max(CLOSELY_S if writing else LOOK_S / 2, self._took_s / _SHARE)
+        if not self._attempts:
+            return LOOK_S / 2
+        next_s = min(attempt.look_at for attempt in self._attempts.values()) - time.monotonic()
+        return max(CLOSELY_S, min(next_s, LOOK_S / 2), min(LONGEST_S, self._took_s / _SHARE))
 
     async def look(self) -> None:
         """Look at the files that are due, and report what they say; while there are no attempts, wait for one."""
@@ -203,16 +172,29 @@ class ProgressWatch:
             self._armed = False
             self._due.clear()
             await self._due.wait()
-        now = time.monotonic()
-        self._took_s = 0.0
-        due = [attempt for attempt in self._attempts.values() if attempt.look_at <= now and not attempt.over]
+        now, self._took_s = time.monotonic(), 0.0
+        due = [attempt for attempt in self._attempts.values() if attempt.look_at <= now]
         for at in range(0, len(due), _BATCH):
             batch = due[at : at + _BATCH]
             # While the store is away, the file itself keeps the latest.
-            self._took_s += await self._clerk.run(_look, [attempt for attempt in batch if not attempt.pending])
+            unread = [attempt for attempt in batch if not attempt.pending]
+            self._took_s += await self._clerk.run(_look, unread, self._limit_bytes)
             for attempt in batch:
                 attempt.looked(now)
         await asyncio.gather(*(self._report(attempt) for attempt in due if attempt.pending))
+
+    def enter(self, attempt: _Attempt) -> None:
+        self._attempts[attempt.lease.request_id] = attempt
+        if not self._armed:
+            self._armed = True
+            asyncio.get_running_loop().call_later(LOOK_S, self._due.set)
+
+    def leave(self, attempt: _Attempt) -> None:
+        del self._attempts[attempt.lease.request_id]
+
+    async def finish(self, attempt: _Attempt) -> None:
+        await self._clerk.run(_look, (attempt,), self._limit_bytes)
+        await self._report(attempt)
 
     async def _report(self, attempt: _Attempt) -> None:
         """All that is pending, in order; while the store is away, it stays so."""
@@ -225,10 +207,48 @@ class ProgressWatch:
                     attempt.pending.popleft()
 
 
-def _look(attempts: Sequence[_Attempt]) -> float:
-    """Fill `pending` with what is new; returns the seconds that it took."""
-    began = time.perf_counter()
+class _Attempt(AbstractAsyncContextManager[None]):
+    """One attempt under way. The clerk counts `sequence` and fills `pending`. Most end before they are looked at, so
+    little is made beforehand."""
+
+    __slots__ = ("_watch", "directory", "file", "lease", "look_at", "over", "pending", "reporting", "sequence", "since")
+
+    def __init__(self, watch: ProgressWatch, lease: Lease, directory: Path) -> None:
+        self._watch = watch
+        self.lease = lease
+        self.directory = directory
+        self.since = time.monotonic()
+        self.look_at = self.since + LOOK_S
+        self.file: ProgressFile | None = None
+        self.sequence = 0
+        self.over = False
+        self.pending: deque[tuple[int, Progress]] = deque()
+        self.reporting = asyncio.Lock()
+
+    async def __aenter__(self) -> None:
+        self._watch.enter(self)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self.sequence and kind is None:
+                await self._watch.finish(self)
+        finally:
+            self._watch.leave(self)
+
+    def looked(self, now: float) -> None:
+        """When to look next. `over`: the store takes no more, and there is nothing to look for."""
+        if self.pending:
+            self.since = now
+        pause_s = max(CLOSELY_S if self.sequence else LOOK_S, (now - self.since) * _SHARE)
+        self.look_at = math.inf if self.over else now + min(LONGEST_S, pause_s)
+
+
+def _look(attempts: Sequence[_Attempt], limit_bytes: int) -> float:
+    """Fill `pending` with what is new; returns the seconds of CPU that it took."""
+    before_s = time.thread_time()
     for attempt in attempts:
+        if attempt.file is None:
+            attempt.file = ProgressFile(attempt.directory, limit_bytes=limit_bytes)
         try:
             progress = attempt.file.news()
         except Refused as exc:
@@ -237,4 +257,4 @@ def _look(attempts: Sequence[_Attempt]) -> float:
         if progress is not None:
             attempt.sequence += 1
             attempt.pending.append((attempt.sequence, progress))
-    return time.perf_counter() - began
+    return time.thread_time() - before_s
