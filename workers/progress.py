@@ -88,7 +88,7 @@ class ProgressFile:
         """
         try:
             found = os.lstat(f"{self._directory}/{FILE}")
-        except FileNotFoundError:
+        except OSError:  # most often there is none; or its directory is none any more
             return None
         trace = (found.st_mtime_ns, found.st_size, found.st_ino)
         if trace == self._trace and self._settled:

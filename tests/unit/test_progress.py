@@ -201,6 +201,13 @@ def test_a_directory_that_became_a_link_is_not_followed(tmp_path: Path, folder: 
     assert [str(each) for each in looks(file, 4) if each is not None] == ["its directory is none"]
 
 
+def test_a_directory_that_is_gone_or_a_file_says_nothing(folder: Path, file: ProgressFile) -> None:
+    folder.rmdir()
+    assert file.news() is None
+    folder.write_bytes(b"")
+    assert file.news() is None
+
+
 # -- reporting it ------------------------------------------------------------------------------
 
 

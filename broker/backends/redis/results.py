@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 _EPOCH_REFRESH_S = 2.0
 _STRAY_AFTER_S = 60.0
+# What is behind the id in a hint; of what a newer process may say, everybody is told.
+_HINTS = {"1": Interest.PROGRESS, "2": Interest.STEPS}
 # From here on, one answer with the whole front of the queue costs less than a command each.
 _MANY = 32
 
@@ -330,7 +332,7 @@ class RedisResults:
             return
         if message["type"] == "message":
             request_id, _, of = _text(message["data"]).partition(" ")
-            self._hints.tell(request_id, Interest(int(of or 0)))
+            self._hints.tell(request_id, _HINTS.get(of, Interest.END))
         elif message["type"] == "subscribe":
             # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
             self._hints.tell_all()
