@@ -1,4 +1,4 @@
-"""Where a request stands, as an HTTP answer (contract/invocation.md §2.2; DESIGN §4). Pure."""
+"""Where a request stands, as an HTTP answer (contract/invocation.md §2.2, §8.3; DESIGN §4). Pure."""
 
 from __future__ import annotations
 
@@ -119,7 +119,11 @@ def _pending(record: Record, status_url: str) -> Answer:
     found = _marked(record, "in-progress" if running else "pending-evaluation")
     found["Location"] = status_url
     found["Retry-After"] = POLL_AGAIN_S
-    return Answer(status=202, headers=found)
+    if record.progress is None:
+        return Answer(status=202, headers=found)
+    found[headers.PERCENT_COMPLETE] = str(record.progress.percent)
+    found["Content-Type"] = "application/json"
+    return Answer(status=202, headers=found, body=record.progress.partial)
 
 
 def _ended(record: Record) -> Answer:

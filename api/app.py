@@ -17,6 +17,7 @@ from api.routes import (
     clusters,
     deployments,
     envelopes,
+    events,
     functions,
     health,
     invocations,
@@ -33,6 +34,7 @@ from api.routes.blobs import BlobRoutes
 from broker.accounts import ADMIN
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
+from broker.model import EVENT_STREAM
 from broker.registries import ARTIFACT_TYPES, PROVISIONERS
 from fnqueue import wire
 
@@ -96,6 +98,7 @@ def _open(front: Front) -> list[Operation]:
 def _invocations(front: Front) -> list[Operation]:
     """These check the caller themselves, in upstream's order; except the cancel, which upstream has not."""
     calls, invokes = checking_itself(front, "invoke_function"), scoped(front, "invoke_function")
+    listens = scoped(front, "invoke_function", paced=False)
     return [
         calls.post(f"{NVCF}/pexec{FUNCTION}", invocations.invoke, "Invoke a function", **INVOCATION),
         calls.post(f"{NVCF}/pexec{VERSION}", invocations.invoke, "Invoke a version", **INVOCATION_OF_VERSION),
@@ -108,6 +111,7 @@ def _invocations(front: Front) -> list[Operation]:
         invokes.delete(
             f"{NVCF}/requests/{REQUEST}", requests.cancel, "Cancel a request", gives=wire.Cancelled, status=202
         ),
+        listens.get(f"{NVCF}/requests/{REQUEST}/events", events.follow, "Listen to a request", **EVENTS),
     ]
 
 
@@ -564,6 +568,26 @@ _REPLIES = [
     ),
     Reply(status="default", description="The function's own answer, with its status.", media="*/*", headers=_TIMED),
 ]
+EVENTS = Facts(
+    parameters=[
+        Parameter(
+            name=headers.LAST_EVENT_ID,
+            where="header",
+            description="The ID of the last event that came: what came after it is sent.",
+            schema={"type": "string"},
+        )
+    ],
+    replies=[
+        Reply(
+            status=200,
+            description="Events as they happen, up to `done`.",
+            media=EVENT_STREAM,
+            model=wire.RequestEvent,
+            headers={headers.REQUEST_ID: _MARKS[headers.REQUEST_ID]},
+        ),
+        Reply(status=204, description="The last event was `done`: there will be no more."),
+    ],
+)
 _TOLD = Reply(status=204, description="Everything of the stream was said before.", headers=_MARKS)
 _ENDS = [410, 500, 502, 504]
 POLL = Facts(parameters=[*_WAIT, _LAST_EVENT_ID], replies=[*_REPLIES, _TOLD], errors=_ENDS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from api.bodies import Bodies
@@ -13,7 +14,8 @@ from api.channels import Channels
 from api.connections import Newcomers
 from api.limits import Pace
 from broker.accounts import Authenticator
-from broker.errors import TryLater
+from broker.errors import Overloaded, TryLater
+from broker.events import Places
 from broker.functions import CallableVersions
 from broker.limits import RateLimiter
 from broker.ports import Broker
@@ -38,11 +40,14 @@ class Front:
     newcomers: Newcomers
     bodies: Bodies
     health: Health
+    places: Places
+    listeners: Listeners
     registries: Sequence[Registry]
 
     @classmethod
     def over(cls, broker: Broker, settings: ApiSettings) -> Front:
         """Raises ConfigurationError: the list of registries cannot be read."""
+        calls = Calls()
         return cls(
             broker=broker,
             settings=settings,
@@ -52,13 +57,34 @@ class Front:
             versions=CallableVersions(broker),
             rate_limiter=RateLimiter(broker),
             pace=Pace(settings),
-            calls=Calls(),
+            calls=calls,
             channels=Channels(settings),
             newcomers=Newcomers(),
             bodies=Bodies(settings),
             health=Health(broker),
+            places=Places(broker.results, calls.spawn),
+            listeners=Listeners(settings.max_event_streams),
             registries=recognized(settings.recognized_registries, settings.custom_registries),
         )
+
+
+class Listeners:
+    """How many event streams are open in this process."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open = 0
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """While the body runs. Raises Overloaded: there are as many as may be."""
+        if self._open >= self._most:
+            raise Overloaded(f"{self._most} callers listen here already; poll, or try again", retry_after_s=5)
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
 
 
 class Health:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cache
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -74,22 +75,13 @@ def _log(request: web.Request, status: int, started_at: float) -> None:
 
 def sharing(front: Front) -> Middleware:
     """CORS without credentials, for the origins of `cors_origins`; answers preflights without asking for a key."""
-    allowed = {origin.strip() for origin in front.settings.cors_origins.split(",") if origin.strip()}
 
     @web.middleware
     async def share(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
         if request.method == "OPTIONS" and response.status == 405:
             response = web.Response(headers={"Allow": response.headers["Allow"]})
-        origin = request.headers.get("Origin")
-        if origin is None or not (allowed & {"*", origin}):
-            return response
-        response.headers["Access-Control-Allow-Origin"] = "*" if "*" in allowed else origin
-        if "*" not in allowed:
-            response.headers.add("Vary", "Origin")
-        exposed = response.headers.get(headers.EXPOSE_HEADERS, "").split(",")
-        response.headers[headers.EXPOSE_HEADERS] = ", ".join(headers.exposed(exposed))
-        if request.method == "OPTIONS":
+        if _admit(front, request, response) and request.method == "OPTIONS":
             response.headers["Access-Control-Allow-Methods"] = response.headers.get("Allow", "GET, POST, DELETE")
             response.headers["Access-Control-Allow-Headers"] = request.headers.get(
                 "Access-Control-Request-Headers", "Authorization"
@@ -98,6 +90,33 @@ def sharing(front: Front) -> Middleware:
         return response
 
     return share
+
+
+def mark(front: Front, request: web.Request, response: web.StreamResponse) -> None:
+    """Set before a response begins what the others get when they are complete."""
+    response.headers["Server"] = SERVER
+    _admit(front, request, response)
+
+
+def _admit(front: Front, request: web.Request, response: web.StreamResponse) -> bool:
+    """Say that the page that asks may read the answer, if it may."""
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return False
+    allowed = _origins(front.settings.cors_origins)
+    if not (allowed & {"*", origin}):
+        return False
+    response.headers["Access-Control-Allow-Origin"] = "*" if "*" in allowed else origin
+    if "*" not in allowed and not response.prepared:
+        response.headers.add("Vary", "Origin")
+    exposed = response.headers.get(headers.EXPOSE_HEADERS, "").split(",")
+    response.headers[headers.EXPOSE_HEADERS] = ", ".join(headers.exposed(exposed))
+    return True
+
+
+@cache
+def _origins(setting: str) -> frozenset[str]:
+    return frozenset(origin.strip() for origin in setting.split(",") if origin.strip())
 
 
 @web.middleware

@@ -33,6 +33,7 @@ from broker.errors import (
 from broker.model import (
     Channel,
     Draft,
+    Interest,
     Job,
     Position,
     Principal,
@@ -95,7 +96,7 @@ class Submission:
 
 
 async def invoke(broker: Broker, submission: Submission, version: Version, *, wait_s: float, spawn: Spawn) -> Record:
-    """Accept the submission, then wait up to `wait_s` seconds for its terminal record.
+    """Accept the submission, then wait up to `wait_s` seconds for its terminal record, or for progress.
 
     `spawn` makes a task that outlives this call, so that a caller who leaves interrupts the wait and never the
     steps from create to confirm. The body is let go once the request was submitted, not when the wait ends. An
@@ -109,12 +110,12 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
     """
     account, streaming = submission.principal.account, submission.streaming
     request_id = request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
-    async with broker.results.watch(request_id) as watch:
+    async with broker.results.watch(request_id, Interest.PROGRESS) as watch:
         submitting = spawn(submit(broker, submission, version, request_id, watch=wait_s > 0))
         del submission
         record = await asyncio.shield(submitting)
         if record.id == request_id:
-            return await _until_terminal(watch, record, wait_s)
+            return await _until_news(watch, record, wait_s)
     record = await wait(broker, record.id, wait_s=wait_s) or record
     return record if streaming else await streams.gathered(broker, record)
 
@@ -152,15 +153,17 @@ async def submit(broker: Broker, submission: Submission, version: Version, reque
 
 
 async def wait(broker: Broker, request_id: str, *, wait_s: float) -> Record | None:
-    """The record once it is terminal, or as it stands after `wait_s` seconds; None if there is none."""
-    async with broker.results.watch(request_id) as watch:
+    """The record once it is terminal or has progress that no poll was given, or as it stands after `wait_s` seconds;
+    None if there is none."""
+    async with broker.results.watch(request_id, Interest.PROGRESS) as watch:
         record = await watch.read()
-        return await _until_terminal(watch, record, wait_s) if record else None
+        return await _until_news(watch, record, wait_s) if record else None
 
 
 async def status(broker: Broker, principal: Principal, request_id: str, *, wait_s: float) -> Record:
-    """The caller's request, after waiting up to `wait_s` seconds for its end.
+    """The caller's request, after waiting up to `wait_s` seconds for its end, or for progress.
 
+    Each update is given to one call, in order; a call that gets none is given the last one again.
     A request that was lost with a wiped store reads `queued` for as long as it may still be run and healed.
 
     Raises:
@@ -169,13 +172,22 @@ async def status(broker: Broker, principal: Principal, request_id: str, *, wait_
         RequestExpired: it was the caller's, and its result has passed its time to live.
         StreamNotKept: its answer was streamed and is not kept as a whole.
     """
-    return await streams.gathered(broker, await find(broker, principal, request_id, wait_s=wait_s))
+    return await streams.gathered(broker, await poll(broker, principal, request_id, wait_s=wait_s))
 
 
-async def find(broker: Broker, principal: Principal, request_id: str, *, wait_s: float = 0.0) -> Record:
+async def poll(broker: Broker, principal: Principal, request_id: str, *, wait_s: float) -> Record:
     """As `status`, and a streamed answer is left where it is. Raises as `status`, but for StreamNotKept."""
     _own_id(broker, principal, request_id)
     record = await wait(broker, request_id, wait_s=wait_s)
+    if record is None:
+        return await _missing(broker, principal, request_id)
+    return await _own(broker, principal, record)
+
+
+async def find(broker: Broker, principal: Principal, request_id: str) -> Record:
+    """The caller's request as it stands; takes no progress from polls. Raises as `poll`."""
+    _own_id(broker, principal, request_id)
+    record = await broker.results.read(request_id)
     if record is None:
         return await _missing(broker, principal, request_id)
     return await _own(broker, principal, record)
@@ -227,7 +239,7 @@ async def withdraw(broker: Broker, record: Record, *, reason: str = NOT_PICKED_U
 
 async def position(broker: Broker, principal: Principal, request_id: str) -> tuple[Record, Position]:
     """Where the caller's request stands in its version's queue. Raises NotFound."""
-    record = await status(broker, principal, request_id, wait_s=0)
+    record = await find(broker, principal, request_id)
     return record, await broker.results.position(record)
 
 
@@ -318,11 +330,11 @@ async def _refuse(broker: Broker, record: Record, cause: Unavailable) -> Record:
     raise cause
 
 
-async def _until_terminal(watch: Watch, record: Record, wait_s: float) -> Record:
+async def _until_news(watch: Watch, record: Record, wait_s: float) -> Record:
     """PROTOCOL R2: a hint only means "read again", and a lost hint costs one safety interval."""
     loop = asyncio.get_running_loop()
     until = loop.time() + wait_s
-    while not (record.state.terminal or record.flowing) and (left_s := until - loop.time()) > 0:
+    while not (record.state.terminal or record.unread or record.flowing) and (left_s := until - loop.time()) > 0:
         await watch.changed(min(left_s, _until_read_s(record)))
         try:
             record = await watch.read() or record

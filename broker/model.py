@@ -6,7 +6,7 @@ Times that end in `_at` are unix seconds by the store's clock; durations end in 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 # -- functions ---------------------------------------------------------------------------------
 
@@ -518,10 +518,21 @@ NO_TIMINGS = Timings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What a container said of its work so far: `percent` 0 to 100, and `partial`, a JSON object or `null`.
+    `number` counts the updates of a request from 1, across attempts; the store gives it."""
+
+    percent: int
+    partial: bytes = b"null"
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """Where one request stands. `outcome` is set when the container or the sidecar produced an answer, and
     `status_code` is its HTTP status; `reason` says in one sentence why a request ended without one; `head` is
-    that of an answer that is being streamed.
+    that of an answer that is being streamed. `progress` is the update of the running attempt that this read was
+    given; `unread` tells that no other was given it before.
 
     `queue_deadline_at` is until when its first attempt must start, `run_timeout_s` how long each may take; 0 is no
     limit but that of `deadline_at`. `attempts` are in order, the newest MOST_ATTEMPTS_KEPT of those that came to
@@ -546,8 +557,9 @@ class Record:
     run_timeout_s: float = 0.0
     attempts: tuple[Attempt, ...] = ()
     timings: Timings | None = None
-
     head: Outcome | None = None
+    progress: Progress | None = None
+    unread: bool = False
 
     @property
     def due_at(self) -> float:
@@ -595,6 +607,18 @@ class RequestPage:
 
     records: tuple[Record, ...]
     after: int = 0
+
+
+class Interest(IntEnum):
+    """What a watch of a request is told of; each level includes those before it.
+
+    END: that it ended. PROGRESS: that there is progress; this is a poll, and each of its reads takes the next update
+    that no poll has been given. STEPS: that an attempt started or was given back; its reads take nothing.
+    """
+
+    END = 0
+    PROGRESS = 1
+    STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

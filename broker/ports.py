@@ -28,12 +28,14 @@ from broker.model import (
     Gpu,
     GpuSpecification,
     Instance,
+    Interest,
     Job,
     Key,
     Lease,
     Load,
     Outcome,
     Position,
+    Progress,
     Record,
     RegistryCredentials,
     RequestFilter,
@@ -117,6 +119,10 @@ class Queue(Protocol):
 # -- Results -----------------------------------------------------------------------------------
 
 PAGE_SCAN = 1000
+# Updates kept of one request's progress (contract/invocation.md §11, D7).
+MOST_UPDATES = 256
+# The last place in a queue that is told exactly.
+FURTHEST = 1000
 
 
 class Watch(Protocol):
@@ -125,8 +131,12 @@ class Watch(Protocol):
     async def read(self) -> Record | None:
         """The record as it is now, and ask to be told of its next change."""
 
-    async def changed(self, timeout_s: float) -> None:
-        """Return when a hint came since the last `read` or `changed`, or after `timeout_s`."""
+    async def changed(self, timeout_s: float) -> bool:
+        """Return when a hint came since the last `read` or `changed`, when woken, or after `timeout_s`; whether a
+        hint came."""
+
+    def wake(self) -> None:
+        """Let `changed` return."""
 
 
 class Results(Protocol):
@@ -154,7 +164,7 @@ class Results(Protocol):
         """Put a tombstone on a record that its only submitter could not publish: it will never start.
         False when it is too late: it is running or terminal, or another submitter relies on it."""
 
-    def watch(self, request_id: str) -> AbstractAsyncContextManager[Watch]: ...
+    def watch(self, request_id: str, interest: Interest = Interest.END) -> AbstractAsyncContextManager[Watch]: ...
 
     async def read(self, request_id: str) -> Record | None:
         """The record, None if there is none. A queued record past its deadline, or never started and past its queue
@@ -173,7 +183,8 @@ class Results(Protocol):
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
         """Ask to run one attempt. A missing record is rebuilt from the job; an attempt past `max_attempts`
-        turns the record `dead`. The claim of a granted lease is watched: a cancel sends a hint."""
+        turns the record `dead`. The claim of a granted lease is watched: a cancel sends a hint. A new attempt has
+        made no progress."""
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
         """Extend the lease. Anything but RUNNING means: stop, the attempt's result will be refused."""
@@ -194,6 +205,15 @@ class Results(Protocol):
         """Store the attempt's result if it is the first terminal one, durably. Returns the state that now
         stands; idempotent. Raises StoreUnavailable while durability is not reached: settle again."""
 
+    async def report(self, lease: Lease, progress: Progress, *, sequence: int) -> RequestState:
+        """Append to the running attempt's progress, unless an update of this `sequence` or a later one is there.
+        At most MOST_UPDATES are kept, and `progress_kept_bytes` of them; the oldest make way. Anything but RUNNING
+        means that it was refused."""
+
+    async def updates(self, request_id: str, *, after: int, limit: int) -> list[Progress]:
+        """The first `limit` updates numbered above `after` that are still there, in order. Takes nothing from polls.
+        Those of an ended request stay for a few minutes."""
+
     async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
         """End a request that nobody runs (`dead`, `expired` or `cancelled`), rebuilding a missing record.
         HELD when a worker has a live lease on it."""
@@ -206,6 +226,10 @@ class Results(Protocol):
 
     async def position(self, record: Record) -> Position:
         """Exact rank among those that wait for the record's version."""
+
+    async def places(self, version_id: str, request_ids: Sequence[str]) -> list[Position]:
+        """Where these stand among those that wait for the version, in the order asked, by one look at it; 0: not
+        there. Of many, those beyond place FURTHEST are not looked for, and read FURTHEST."""
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         """One Load per version, in the order asked."""

@@ -91,6 +91,12 @@ class Settings(BaseSettings):
         5, gt=0, le=60, description="Seconds one publish may take before it is tried on another connection."
     )
     store_timeout_s: float = Field(3, gt=0, le=60, description="Seconds one exchange with the store may take.")
+    progress_kept_bytes: int = Field(
+        4 * MIB,
+        ge=64 * 1024,
+        le=64 * MIB,
+        description="Progress updates kept of one running request, in bytes; the oldest make way.",
+    )
     durable_replicas: int = Field(
         0, ge=0, le=5, description="Redis replicas that must hold a result before it is acknowledged or shown (WAIT)."
     )
@@ -210,6 +216,11 @@ class ApiSettings(SecretSettings):
     )
     stream_write_timeout_s: float = Field(
         30, ge=1, le=3600, description="Seconds that the client of a stream may take no bytes before it is left."
+    )
+    max_event_streams: int = Field(
+        10_000,
+        ge=0,
+        description="Callers that may listen to the events of their requests at once; one more is answered 503.",
     )
     asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
     result_url_ttl_s: float = Field(
@@ -443,6 +454,9 @@ class SidecarSettings(Settings):
         ge=1024,
         le=64 * MIB,
         description="Largest answer kept inline; a larger one becomes a zip behind a 302.",
+    )
+    max_progress_bytes: int = Field(
+        250_000, ge=1024, le=4 * MIB, description="Largest progress file; a larger one is not read."
     )
     max_artifact_bytes: int = Field(
         5 * 1024 * MIB,

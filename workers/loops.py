@@ -33,7 +33,7 @@ class Fault(Exception):
     """Our own code failed; the cause is chained and already logged."""
 
 
-async def every(seconds: float, step: Callable[[], Awaitable[object]], *, name: str) -> NoReturn:
+async def every(seconds: float | Callable[[], float], step: Callable[[], Awaitable[object]], *, name: str) -> NoReturn:
     """Run `step` now and then about every `seconds`, until cancelled. It logs when a streak of failures begins
     and when it ends; `name` tells whose."""
     streak = _Streak(name)
@@ -44,7 +44,8 @@ async def every(seconds: float, step: Callable[[], Awaitable[object]], *, name: 
             streak.failed(exc)
         else:
             streak.over()
-        await asyncio.sleep(seconds * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  spreads load
+        pause_s = seconds() if callable(seconds) else seconds
+        await asyncio.sleep(pause_s * random.uniform(1 - _JITTER, 1 + _JITTER))  # noqa: S311  spreads load
 
 
 async def insist(step: Callable[[], Awaitable[T]], *, on: type[Exception], name: str) -> T:

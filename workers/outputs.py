@@ -201,7 +201,7 @@ def _holds_artifacts(directory: Path) -> bool:
 def _artifacts(directory: Path) -> Iterator[tuple[str, BinaryIO]]:
     """Relative path and open file of every regular file below `directory`, in order of path, but for progress
     reports and for files not yet complete. The caller closes each file."""
-    opened = _open(directory, None)
+    opened = open_untrusted(directory, None)
     if opened is None:
         return
     try:
@@ -215,7 +215,7 @@ def _walk(directory: int, above: tuple[str, ...], seen: list[int]) -> Iterator[t
     """Each name is opened relative to its parent's descriptor, so a directory that is swapped for a link after
     it was listed leads nowhere. `seen` counts entries across the whole walk."""
     for name in sorted(_names(directory, seen)):
-        opened = _open(name, directory)
+        opened = open_untrusted(name, directory)
         if opened is None:
             continue
         try:
@@ -242,7 +242,7 @@ def _names(directory: int, seen: list[int]) -> list[str]:
     return names
 
 
-def _open(name: str | Path, directory: int | None) -> int | None:
+def open_untrusted(name: str | Path, directory: int | None) -> int | None:
     """None for what is no regular file or directory. It is looked at before it is opened, because opening a
     device may do something, and without waiting, because opening a FIFO would hold the thread for ever."""
     try:

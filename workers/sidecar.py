@@ -12,7 +12,7 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from workers.inference import (
 from workers.inputs import container_headers, headers_for_all, workspace
 from workers.metering import HEARTBEAT_S, Meter
 from workers.outputs import collect
+from workers.progress import ProgressWatch
 from workers.streams import Feed, LeaseLost
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class Sidecar:
         self._dialer = dialer
         self._clerk = clerk
         self._headers_for_all = headers_for_all(settings)
+        self._progress = ProgressWatch(broker.results, settings, clerk)
         self._gate = Gate(inference, settings, full=lambda: self._calls >= settings.max_request_concurrency)
         self._slots = asyncio.Semaphore(settings.max_request_concurrency)
         self._runs: dict[str, _Run] = {}
@@ -176,7 +178,8 @@ class Sidecar:
             extra={"public": True, "instance_id": self._id, "version_id": self._settings.function_version_id},
         )
         checking = loops.every(0, self._gate.check_when_due, name="health")
-        async with loops.beside(checking), self._jobs:
+        looking = loops.every(self._progress.pause_s, self._progress.look, name="progress")
+        async with loops.beside(checking, looking), self._jobs:
             async with loops.beside(loops.every(1.0, self._consume, name="consume")):
                 await stop.wait()
             await self._drain()
@@ -341,15 +344,17 @@ class Sidecar:
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
             if job.streaming:
                 return await self._stream(run, lease, headers, room.body)
+            progress = nullcontext() if job.passthrough else self._progress.watching(lease, room.response)
             with self._calling(run):
-                answer = await self._inference.infer(
-                    job,
-                    headers,
-                    body=room.body,
-                    spill=room.scratch / "response",
-                    budget_s=run.left_s(),
-                    attempt=lease.attempt,
-                )
+                async with progress:
+                    answer = await self._inference.infer(
+                        job,
+                        headers,
+                        body=room.body,
+                        spill=room.scratch / "response",
+                        budget_s=run.left_s(),
+                        attempt=lease.attempt,
+                    )
             run.size_bytes, since = answer.size_bytes, time.monotonic()
             outcome = await collect(self._blobs, settings, job, answer, room, left_s=run.left_s)
             if outcome.blob_key:

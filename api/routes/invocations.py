@@ -149,9 +149,9 @@ async def _wait(front: Front, asked: Question) -> Record:
     """The record at its end, or that of its caller's patience, or when its body flows."""
     try:
         with front.calls.waiting():
-            return await invocations.find(front.broker, asked.principal, asked.request_id, wait_s=asked.wait.seconds)
+            return await invocations.poll(front.broker, asked.principal, asked.request_id, wait_s=asked.wait.seconds)
     except Interrupted:
-        return await invocations.find(front.broker, asked.principal, asked.request_id)
+        return await invocations.poll(front.broker, asked.principal, asked.request_id, wait_s=0)
 
 
 async def _stream(
@@ -255,8 +255,8 @@ async def _answer(front: Front, request: web.Request, record: Record, manner: Ma
     def download_url(key: str, filename: str) -> str:
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
-    status_url = f"{manner.origin or origin(front, request)}{manner.status_path}{record.id}"
-    answer = answers.answer(record, status_url=status_url, download_url=download_url, speaker=manner.speaker)
+    where = status_url(front, request, record.id, manner)
+    answer = answers.answer(record, status_url=where, download_url=download_url, speaker=manner.speaker)
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
     return answer
@@ -265,6 +265,11 @@ async def _answer(front: Front, request: web.Request, record: Record, manner: Ma
 def origin(front: Front, request: web.Request, *, host: str = "") -> str:
     """How this server is reached, by the Host of the request unless another one is given."""
     return front.settings.public_url.rstrip("/") or f"{request.scheme}://{host or request.host}"
+
+
+def status_url(front: Front, request: web.Request, request_id: str, manner: Manner = PLAIN) -> str:
+    """Where a request's result is to be had."""
+    return f"{manner.origin or origin(front, request)}{manner.status_path}{request_id}"
 
 
 def respond(answer: Answer, wait: headers.Wait) -> web.Response:

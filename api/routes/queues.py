@@ -12,10 +12,10 @@ from api.routes import functions as function_routes
 from broker import invocations
 from broker.errors import NotFound
 from broker.model import FunctionStatus, Principal, Version
+from broker.ports import FURTHEST
 from broker.visibility import Family, find_family, refuse_public, select
 from fnqueue import wire
 
-FURTHEST = 1000
 # Upstream stops at the first two; a function that has lost instances is when its queue matters most.
 _WITH_QUEUE = frozenset(
     {FunctionStatus.ACTIVE, FunctionStatus.DEPLOYING, FunctionStatus.DEGRADING, FunctionStatus.DEGRADED}

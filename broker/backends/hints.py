@@ -10,38 +10,46 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from broker.model import Record
+from broker.model import Interest, Record
 
 
 class Watch:
     """One waiter."""
 
-    def __init__(self) -> None:
+    def __init__(self, interest: Interest = Interest.END) -> None:
         self._event = asyncio.Event()
+        self._hinted = False
+        self.interest = interest
 
     def forget(self) -> None:
         """From now on only what is told later counts: the caller reads next."""
         self._event.clear()
+        self._hinted = False
 
-    async def changed(self, timeout_s: float) -> None:
+    async def changed(self, timeout_s: float) -> bool:
         loop = asyncio.get_running_loop()
         timer = loop.call_later(timeout_s, self._event.set)
         try:
             await self._event.wait()
+            return self._hinted
         finally:
             timer.cancel()
-            self._event.clear()
+            self.forget()
+
+    def wake(self) -> None:
+        self._event.set()
 
     def tell(self, news: bytes = b"") -> None:
         """`news` may say what is new, for who understands it."""
+        self._hinted = True
         self._event.set()
 
 
 class RecordWatch(Watch):
     """Implements `broker.ports.Watch` over the back end's read."""
 
-    def __init__(self, read: Callable[[], Awaitable[Record | None]]) -> None:
-        super().__init__()
+    def __init__(self, read: Callable[[], Awaitable[Record | None]], interest: Interest = Interest.END) -> None:
+        super().__init__(interest)
         self._read = read
 
     async def read(self) -> Record | None:
@@ -69,9 +77,10 @@ class Hints:
             if not waiting:
                 del self._watches[subject]
 
-    def tell(self, subject: str, news: bytes = b"") -> None:
+    def tell(self, subject: str, of: Interest = Interest.END, news: bytes = b"") -> None:
         for watch in self._watches.get(subject, ()):
-            watch.tell(news)
+            if watch.interest >= of:
+                watch.tell(news)
 
     def tell_all(self) -> None:
         """After a gap in which hints may have been lost."""

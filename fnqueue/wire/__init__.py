@@ -116,6 +116,7 @@ from fnqueue.wire.registries import (
 from fnqueue.wire.requests import (
     Cancelled,
     RequestAttempt,
+    RequestEvent,
     RequestList,
     RequestReceipt,
     RequestSummary,
@@ -216,6 +217,7 @@ __all__ = [
     "RegistryCredentialList",
     "RegistrySecret",
     "RequestAttempt",
+    "RequestEvent",
     "RequestList",
     "RequestReceipt",
     "RequestStatus",

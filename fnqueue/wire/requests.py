@@ -1,8 +1,9 @@
-"""Requests as things: lists and receipts (fnqueue's own)."""
+"""Requests as things: lists, receipts and events (fnqueue's own)."""
 
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 from fnqueue.wire.fields import Wire
 
@@ -68,3 +69,23 @@ class RequestReceipt(RequestSummary):
     run_timeout_seconds: float | None = None
     attempts: list[RequestAttempt]
     timings: RequestTimings | None = None
+
+
+class RequestEvent(Wire):
+    """Data of one event of a request: `queued`, `started`, `progress` or `done`.
+
+    `status` is as in `NVCF-STATUS`. `queued` has a place as in `Position`, unless it is not known; `started` and
+    `progress` the number of the attempt; `done` the HTTP status under which `location` has the result, and in `detail`
+    why there is none.
+    """
+
+    request_id: str
+    status: str
+    position_in_queue: int | None = None
+    queue_length: int | None = None
+    attempt: int | None = None
+    percent_complete: int | None = None
+    partial_response: dict[str, Any] | None = None
+    status_code: int | None = None
+    location: str | None = None
+    detail: str | None = None

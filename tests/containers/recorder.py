@@ -6,6 +6,7 @@ POST / with JSON, every field optional:
     die      true: exit in the middle of the answer
     gate     path of a file: answer only when it exists
     crowd    answer only when so many are here that asked for one, and then always
+    progress list of [gate, text]: once that file exists, make the text the progress file
     secret   name of a secret: answer with a digest of its value as `secret`
 Written to the file RECORD, one line each: `start <id>`, `done <id>`, `aborted <id>`.
 """
@@ -44,6 +45,9 @@ async def run(request: web.Request) -> web.StreamResponse:
     try:
         if order.get("die"):
             await die(request)
+        for gate, text in order.get("progress", []):
+            await opened(gate)
+            tell_progress(Path(request.headers["NVCF-LARGE-OUTPUT-DIR"]), text)
         await asyncio.sleep(order.get("delay_s", 0))
         if order.get("gate"):
             await opened(order["gate"])
@@ -62,6 +66,12 @@ async def run(request: web.Request) -> web.StreamResponse:
 def digest(name: str) -> str:
     value = json.loads(Path(os.environ["NVCF_SECRETS_FILE"]).read_bytes()).get(name)
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def tell_progress(folder: Path, text: str) -> None:
+    """Renamed into place, so that nobody reads half of it."""
+    (folder / "progress.partial").write_text(text)
+    (folder / "progress.partial").rename(folder / "progress")
 
 
 async def opened(gate: str) -> None:

@@ -10,10 +10,13 @@ from dataclasses import replace
 import pytest
 
 from broker.backends.memory.results import MemoryResults
+from broker.backends.redis.connection import Connection
+from broker.backends.redis.results import RedisResults
+from broker.backends.redis.scripts import READ
 from broker.backends.redis.store import open_store
 from broker.errors import IdempotencyKeyReused, QueueFull
-from broker.model import Claim, Draft, Job, Lease, Outcome, RequestState, Verdict
-from broker.ports import Results
+from broker.model import Claim, Draft, Interest, Job, Lease, Outcome, Position, Progress, RequestState, Verdict
+from broker.ports import FURTHEST, Results
 from broker.settings import Settings
 from infra.local.servers import Redis
 from tests.eventually import eventually
@@ -51,7 +54,7 @@ def make_draft(version_id: str, *, deadline_s: float = 60.0) -> Draft:
 
 async def accept(results: Results, version_id: str, *, deadline_s: float = 60.0) -> Job:
     draft = make_draft(version_id, deadline_s=deadline_s)
-    record = await results.create(draft, queue_limit=1000, watch=False)
+    record = await results.create(draft, queue_limit=2000, watch=False)
     return Job(
         id=record.id,
         account=record.account,
@@ -560,3 +563,204 @@ async def test_only_the_holder_of_the_lease_postpones(results: Results, version_
     await eventually(lambda: claim(results, job), lambda claimed: claimed.verdict is Verdict.GRANTED)
     assert await results.postpone(old, REFUSED, wait_s=30) is RequestState.RUNNING
     assert await state_of(results, job) is RequestState.RUNNING
+
+
+# -- progress ----------------------------------------------------------------------------------
+
+
+def update(percent: int, partial: bytes = b"null") -> Progress:
+    return Progress(percent=percent, partial=partial)
+
+
+async def poll(results: Results, job: Job) -> tuple[int, bool] | None:
+    """The percentage that one poll is given, and whether it is news."""
+    async with results.watch(job.id, Interest.PROGRESS) as watch:
+        record = await watch.read()
+    assert record is not None
+    return (record.progress.percent, record.unread) if record.progress else None
+
+
+async def test_each_update_is_given_to_one_poll_in_order_and_the_last_one_again(
+    results: Results, version_id: str
+) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    assert await poll(results, job) is None
+    for sequence, percent in enumerate((10, 40, 30), start=1):
+        reported = await results.report(lease, update(percent, b'{"n": 1}\n'), sequence=sequence)
+        assert reported is RequestState.RUNNING
+    assert [await poll(results, job) for _ in range(5)] == [
+        (10, True), (40, True), (30, True), (30, False), (30, False),
+    ]  # fmt: skip
+    await results.report(lease, update(90), sequence=4)
+    assert [await poll(results, job) for _ in range(2)] == [(90, True), (90, False)]
+
+
+async def test_polls_at_the_same_time_are_given_different_updates(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    for sequence in range(1, 21):
+        await results.report(lease, update(sequence), sequence=sequence)
+    given = await asyncio.gather(*(poll(results, job) for _ in range(20)))
+    assert sorted(given, key=str) == sorted([(percent, True) for percent in range(1, 21)], key=str)
+
+
+async def test_whoever_does_not_poll_sees_the_last_update_and_takes_none(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    await results.report(lease, update(1), sequence=1)
+    await results.report(lease, update(2, b'{"a": 2}'), sequence=2)
+    record = await results.read(job.id)
+    assert record is not None
+    assert (record.progress, record.unread) == (Progress(percent=2, partial=b'{"a": 2}', number=2), False)
+    async with results.watch(job.id, Interest.STEPS) as watch:
+        assert (await watch.read()) == record
+    assert [found.percent for found in await results.updates(job.id, after=0, limit=10)] == [1, 2]
+    assert await poll(results, job) == (1, True)
+    assert [found.number for found in await results.updates(job.id, after=0, limit=10)] == [1, 2]
+
+
+async def test_a_poll_that_redis_runs_twice_takes_one_update(redis_server: Redis, version_id: str) -> None:
+    settings = Settings()
+    connection = Connection(redis_server.url, settings)
+    try:
+        results = RedisResults(connection, settings)
+        job = await accept(results, version_id)
+        lease = await granted(results, job)
+        for sequence in (1, 2):
+            await results.report(lease, update(10 * sequence), sequence=sequence)
+        keys = (f"fnq:{{{job.id}}}:r", f"fnq:{{{job.id}}}:b")
+        replies = await connection.run(*(READ.call(keys, 60_000, "", 0, 1, poll, 0) for poll in ("a", "a", "b", "c")))
+        assert [(reply[18], reply[19]) for reply in replies] == [
+            (b"1 10 null", 1), (b"1 10 null", 1), (b"2 20 null", 1), (b"2 20 null", 0),
+        ]  # fmt: skip
+    finally:
+        await connection.close()
+
+
+async def test_the_newest_256_updates_are_kept(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    for sequence in range(1, 301):
+        await results.report(lease, update(sequence % 101), sequence=sequence)
+    assert [found.number for found in await results.updates(job.id, after=0, limit=1000)] == list(range(45, 301))
+    assert [found.number for found in await results.updates(job.id, after=50, limit=3)] == [51, 52, 53]
+    assert await results.updates(job.id, after=300, limit=10) == []
+    given = [await poll(results, job) for _ in range(257)]
+    assert given == [(number % 101, True) for number in range(45, 301)] + [(300 % 101, False)]
+
+
+async def test_the_bytes_of_what_is_kept_are_bounded(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    large = b'"' + b"x" * 1_500_000 + b'"'
+    for sequence in range(1, 6):
+        await results.report(lease, update(sequence, large), sequence=sequence)
+    assert [found.percent for found in await results.updates(job.id, after=0, limit=10)] == [4, 5]
+
+
+async def test_a_report_that_comes_twice_or_late_counts_once(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    for sequence in (1, 2, 2, 1):
+        assert await results.report(lease, update(sequence), sequence=sequence) is RequestState.RUNNING
+    assert [found.percent for found in await results.updates(job.id, after=0, limit=10)] == [1, 2]
+
+
+async def test_only_the_holder_of_the_lease_reports(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    other = replace(lease, token="another")
+    assert await results.report(other, update(1), sequence=1) is RequestState.QUEUED
+    await results.settle(lease, job, FULFILLED, OUTCOME)
+    assert await results.report(lease, update(1), sequence=1) is FULFILLED
+    assert await results.updates(job.id, after=0, limit=10) == []
+
+
+async def test_the_result_comes_before_updates_that_were_not_read(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    await results.report(lease, update(50), sequence=1)
+    await results.settle(lease, job, FULFILLED, OUTCOME)
+    async with results.watch(job.id, Interest.PROGRESS) as watch:
+        record = await watch.read()
+    assert record is not None
+    assert (record.state, record.progress, record.unread) == (FULFILLED, None, False)
+    assert [found.percent for found in await results.updates(job.id, after=0, limit=10)] == [50]
+    async with results.watch(job.id, Interest.STEPS) as watch:
+        record = await watch.read()
+    assert record is not None
+    assert record.progress is not None
+
+
+async def test_a_new_attempt_begins_without_progress_and_its_numbers_go_on(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    for sequence in (1, 2):
+        await results.report(lease, update(sequence), sequence=sequence)
+    await results.release(lease, refund=False)
+    assert await poll(results, job) is None
+    lease = await granted(results, job)
+    assert await poll(results, job) is None
+    assert await results.updates(job.id, after=0, limit=10) == []
+    await results.report(lease, update(5), sequence=1)
+    assert [found.number for found in await results.updates(job.id, after=0, limit=10)] == [3]
+    assert [await poll(results, job) for _ in range(2)] == [(5, True), (5, False)]
+
+
+async def test_progress_is_hinted_to_polls_and_not_to_who_waits_for_the_end(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    async with results.watch(job.id) as ending, results.watch(job.id, Interest.PROGRESS) as polling:
+        await asyncio.gather(ending.read(), polling.read())
+        await results.report(lease, update(1), sequence=1)
+        assert await polling.changed(5)
+        assert not await ending.changed(0.1)
+        await results.settle(lease, job, FULFILLED, OUTCOME)
+        assert await ending.changed(5)
+
+
+async def test_steps_are_hinted_to_who_asked_for_them(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    async with (
+        results.watch(job.id, Interest.PROGRESS) as polling,
+        results.watch(job.id, Interest.STEPS) as listening,
+    ):
+        await asyncio.gather(polling.read(), listening.read())
+        lease = await granted(results, job)
+        assert await listening.changed(5)
+        await results.report(lease, update(1), sequence=1)
+        assert await listening.changed(5)
+        assert await polling.changed(5)
+        await results.release(lease, refund=True)
+        assert await listening.changed(5)
+        assert not await polling.changed(0.1)
+
+
+async def test_a_watch_that_is_woken_tells_it_from_a_hint(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    async with results.watch(job.id, Interest.STEPS) as watch:
+        await watch.read()
+        watch.wake()
+        assert not await watch.changed(5)
+        watch.wake()
+        await results.cancel(job.id, reason="enough")
+        await eventually(lambda: watch.changed(1), lambda hinted: hinted)
+
+
+@pytest.mark.parametrize("count", [3, 40])
+async def test_places_are_those_of_all_who_wait(results: Results, version_id: str, count: int) -> None:
+    jobs = [await accept(results, version_id) for _ in range(count)]
+    await granted(results, jobs[1])
+    asked = [jobs[2].id, jobs[1].id, jobs[0].id, *(job.id for job in jobs[3:])]
+    places = await results.places(version_id, asked)
+    assert [place.rank for place in places] == [2, 0, 1, *range(3, count)]
+    assert {place.length for place in places} == {count - 1}
+    assert await results.places(str(uuid.uuid4()), [jobs[0].id]) == [Position(rank=0, length=0)]
+
+
+async def test_of_many_places_the_furthest_are_told_as_far(results: Results, version_id: str) -> None:
+    jobs = await asyncio.gather(*(accept(results, version_id) for _ in range(1002)))
+    places = sorted(place.rank for place in await results.places(version_id, [job.id for job in jobs]))
+    assert places[:999] == list(range(1, 1000))
+    assert all(rank >= FURTHEST for rank in places[999:])

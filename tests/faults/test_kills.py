@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,7 @@ from broker.settings import Settings
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests.eventually import eventually
 from tests.house import RECORDER, Caller, Function, House
+from tests.sse import Listening, listening
 
 T = TypeVar("T")
 
@@ -459,3 +461,85 @@ async def connected(pid: int, count: int) -> None:
         )
 
     await eventually(clients, lambda seen: seen >= count, within_s=60)
+
+
+# -- progress and events -----------------------------------------------------------------------
+
+
+def events_url(caller: Caller, request_id: str) -> str:
+    return f"{caller.url}/v2/nvcf/requests/{request_id}/events"
+
+
+async def test_a_listener_goes_on_at_another_front_end_and_at_one_that_was_restarted(
+    make_house: Callable[..., House],
+    tmp_path: Path,
+) -> None:
+    house = await make(make_house, fronts=2)
+    gates = [Gate(tmp_path / f"gate-{number}") for number in range(4)]
+    steps = [[str(gate), json.dumps({"progress": 10 * number})] for number, gate in enumerate(gates[:3], start=1)]
+    seen: list[Listening] = []
+    keyed = {"Authorization": f"Bearer {house.key}"}
+    async with (
+        asyncio.timeout(100),
+        house.caller(0) as first,
+        house.caller(1) as second,
+        aiohttp.ClientSession(headers=keyed) as session,
+    ):
+        function = await first.deploy(RECORDER)
+        request_id = await first.submit(function.id, {"progress": steps, "gate": str(gates[3])})
+
+        async with listening(session, events_url(first, request_id)) as found:
+            seen.append(found)
+            gates[0].open()
+            await found.until("progress")
+            await asyncio.to_thread(house.fronts[0].kill)
+            with suppress(aiohttp.ClientPayloadError):  # cut off in the middle
+                assert await found.next() is None
+        gates[1].open()
+        async with listening(session, events_url(second, request_id), last_id=seen[-1].last_id) as found:
+            seen.append(found)
+            await found.until("progress")
+            await asyncio.to_thread(house.fronts[0].start)
+            await asyncio.to_thread(house.fronts[1].stop)
+            assert await found.next() is None
+        async with listening(session, events_url(first, request_id), last_id=seen[-1].last_id) as found:
+            seen.append(found)
+            gates[2].open()
+            await found.until("progress")
+            gates[3].open()
+            await found.until("done")
+    told = [event for listened in seen for event in listened.seen if event.name != "queued"]
+    assert [event.name for event in told] == ["started", "progress", "progress", "progress", "done"]
+    assert [event.data["percentComplete"] for event in told[1:4]] == [10, 20, 30]
+
+
+async def test_progress_of_an_attempt_whose_worker_died_is_gone_with_it(
+    make_house: Callable[..., House],
+    tmp_path: Path,
+) -> None:
+    house = await make(make_house)
+    first, second, answer = (Gate(tmp_path / name) for name in ("first", "second", "answer"))
+    order = {
+        "progress": [[str(first), '{"progress": 80}'], [str(second), '{"progress": 5}']],
+        "gate": str(answer),
+    }
+    keyed = {"Authorization": f"Bearer {house.key}"}
+    async with asyncio.timeout(100), house.caller() as caller, aiohttp.ClientSession(headers=keyed) as session:
+        function = await caller.deploy(RECORDER)
+        request_id = await caller.submit(function.id, order)
+        async with listening(session, events_url(caller, request_id)) as found:
+            first.open()
+            await found.until("progress")
+            (tmp_path / "first").unlink()
+            await kill_sidecar(house)
+            again = await found.until("started")
+            assert again.data["attempt"] == 2
+            silent = await caller.status(request_id, wait_s=1)
+            assert (silent.status, silent.headers.get("NVCF-PERCENT-COMPLETE")) == (202, None)
+            second.open()
+            first.open()
+            told = [(await found.until("progress")).data["percentComplete"]]
+            answer.open()
+            told += [event.data.get("percentComplete") for event in await found.rest()]
+        assert told[-2:] == [5, None]
+        assert (await caller.result(request_id)).status == 200

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from api.answers import Answer, answer, phases, timed_out
-from broker.model import Attempt, AttemptEnd, Outcome, Record, RequestState, Timings
+from broker.model import Attempt, AttemptEnd, Outcome, Progress, Record, RequestState, Timings
 
 ID = "0655fbd8-96c2-4a19-b877-4d42dfeceedf"
 STATUS_URL = f"http://here/v2/nvcf/pexec/status/{ID}"
@@ -40,6 +40,16 @@ def test_an_unfinished_request_is_202_and_says_where_to_look(state: RequestState
         "Location": STATUS_URL,
         "Retry-After": "1",
     }
+
+
+@pytest.mark.parametrize("partial", [b'{"text":"half"}', b"null"])
+def test_progress_is_told_with_what_is_done_so_far(partial: bytes) -> None:
+    told = Progress(percent=0, partial=partial)
+    record = replace(RECORD, state=RequestState.RUNNING, progress=told)
+    pending = answer(record, status_url=STATUS_URL, download_url=lambda *_: "")
+    assert (pending.status, pending.body) == (202, partial)
+    assert (pending.headers["NVCF-PERCENT-COMPLETE"], pending.headers["Content-Type"]) == ("0", "application/json")
+    assert (pending.headers["NVCF-STATUS"], pending.headers["Retry-After"]) == ("in-progress", "1")
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,13 @@ from broker.model import (
     Claim,
     Draft,
     Epoch,
+    Interest,
     Job,
     Lease,
     Load,
     Outcome,
     Position,
+    Progress,
     Record,
     RequestFilter,
     RequestPage,
@@ -38,11 +40,13 @@ from broker.model import (
     Timings,
     Verdict,
 )
-from broker.ports import PAGE_SCAN
+from broker.ports import MOST_UPDATES, PAGE_SCAN
 from broker.settings import Settings
 
 OVERDUE = "not finished before its deadline"
 OVERSLEPT = "no worker took it before its queue timeout"
+# As long as whoever listens may take to come back for the last updates.
+FADING_S = 300.0
 
 
 @dataclass(slots=True)
@@ -85,6 +89,21 @@ class Entry:
     past: tuple[Attempt, ...] = ()
     hidden: bool = False
     log: Log = field(default_factory=Log)
+    updates: deque[Progress] = field(default_factory=deque)
+    sequence: int = 0
+    numbered: int = 0
+    given: int = 0
+
+    def take(self) -> tuple[Progress | None, bool]:
+        """The next update that no poll has been given, and true; or the last one again."""
+        for progress in self.updates:
+            if progress.number > self.given:
+                self.given = progress.number
+                return progress, True
+        return self.last(), False
+
+    def last(self) -> Progress | None:
+        return self.updates[-1] if self.updates else None
 
     def record(self) -> Record:
         """The outcome of a request that is not terminal is nobody's to read."""
@@ -129,6 +148,7 @@ class MemoryResults:
         self.hints = Hints()
         self._entries: dict[str, Entry] = {}
         self._finished: deque[tuple[float, str]] = deque()
+        self._fading: deque[tuple[float, str]] = deque()
         self._waiting: dict[str, list[tuple[int, str]]] = {}
         self._running: dict[str, set[str]] = {}
         self._due: dict[str, list[tuple[float, str]]] = {}
@@ -179,16 +199,23 @@ class MemoryResults:
         return True
 
     @asynccontextmanager
-    async def watch(self, request_id: str) -> AsyncIterator[RecordWatch]:
-        with self.hints.watching(request_id, RecordWatch(lambda: self.read(request_id))) as watch:
+    async def watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[RecordWatch]:
+        with self.hints.watching(request_id, RecordWatch(lambda: self._read(request_id, interest), interest)) as watch:
             yield watch
 
     async def read(self, request_id: str) -> Record | None:
+        return await self._read(request_id, Interest.END)
+
+    async def _read(self, request_id: str, interest: Interest) -> Record | None:
         entry = self._entries.get(request_id)
         if entry is None or entry.hidden:
             return None
         self._expire(entry)
-        return entry.record()
+        running = entry.state is RequestState.RUNNING
+        if running and interest is Interest.PROGRESS:
+            progress, unread = entry.take()
+            return replace(entry.record(), progress=progress, unread=unread)
+        return replace(entry.record(), progress=entry.last() if running or interest is Interest.STEPS else None)
 
     async def glance(self, request_id: str) -> Record | None:
         record = await self.read(request_id)
@@ -237,6 +264,9 @@ class MemoryResults:
         entry.attempt += 1
         entry.token = secrets.token_hex(16)
         entry.worker, entry.started_at, entry.lease_until = worker, now, now + lease_s
+        entry.updates.clear()
+        entry.sequence = 0
+        self.hints.tell(job.id, Interest.STEPS)
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=entry.attempt, token=entry.token)
         return Claim(verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=entry.deadline_at - now)
 
@@ -263,6 +293,7 @@ class MemoryResults:
             entry.attempt -= refund
             entry.token, entry.lease_until = "", 0.0
             self._move(entry, RequestState.QUEUED)
+            self.hints.tell(entry.id, Interest.STEPS)
         return entry.state
 
     async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
@@ -287,6 +318,32 @@ class MemoryResults:
             entry.timings = timings
             self.finish(entry, state, outcome=outcome)
         return entry.state
+
+    async def report(self, lease: Lease, progress: Progress, *, sequence: int) -> RequestState:
+        entry = self._entries.get(lease.request_id)
+        if entry is None:
+            return RequestState.RUNNING
+        if entry.state is not RequestState.RUNNING:
+            return entry.state
+        if entry.token != lease.token:
+            return RequestState.QUEUED
+        if sequence > entry.sequence:
+            entry.sequence = sequence
+            entry.numbered += 1
+            entry.updates.append(replace(progress, number=entry.numbered))
+            self._drop_updates(entry.updates)
+            self.hints.tell(entry.id, Interest.PROGRESS)
+        return RequestState.RUNNING
+
+    def _drop_updates(self, updates: deque[Progress]) -> None:
+        size_bytes = sum(len(update.partial) for update in updates)
+        while len(updates) > MOST_UPDATES or (len(updates) > 1 and size_bytes > self._settings.progress_kept_bytes):
+            size_bytes -= len(updates.popleft().partial)
+
+    async def updates(self, request_id: str, *, after: int, limit: int) -> list[Progress]:
+        entry = self._entries.get(request_id)
+        kept = entry.updates if entry is not None else ()
+        return [update for update in kept if update.number > after][:limit]
 
     async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
         entry = self._entries.get(job.id) or self._rebuild(job)
@@ -318,6 +375,11 @@ class MemoryResults:
         if entry is None or entry.state is not RequestState.QUEUED:
             return Position(rank=0, length=len(waiting))
         return Position(rank=bisect.bisect_left(waiting, (entry.order, entry.id)) + 1, length=len(waiting))
+
+    async def places(self, version_id: str, request_ids: Sequence[str]) -> list[Position]:
+        waiting = self._waiting.get(version_id, [])
+        ranks = {request_id: rank for rank, (_, request_id) in enumerate(waiting, start=1)}
+        return [Position(rank=ranks.get(request_id, 0), length=len(waiting)) for request_id in request_ids]
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         return [self._load(version_id) for version_id in version_ids]
@@ -406,6 +468,8 @@ class MemoryResults:
         self._move(entry, state)
         entry.reason, entry.outcome, entry.finished_at = reason, outcome, self._now()
         self._finished.append((entry.finished_at, entry.id))
+        if entry.updates:
+            self._fading.append((entry.finished_at, entry.id))
         self.hints.tell(entry.id)
         self.hints.tell(f"{entry.id}/r")
 
@@ -422,6 +486,8 @@ class MemoryResults:
             self._running[entry.version_id].add(entry.id)
 
     def _drop_old(self) -> None:
+        while self._fading and self._fading[0][0] + FADING_S < self._now():
+            self._entries[self._fading.popleft()[1]].updates.clear()
         while self._finished and self._finished[0][0] + self._settings.result_ttl_s < self._now():
             self._entries.pop(self._finished.popleft()[1], None)
 

@@ -27,11 +27,13 @@ from broker.model import (
     Claim,
     Draft,
     Epoch,
+    Interest,
     Job,
     Lease,
     Load,
     Outcome,
     Position,
+    Progress,
     Record,
     RequestFilter,
     RequestPage,
@@ -39,7 +41,7 @@ from broker.model import (
     Timings,
     Verdict,
 )
-from broker.ports import PAGE_SCAN
+from broker.ports import FURTHEST, MOST_UPDATES, PAGE_SCAN
 from broker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,10 @@ _PAGE_BATCH = 250
 # its deadline and retention.
 _INDEXED_WITHIN_S = 1.0
 _FINISHED_LIVES_MS = 180_000
+# What is behind the id in a hint; of what a newer process may say, everybody is told.
+_HINTS = {"1": Interest.PROGRESS, "2": Interest.STEPS}
+# From here on, one answer with the whole front of the queue costs less than a command each.
+_MANY = 32
 
 
 class RedisResults:
@@ -144,8 +150,9 @@ class RedisResults:
     # -- readers ----------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def watch(self, request_id: str) -> AsyncIterator[RecordWatch]:
-        with self.hints.watching(request_id, RecordWatch(lambda: self._read(request_id, self.channel))) as watch:
+    async def watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[RecordWatch]:
+        reading = RecordWatch(lambda: self._read(request_id, self.channel, interest), interest)
+        with self.hints.watching(request_id, reading) as watch:
             yield watch
 
     async def read(self, request_id: str) -> Record | None:
@@ -193,6 +200,10 @@ class RedisResults:
         )
         return [(member, int(score)) for member, score in _pairs(reply)]
 
+    async def updates(self, request_id: str, *, after: int, limit: int) -> list[Progress]:
+        [found] = await self._connection.run(scripts.UPDATES.call((_updates(request_id),), after, limit))
+        return [_progress(update) for update in found]
+
     async def forget(self, request_id: str) -> None:
         await self._connection.run(scripts.FORGET.call((_record(request_id), _body(request_id))))
 
@@ -206,6 +217,20 @@ class RedisResults:
             return Position(rank=0, length=int(length))
         # A request that a wiped store has not seen again yet is somewhere behind those it has.
         return Position(rank=int(rank) + 1 if rank is not None else int(length) + 1, length=int(length))
+
+    async def places(self, version_id: str, request_ids: Sequence[str]) -> list[Position]:
+        waiting = _waiting(version_id)
+        if len(request_ids) < _MANY:
+            *found, length = await self._connection.run(
+                *(("ZRANK", waiting, request_id) for request_id in request_ids), ("ZCARD", waiting)
+            )
+            ranks = [0 if rank is None else int(rank) + 1 for rank in found]
+        else:
+            first, length = await self._connection.run(("ZRANGE", waiting, 0, FURTHEST - 2), ("ZCARD", waiting))
+            ahead = {_text(request_id): rank for rank, request_id in enumerate(first, start=1)}
+            further = FURTHEST if length >= FURTHEST else 0
+            ranks = [ahead.get(request_id, further) for request_id in request_ids]
+        return [Position(rank=rank, length=int(length)) for rank in ranks]
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         if not version_ids:
@@ -323,6 +348,20 @@ class RedisResults:
             )
         return stands
 
+    async def report(self, lease: Lease, progress: Progress, *, sequence: int) -> RequestState:
+        [state] = await self._connection.run(
+            scripts.REPORT.call(
+                (_record(lease.request_id), _updates(lease.request_id)),
+                lease.token,
+                sequence,
+                progress.percent,
+                progress.partial,
+                MOST_UPDATES,
+                self._settings.progress_kept_bytes,
+            )
+        )
+        return RequestState(_text(state))
+
     async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
         [ended] = await self._connection.run(
             scripts.END.call((_record(job.id), _body(job.id)), state, reason, self._retention_ms, *_job(job)),
@@ -395,8 +434,9 @@ class RedisResults:
         if message is None:
             return
         if message["type"] == "message":
-            subject, _, news = message["data"].partition(b"\n")
-            self.hints.tell(subject.decode(), news)
+            head, _, news = message["data"].partition(b"\n")
+            subject, _, of = head.decode().partition(" ")
+            self.hints.tell(subject, _HINTS.get(of, Interest.END), news)
         elif message["type"] == "subscribe":
             # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
             self.hints.tell_all()
@@ -412,17 +452,27 @@ class RedisResults:
 
     # -- pieces -----------------------------------------------------------------------------------
 
-    async def _read(self, request_id: str, channel: str) -> Record | None:
-        [record] = await self._read_all([request_id], channel, whole=True)
+    async def _read(self, request_id: str, channel: str, interest: Interest = Interest.END) -> Record | None:
+        [record] = await self._read_all([request_id], channel, whole=True, interest=interest)
         return record
 
-    async def _read_all(self, request_ids: Sequence[str], channel: str, *, whole: bool) -> list[Record | None]:
+    async def _read_all(
+        self, request_ids: Sequence[str], channel: str, *, whole: bool, interest: Interest = Interest.END
+    ) -> list[Record | None]:
         """In one exchange; `whole` records have their outcomes."""
         if not request_ids:
             return []
         touch = self._settings.durable_replicas > 0
         commands = [
-            scripts.READ.call((_record(each), _body(each)), self._retention_ms, channel, int(touch), int(whole))
+            scripts.READ.call(
+                (_record(each), _body(each)),
+                self._retention_ms,
+                channel,
+                int(touch),
+                int(whole),
+                secrets.token_hex(4) if interest is Interest.PROGRESS else "",
+                int(interest is Interest.STEPS),
+            )
             for each in request_ids
         ]
         try:
@@ -487,6 +537,8 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         run_timeout_s=int(reply[14]) / 1000,
         attempts=attempts,
         timings=timings,
+        progress=_progress(reply[18]) if reply[18] else None,
+        unread=bool(reply[19]),
     )
 
 
@@ -536,6 +588,11 @@ def _outcome(request_id: str, packed: bytes) -> Outcome | None:
         return None
 
 
+def _progress(packed: bytes) -> Progress:
+    number, percent, partial = packed.split(b" ", 2)
+    return Progress(number=int(number), percent=int(percent), partial=partial)
+
+
 def _job(job: Job) -> tuple[str | int, ...]:
     return (
         job.account,
@@ -554,6 +611,10 @@ def _record(request_id: str) -> str:
 
 def _body(request_id: str) -> str:
     return f"fnq:{{{request_id}}}:b"
+
+
+def _updates(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:p"
 
 
 def _waiting(version_id: str) -> str:

@@ -4,6 +4,7 @@ Keys of one request share a hash tag, so that they live in one slot of a Redis C
     fnq:{<id>}:r   hash, the record      fnq:{<id>}:b   string, the packed outcome
     fnq:{<id>}:s   stream, the latest of a streamed body: entry <attempt>-<offset behind it>, fields d data · k kind
                    (0 bytes, 1 event) · c the container's ID of the event
+    fnq:{<id>}:p   list of the attempt's last updates: "<number> <percent> <partial>", oldest first, without gaps
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
     fnq:{<version>}:d   sorted set of ids by queue deadline, of those that have one
@@ -17,6 +18,10 @@ Q queue deadline · U run timeout · I numbers of the result: "status cold_start
 G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
 means to be there · i channels of readers · j channel of a writer that waits, and how many unread bytes it waits for
+and of progress: hs those channels that want every step · pn number of the last update · pi its sequence in the
+attempt · pb bytes kept · pu number last given to a poll · pz nonce of that poll
+A hint is the id, alone for what concerns all who wait, with ` 1` for progress and ` 2` for a step; with `/r` and `/w`
+behind it, it is for readers and the writer of the stream.
 """
 
 from __future__ import annotations
@@ -45,9 +50,19 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
+# updates(): where a request's progress is; in the record's slot, so that not every script has to name it.
+_UPDATES = """
+local function updates(r) return string.sub(r, 1, -2) .. 'p' end
+local function tell(channels, hint)
+  for channel in string.gmatch(channels or '', '%S+') do redis.call('PUBLISH', channel, hint) end
+end
+"""
+
 # close(): an attempt came to nothing. Of those, the newest 32 are kept.
 _CLOSE = (
     _NOW
+    + _UPDATES
+    + _UPDATES
     + """
 local function close(r, how, at)
   local f = redis.call('HMGET', r, 'n', 'w', 'b', 'G')
@@ -68,17 +83,18 @@ _FINISH = (
     + """
 local terminal = {fulfilled=1, errored=1, expired=1, ['timed-out']=1, cancelled=1, dead=1, abandoned=1}
 local function finish(r, b, state, reason, retention, body)
-  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z')
+  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn')
   if old[4] == 'running' and not body and tonumber(old[5] or 0) <= now then close(r, 'lost', old[5] or now) end
   local id = string.match(r, '{(.-)}')
   local ttl = math.max(retention, (tonumber(old[1]) or now) - now + 180000)
   redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
-  redis.call('HDEL', r, 'h', 'k', 'l', 't', 'i', 'j')
+  redis.call('HDEL', r, 'h', 'hs', 'k', 'l', 't', 'i', 'j')
   redis.call('PEXPIRE', r, ttl)
   if old[8] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
   if body then redis.call('SET', b, body, 'PX', ttl) elseif old[6] then redis.call('DEL', b) end
-  for channel in string.gmatch(old[2] or '', '%S+') do redis.call('PUBLISH', channel, id) end
-  for channel in string.gmatch(old[7] or '', '%S+') do redis.call('PUBLISH', channel, id .. '/r') end
+  if old[9] then redis.call('PEXPIRE', updates(r), 300000) end
+  tell(old[2], id)
+  tell(old[7], id .. '/r')
   if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
   return state
 end
@@ -172,28 +188,53 @@ return 1
 """
 )
 
-# KEYS record body · ARGV retention_ms channel touch whole
+# KEYS record body · ARGV retention_ms channel touch whole poll steps
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
 #   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result,
-#   head of a stream that is not terminal}
-# A touched terminal record is written to, so that WAIT on this connection covers what was read.
+#   head of a stream that is not terminal, an update or '', 1 if no other poll was given it}
+# A touched terminal record is written to, so that WAIT on this connection covers what was read. A `poll` is a nonce,
+# '' for none, and takes an update; with `steps` (0|1) the channel is told of every step.
 READ = Script(
     _FINISH
     + """
+local function update(r, last, poll)
+  local wanted, unread = last, 0
+  if poll ~= '' then
+    local f = redis.call('HMGET', r, 'pu', 'pz')
+    local given = tonumber(f[1] or 0)
+    if f[2] == poll then
+      wanted, unread = given, 1
+    elseif given < last then
+      wanted, unread = math.max(given + 1, last - redis.call('LLEN', updates(r)) + 1), 1
+      redis.call('HSET', r, 'pu', wanted, 'pz', poll)
+    end
+  end
+  local found = redis.call('LINDEX', updates(r), wanted - last - 1)
+  return found or '', found and unread or 0
+end
 if redis.call('HEXISTS', KEYS[1], 's') == 0 or redis.call('HEXISTS', KEYS[1], 'x') == 1 then return nil end
 local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
 local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I',
-  'u')
-local body = ''
+  'u', 'pn')
+local body, progress, unread = '', '', 0
+if f[18] and (f[1] == 'running' or ARGV[6] == '1') then
+  progress, unread = update(KEYS[1], tonumber(f[18]), f[1] == 'running' and ARGV[5] or '')
+end
 if terminal[f[1]] then
   body = ARGV[4] == '1' and redis.call('GET', KEYS[2]) or ''
   if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'y', now) end
 elseif ARGV[2] ~= '' and not string.find(f[12] or '', ARGV[2], 1, true) and #(f[12] or '') < 512 then
   redis.call('HSET', KEYS[1], 'h', (f[12] and f[12] .. ' ' or '') .. ARGV[2])
 end
+if not terminal[f[1]] and ARGV[6] == '1' then
+  local steps = redis.call('HGET', KEYS[1], 'hs') or ''
+  if not string.find(steps, ARGV[2], 1, true) and #steps < 512 then
+    redis.call('HSET', KEYS[1], 'hs', steps == '' and ARGV[2] or steps .. ' ' .. ARGV[2])
+  end
+end
 return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
   f[10] or '', f[11] or '', body, expired and 1 or 0, f[13] or '0', f[14] or '0', f[15] or '', f[16] or '',
-  not terminal[f[1]] and f[17] or ''}
+  not terminal[f[1]] and f[17] or '', progress, unread}
 """
 )
 
@@ -203,6 +244,7 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 #   queue_deadline run_ms
 # returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt}
 # What POSTPONE kept goes when the next attempt starts.
+# A new attempt begins without progress; the numbers go on, so that no listener takes its updates for old ones.
 CLAIM = Script(
     _REBUILD
     + _CUT
@@ -210,7 +252,7 @@ CLAIM = Script(
 local r = KEYS[1]
 local rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
 overdue(r, KEYS[2], ARGV[6] + 0)
-local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z')
+local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
 if f[6] then
@@ -230,6 +272,12 @@ end
 if f[1] == 'running' then close(r, 'lost', f[4] or now) end
 redis.call('HSET', r, 's', 'running', 'n', n + 1, 't', ARGV[2], 'l', now + ARGV[4], 'w', ARGV[1], 'k', ARGV[3],
   'b', now)
+if f[8] then
+  redis.call('DEL', updates(r))
+  redis.call('HDEL', r, 'pi', 'pb')
+  redis.call('HSET', r, 'pu', f[8])
+end
+if f[9] then tell(f[9], string.match(r, '{(.-)}') .. ' 2') end
 return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt}
 """
 )
@@ -252,7 +300,7 @@ RELEASE = Script(
     _FINISH
     + _CUT
     + """
-local f = redis.call('HMGET', KEYS[1], 's', 't', 'z')
+local f = redis.call('HMGET', KEYS[1], 's', 't', 'z', 'hs')
 if not f[1] then return 'queued' end
 if f[1] == 'running' and f[2] == ARGV[1] then
   if f[3] then return finish(KEYS[1], KEYS[2], 'errored', cut, ARGV[3] + 0) end
@@ -260,6 +308,7 @@ if f[1] == 'running' and f[2] == ARGV[1] then
   redis.call('HINCRBY', KEYS[1], 'n', 0 - ARGV[2])
   redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
   redis.call('HSET', KEYS[1], 's', 'queued')
+  tell(f[4], string.match(KEYS[1], '{(.-)}') .. ' 2')
   return 'queued'
 end
 return f[1]
@@ -272,7 +321,7 @@ return f[1]
 POSTPONE = Script(
     _CLOSE
     + """
-local f = redis.call('HMGET', KEYS[1], 's', 't', 'd')
+local f = redis.call('HMGET', KEYS[1], 's', 't', 'd', 'hs')
 if not f[1] then return 'queued' end
 if f[1] ~= 'running' or f[2] ~= ARGV[1] then return f[1] end
 local till = now + ARGV[2]
@@ -282,7 +331,41 @@ redis.call('HINCRBY', KEYS[1], 'n', -1)
 redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
 redis.call('HSET', KEYS[1], 's', 'queued', 'Z', till)
 redis.call('SET', KEYS[2], ARGV[3], 'PX', f[3] - now + ARGV[4])
+tell(f[4], string.match(KEYS[1], '{(.-)}') .. ' 2')
 return 'queued'
+"""
+)
+
+# KEYS record updates · ARGV token sequence percent partial most kept_bytes · returns as RENEW
+REPORT = Script(
+    _UPDATES
+    + """
+local r, p = KEYS[1], KEYS[2]
+local f = redis.call('HMGET', r, 's', 't', 'pi', 'pn', 'pb', 'h')
+if not f[1] then return 'running' end
+if f[1] ~= 'running' then return f[1] end
+if f[2] ~= ARGV[1] then return 'queued' end
+if tonumber(ARGV[2]) <= tonumber(f[3] or 0) then return 'running' end
+local number = tonumber(f[4] or 0) + 1
+local update = number .. ' ' .. ARGV[3] .. ' ' .. ARGV[4]
+local bytes, length = tonumber(f[5] or 0) + #update, redis.call('RPUSH', p, update)
+while length > tonumber(ARGV[5]) or (length > 1 and bytes > tonumber(ARGV[6])) do
+  bytes, length = bytes - #redis.call('LPOP', p), length - 1
+end
+redis.call('HSET', r, 'pi', ARGV[2], 'pn', number, 'pb', bytes)
+redis.call('PEXPIRE', p, redis.call('PTTL', r))
+tell(f[6], string.match(r, '{(.-)}') .. ' 1')
+return 'running'
+"""
+)
+
+# KEYS updates · ARGV after limit · returns the first `limit` of those numbered above `after`
+UPDATES = Script(
+    """
+local first = tonumber(string.match(redis.call('LINDEX', KEYS[1], 0) or '', '^%d+'))
+if not first then return {} end
+local at = math.max(0, ARGV[1] + 1 - first)
+return redis.call('LRANGE', KEYS[1], at, at + ARGV[2] - 1)
 """
 )
 
