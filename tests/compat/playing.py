@@ -112,4 +112,4 @@ def _report(scenario: Scenario, number: int, sent: bytes, reply: Reply, wrong: l
     head = sent.partition(b"\r\n\r\n")[0].decode(errors="replace").replace("\r\n", "\n    ")
     lines = [f"{scenario.id}, call {number}:", *wrong, "  sent:", f"    {head}", f"  got {reply.status}:"]
     lines += [f"    {name}: {value}" for name, value in reply.headers.items()]
-    return "\n".join([*lines, "", f"    {reply.body[:2000].decode(errors='replace')}"])
+    return "\n".join([*lines, "", f"    {reply.body[:800].decode(errors='replace')}"])

@@ -32,6 +32,7 @@ from workers import loops, sidecar
 NVCF = "/v2/nvcf"
 IMAGE = "tests/mirror:latest"
 SHARED = "acme"
+STRANGERS = "strangers"
 GPU = "CPU"
 INFERENCE_URL = "/v1/infer"
 NAME = "under-test"
@@ -93,7 +94,8 @@ class Stage:
     async def prepare(self, given: Given) -> dict[str, Any]:
         """The variables of what is given."""
         account = f"a{next(self._numbers)}" if given.account == "fresh" else SHARED
-        variables = {"account": account, "stranger": "strangers", "url": self.url}
+        variables = {"account": account, "stranger": STRANGERS, "url": self.url}
+        await self.key_of(STRANGERS)  # an account is one once it has a key
         key = await self.key_of(account)
         if given.function:
             function = await self._function(given, key)
