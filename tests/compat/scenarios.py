@@ -49,7 +49,7 @@ class Given:
     """What is there before the first step.
 
     function    `running`: one whose container does what a step's `container` says (tests/containers/mirror.py);
-                `idle`: ACTIVE, and nobody takes what is queued; `made`: never deployed; or a status that it is put into.
+                `idle`: ACTIVE, and nobody takes what is queued; `made`: never deployed; or a status to put it into.
                 Its variables are `function` and `version`.
     definition  further fields of the function's definition
     asset       true: one that was uploaded; its variable is `asset`
@@ -68,13 +68,13 @@ class Step:
 
     Sent:
         call       method and path
-        of         whose key: `caller` (with every scope of an account), `stranger`, `admin`, `nobody`; or a mapping with
-                   some of account, scopes, resources: a key of one's own
+        of         whose key: `caller` (with every scope of an account), `stranger`, `admin`, `nobody`, a key itself, or
+                   one that is made: some of account, scopes, resources
         headers    name to value, or to values
         json, but  a JSON body, with these members in place of its own; null takes one away
         body       a body as it is; `size` bytes of no meaning
         container  what the container is told to do
-        raw        the whole request as it goes over the wire, in place of all others; `{authorization}` is the key's line
+        raw        the whole request, in place of all others; `{authorization}` is the caller's header
     Expected:
         status     of the answer, or several
         has        headers: a value, several values, `~` and a pattern, or null for absent

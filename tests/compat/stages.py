@@ -200,7 +200,7 @@ async def on_servers(folder: Path, servers: Mapping[str, str]) -> AsyncIterator[
     images.write_text(f"[{json.dumps(IMAGE)}]\ncommand = {command}\n")
     chosen = {f"FNQUEUE_{name.upper()}": str(value) for name, value in SETTINGS.items()}
     chosen |= {"FNQUEUE_IMAGES_FILE": str(images), "FNQUEUE_RECONCILE_S": "0.25", "FNQUEUE_DRAIN_S": "1"}
-    house = House(folder, servers, **chosen)
+    house = House(folder, servers, fronts=1, **chosen)
     try:
         await asyncio.to_thread(house.start)
         stage = Stage(url=house.fronts[0].url, admin_key=house.key)

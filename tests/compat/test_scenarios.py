@@ -31,7 +31,8 @@ async def servers(
 ) -> AsyncIterator[Stage]:
     urls = {
         "FNQUEUE_QUEUE_URL": rabbitmq.url,
-        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/10",  # what others store there is not deployed here
+        # A database of its own: what other tests store is not deployed here.
+        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/10",
         "FNQUEUE_BLOBS_URL": s3.url,
     }
     async with stages.on_servers(tmp_path_factory.mktemp("stage"), urls) as stage:
