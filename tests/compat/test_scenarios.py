@@ -27,10 +27,10 @@ async def memory(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stag
 
 @pytest.fixture(scope="session")
 async def servers(
-    rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
+    product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stage]:
     urls = {
-        "FNQUEUE_QUEUE_URL": rabbitmq.url,
+        "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
         # A database of its own: what other tests store is not deployed here.
         "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/10",
         "FNQUEUE_BLOBS_URL": s3.url,

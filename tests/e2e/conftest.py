@@ -101,7 +101,7 @@ def embedded(folder: Path, _: pytest.FixtureRequest) -> Iterator[Site]:
 
 
 def production(folder: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
-    rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
+    rabbitmq: RabbitMQ = request.getfixturevalue("product_rabbitmq")
     redis: Redis = request.getfixturevalue("redis_server")
     s3: S3 = request.getfixturevalue("s3")
     servers = {
