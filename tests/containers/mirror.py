@@ -67,31 +67,19 @@ def tell(request: web.Request, body: bytes) -> dict[str, Any]:
         "headers": [[name.decode("latin-1"), value.decode("latin-1")] for name, value in request.raw_headers],
         "body": base64.b64encode(body).decode(),
         "assets": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*")},
-        "named": named(request),
+        "named": {name.lower(): request.headers.getall(name) for name in request.headers},
     }
-
-
-def named(request: web.Request) -> dict[str, list[str]]:
-    """The headers by their names in lower case, each with its values in order."""
-    found: dict[str, list[str]] = {}
-    for name, value in request.raw_headers:
-        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-    return found
 
 
 async def health(_: web.Request) -> web.Response:
     return web.Response()
 
 
-def app() -> web.Application:
-    served = web.Application(client_max_size=64 * 1024 * 1024, handler_args={"auto_decompress": False})
-    served.router.add_get("/health", health)
-    served.router.add_route("*", "/{path:.*}", mirror)
-    return served
-
-
 def main() -> None:
-    web.run_app(app(), host=os.environ["HOST"], port=int(os.environ["PORT"]), print=lambda _: None)
+    app = web.Application(client_max_size=64 * 1024 * 1024, handler_args={"auto_decompress": False})
+    app.router.add_get("/health", health)
+    app.router.add_route("*", "/{path:.*}", mirror)
+    web.run_app(app, host=os.environ["HOST"], port=int(os.environ["PORT"]), print=lambda _: None)
 
 
 if __name__ == "__main__":
