@@ -25,7 +25,7 @@ from broker.revisions import edit
 from broker.settings import ApiSettings, SidecarSettings
 from tests.compat.exchange import Reply, exchange, request
 from tests.compat.scenarios import RUNNING, Given
-from tests.containers.mirror import app as mirror
+from tests.containers import mirror
 from tests.house import CONTAINERS, House
 from workers import loops, sidecar
 
@@ -35,8 +35,9 @@ SHARED = "acme"
 STRANGERS = "strangers"
 GPU = "CPU"
 INFERENCE_URL = "/v1/infer"
+HEALTH_URI = "/health"
 NAME = "under-test"
-DEFINITION = {"name": NAME, "inferenceUrl": INFERENCE_URL, "containerImage": IMAGE, "healthUri": "/health"}
+DEFINITION = {"name": NAME, "inferenceUrl": INFERENCE_URL, "containerImage": IMAGE, "healthUri": HEALTH_URI}
 SLOTS = 256
 # Scenarios ask faster, and make more, than any person would.
 SETTINGS = {
@@ -168,7 +169,10 @@ async def in_memory(folder: Path) -> AsyncIterator[Stage]:
 @asynccontextmanager
 async def _working(broker: Broker, function: Function, folder: Path) -> AsyncIterator[None]:
     """A container, and the sidecar that serves the function with it."""
-    runner = web.AppRunner(mirror(), access_log=None, handler_cancellation=True)
+    app = web.Application(client_max_size=64 * 1024 * 1024, handler_args={"auto_decompress": False})
+    app.router.add_get(HEALTH_URI, mirror.health)
+    app.router.add_route("*", "/{path:.*}", mirror.mirror)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -178,7 +182,7 @@ async def _working(broker: Broker, function: Function, folder: Path) -> AsyncIte
         function_name=NAME,
         inference_port=site.port,
         inference_url=INFERENCE_URL,
-        health_uri="/health",
+        health_uri=HEALTH_URI,
         max_request_concurrency=SLOTS,
         asset_dir=folder / "assets",
         response_dir=folder / "response",

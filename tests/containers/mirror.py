@@ -8,8 +8,7 @@ Any method and path. The header X-Mirror holds a JSON object, every field option
     headers     [[name, value], ...] of the answer
     body        base64 of the answer; otherwise the request's own body comes back with its Content-Type
     size_bytes  answer with so many bytes
-    tell        true: answer with JSON of what came: method, path, headers (in order; and as `named`, by lower
-                case), body (base64), assets ({name: sha256})
+    tell        true: answer with JSON of what came: method, path, headers, body (base64), assets ({name: sha256})
 """
 
 from __future__ import annotations
@@ -62,17 +61,13 @@ def answer(request: web.Request, order: dict[str, Any], body: bytes) -> web.Resp
 
 def tell(request: web.Request, body: bytes) -> dict[str, Any]:
     folder = Path(request.headers.get("NVCF-ASSET-DIR", "/nowhere"))
-    headers = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in request.raw_headers]
-    named: dict[str, list[str]] = {}
-    for name, value in headers:
-        named.setdefault(name.lower(), []).append(value)
     return {
         "method": request.method,
         "path": request.path_qs,
-        "headers": headers,
-        "named": named,
+        "headers": [[name.decode("latin-1"), value.decode("latin-1")] for name, value in request.raw_headers],
         "body": base64.b64encode(body).decode(),
         "assets": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*")},
+        "named": {name.lower(): request.headers.getall(name) for name in request.headers},
     }
 
 
@@ -80,15 +75,11 @@ async def health(_: web.Request) -> web.Response:
     return web.Response()
 
 
-def app() -> web.Application:
-    served = web.Application(client_max_size=64 * 1024 * 1024, handler_args={"auto_decompress": False})
-    served.router.add_get("/health", health)
-    served.router.add_route("*", "/{path:.*}", mirror)
-    return served
-
-
 def main() -> None:
-    web.run_app(app(), host=os.environ["HOST"], port=int(os.environ["PORT"]), print=lambda _: None)
+    app = web.Application(client_max_size=64 * 1024 * 1024, handler_args={"auto_decompress": False})
+    app.router.add_get("/health", health)
+    app.router.add_route("*", "/{path:.*}", mirror)
+    web.run_app(app, host=os.environ["HOST"], port=int(os.environ["PORT"]), print=lambda _: None)
 
 
 if __name__ == "__main__":
