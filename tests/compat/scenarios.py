@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,9 +118,10 @@ class Scenario:
     stack: bool
 
 
-def read_all() -> list[Scenario]:
+@cache
+def read_all() -> tuple[Scenario, ...]:
     """Raises ValueError that names the file and the scenario which is not well written."""
-    return [scenario for path in sorted((HERE / "scenarios").glob("*.yaml")) for scenario in _read(path)]
+    return tuple(scenario for path in sorted((HERE / "scenarios").glob("*.yaml")) for scenario in _read(path))
 
 
 def _read(path: Path) -> Iterator[Scenario]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import pytest
 
@@ -15,7 +15,7 @@ from tests.compat.stages import Stage
 SCENARIOS = read_all()
 
 
-def named(scenarios: list[Scenario]) -> list[object]:
+def named(scenarios: Iterable[Scenario]) -> list[object]:
     return [pytest.param(scenario, id=scenario.id) for scenario in scenarios]
 
 
