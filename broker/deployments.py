@@ -125,7 +125,7 @@ async def evict(broker: Broker, instance_id: str) -> None:
         for instance in await broker.catalog.instances(row.item.version_id):
             if instance.id == instance_id and instance.specification_id in kept:
                 await edit(
-                    broker.catalog.deployments, row.item.version_id, lambda stored: _without(stored, instance_id)
+                    broker.catalog.deployments, row.item.version_id, lambda stored: _evicting(stored, instance_id)
                 )
                 return
     raise NotFound("no such instance")
@@ -373,7 +373,7 @@ async def _replaceable(broker: Broker, version: Version) -> Row[Deployment] | No
         await asyncio.sleep(_REMOVAL_LOOK_S)
 
 
-def _without(deployment: Deployment, instance_id: str) -> Deployment:
+def _evicting(deployment: Deployment, instance_id: str) -> Deployment:
     return replace(deployment, evicted=tuple(dict.fromkeys((*deployment.evicted, instance_id))))
 
 

@@ -15,6 +15,7 @@ from broker.errors import BadRequest, NotFound, StateConflict
 from broker.model import Autoscaling, Deployment, GpuSpecification, Principal, Version
 from broker.ports import Broker
 from broker.revisions import edit
+from broker.visibility import find_version
 
 UNKNOWN_SPECIFICATION = "no such GPU specification"
 
@@ -49,8 +50,9 @@ async def update(
     Raises:
         NotFound: no such version, or it is not deployed.
         BadRequest: names the specification's field at fault.
-        StateConflict: the deployment is faulty, or being undeployed.
+        StateConflict: the deployment is faulty, or being undeployed; or the function is public.
     """
+    await find_version(broker, principal, function_id, version_id)
     version, _ = await deployments.get(broker, principal, function_id, version_id)
     return version, await _edit(broker, version, lambda specifications: _update(specifications, changes))
 
@@ -61,9 +63,10 @@ async def patch(broker: Broker, principal: Principal, deployment_id: str, change
     Raises:
         NotFound: no such deployment or specification.
         BadRequest: names the field at fault.
-        StateConflict: the deployment is faulty, or being undeployed.
+        StateConflict: the deployment is faulty, or being undeployed; or the function is public.
     """
     version, _ = await deployments.find(broker, principal, deployment_id)
+    await find_version(broker, principal, version.function_id, version.id)
 
     def apply(specifications: Sequence[GpuSpecification]) -> tuple[GpuSpecification, ...]:
         if change.id not in {specification.id for specification in specifications}:

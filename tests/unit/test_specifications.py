@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from broker import deployments, functions, specifications
+from broker import authorizations, deployments, functions, specifications
 from broker.errors import BadRequest, NotFound, StateConflict
 from broker.functions import Definition
 from broker.model import Autoscaling, Deployment, FunctionStatus, Gpu, GpuSpecification, Principal, Scaling, Version
@@ -137,6 +137,17 @@ async def test_only_a_busy_version_is_changed(broker: Broker, status: FunctionSt
         else:
             with pytest.raises(StateConflict, match=status.value):
                 await attempt
+
+
+async def test_of_a_public_function_only_a_super_admin_changes_the_deployment(broker: Broker) -> None:
+    version, deployment = await deployed(broker)
+    operator = replace(OURS, super_admin=True)
+    await authorizations.replace_all(broker, operator, version.function_id, "", ["*"])
+    change = Change(id=deployment.specifications[0].id, max_instances=9)
+    for attempt in (specifications.patch(broker, OURS, deployment.id, change), update(broker, version, change)):
+        with pytest.raises(StateConflict, match="public"):
+            await attempt
+    assert (await specifications.patch(broker, operator, deployment.id, change)).max_instances == 9
 
 
 async def test_what_drains_is_not_changed(broker: Broker) -> None:
