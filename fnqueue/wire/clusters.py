@@ -9,6 +9,9 @@ from pydantic import AliasChoices, BeforeValidator, Field, RootModel
 
 from fnqueue.wire.fields import MAX_INSTANCES, Wire, upper
 
+# Left to itself, the alias generator writes k8SVersion.
+K8S_VERSION = Field(alias="k8sVersion")
+
 
 class SupportedGpu(Wire):
     gpu: str
@@ -46,7 +49,7 @@ class OfferedGpu(Wire):
 class GroupCluster(Wire):
     id: str
     name: str
-    k8s_version: str | None = None
+    k8s_version: Annotated[str | None, K8S_VERSION] = None
 
 
 class ClusterGroup(Wire):
@@ -156,7 +159,7 @@ class Cluster(Wire):
     region: str
     status: str
     nvca_version: str | None = None
-    k8s_version: str | None = None
+    k8s_version: Annotated[str | None, K8S_VERSION] = None
     authorized_nca_ids: Annotated[list[str], Field(serialization_alias="authorizedNCAIds")]
     capabilities: list[str]
     attributes: list[str]
@@ -180,7 +183,7 @@ class ConnectCluster(Wire):
     """Body of `PUT /v1/nvca/clusters/{clusterId}/register`: what an agent says when it starts."""
 
     status: State
-    k8s_version: Annotated[str, Field(max_length=64)] = ""
+    k8s_version: Annotated[str, Field(max_length=64), K8S_VERSION] = ""
     nvca_version: Annotated[str, Field(max_length=64)] = ""
     gpus: Annotated[list[ClusterGpu], Field(max_length=64)] = []
 

@@ -98,6 +98,7 @@ def tell(request: web.Request, body: bytes) -> dict[str, Any]:
         "headers": [[name.decode("latin-1"), value.decode("latin-1")] for name, value in request.raw_headers],
         "body": base64.b64encode(body).decode(),
         "assets": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*")},
+        "named": {name.lower(): request.headers.getall(name) for name in request.headers},
     }
 
 
