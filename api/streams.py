@@ -69,7 +69,7 @@ async def opened(
         after: int | None = 0
         if last_id:
             after = await streams.place_of(reader, excerpt, last_id)
-            excerpt = await streams.look(reader, after or excerpt.written)
+            excerpt = await streams.look(reader, excerpt.written if after is None else after)
     if after is None or (excerpt is not None and excerpt.state is RequestState.FULFILLED and after == excerpt.written):
         return web.Response(status=204, headers=answers.told(record).headers)
     if excerpt is None or excerpt.head is None:

@@ -30,9 +30,9 @@ from workers.inference import (
     Inference,
     Refused,
     Response,
+    Translated,
     connection_fault,
     problem,
-    translated,
 )
 
 logger = logging.getLogger(__name__)
@@ -280,7 +280,7 @@ class _WebSocket:
     async def run(self, settings: SidecarSettings, *, budget_s: float) -> int:
         """The status of the container's answer to the handshake."""
         try:
-            with translated(self._line.job):
+            with Translated(self._line.job):
                 await loops.either(self._up(), self._down(settings.max_message_bytes))
             for word in self._last_words:
                 # Only now, when nobody takes the front end's closing of the line for its loss.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -117,7 +117,8 @@ class Response:
 
     def arrived(self) -> bytes:
         """What of the body is here already, without waiting; `chunks` goes on behind it."""
-        return self._response.content.read_nowait()
+        with _Translated(self._job):
+            return self._response.content.read_nowait()
 
     async def read(self) -> bytes:
         """All of it. Raises as `chunks`."""
@@ -125,7 +126,7 @@ class Response:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes, in pieces of any size; who does not ask for the next one makes the container wait."""
-        with translated(self._job):
+        with Translated(self._job):
             async for chunk in self._response.content.iter_any():
                 yield chunk
 
@@ -267,43 +268,45 @@ class Inference:
             AttemptFailed: what came back was not HTTP.
         """
         session, budget = self._session(attempt), asyncio.timeout(budget_s)
-        async with AsyncExitStack() as stack:
-            try:
-                async with budget:
-                    with translated(job):
-                        content: bytes | BinaryIO | AsyncIterable[bytes] | None
-                        if isinstance(body, Path):
-                            content = stack.enter_context(await loops.in_thread(_opened, body, "rb"))
-                        else:
-                            content = body or None  # a GET without a body has no length either
-                        response = await stack.enter_async_context(
-                            session.request(
-                                job.method,
-                                self._url_of(job),
-                                data=content,
-                                headers=list(headers),
-                                allow_redirects=False,
-                            )
-                        )
-                        if not 200 <= response.status <= 599:
-                            raise ValueError(f"the container answered {response.status}")
+        file: BinaryIO | None = None
+        try:
+            async with budget:
+                with Translated(job):
+                    content: bytes | BinaryIO | AsyncIterable[bytes] | None
+                    if isinstance(body, Path):
+                        content = file = await loops.in_thread(_opened, body, "rb")
+                    else:
+                        content = body or None  # a GET without a body has no length either
+                    response = await session.request(
+                        job.method,
+                        self._url_of(job),
+                        data=content,
+                        headers=list(headers),
+                        allow_redirects=False,
+                    )
+                async with response:
+                    if not 200 <= response.status <= 599:
+                        raise AttemptFailed(connection_fault(job))
                     yield Response(job, response)
-            except TimeoutError as exc:
-                if not budget.expired():
-                    raise
-                raise RunTimedOut(job) from exc
+        except TimeoutError as exc:
+            if not budget.expired():
+                raise
+            raise RunTimedOut(job) from exc
+        finally:
+            if file is not None:
+                file.close()
 
     async def connect(
         self, job: Job, headers: Iterable[tuple[str, str]], *, protocols: Sequence[str], largest_bytes: int
     ) -> aiohttp.ClientWebSocketResponse[bool]:
         """A WebSocket to where the job is for, without extensions, that answers neither ping nor close by itself and
-        leaves text encoded. The caller closes it, and translates its errors (`translated`).
+        leaves text encoded. The caller closes it, and translates its errors (`Translated`).
 
         Raises:
             ContainerLost, Refused.
             AttemptFailed: what came back was not a handshake.
         """
-        with translated(job):
+        with Translated(job):
             try:
                 return await self._session(self._settings.max_attempts).ws_connect(
                     self._url_of(job),
@@ -334,16 +337,22 @@ class Inference:
 
     async def _read(self, job: Job, response: Response, spill: Path | None) -> tuple[bytes, Path | None]:
         """The body, or the file it went to. Without a file to spill to, what is too large is dropped."""
-        content = bytearray()
+        limit_bytes = self._settings.max_response_bytes
+        content = bytearray(response.arrived())
+        if response.whole and len(content) <= limit_bytes:
+            return bytes(content), None
         chunks = response.chunks()
-        async for chunk in chunks:
-            content += chunk
-            if len(content) > self._settings.max_response_bytes:
-                if spill is None:
-                    return b"", None
-                await self._spill(job, chunks, bytes(content), spill)
-                return b"", spill
-        return bytes(content), None
+        if len(content) <= limit_bytes:
+            async for chunk in chunks:
+                content += chunk
+                if len(content) > limit_bytes:
+                    break
+            else:
+                return bytes(content), None
+        if spill is None:
+            return b"", None
+        await self._spill(job, chunks, bytes(content), spill)
+        return b"", spill
 
     async def _spill(self, job: Job, chunks: AsyncIterator[bytes], head: bytes, path: Path) -> None:
         """Write `head` and the rest of the body to `path`; memory stays flat and the loop free."""
@@ -371,17 +380,27 @@ class Inference:
             raise AttemptFailed(problem(job, 500, INFERENCE_FAULT)) from exc
 
 
-@contextmanager
-def translated(job: Job) -> Iterator[None]:
-    """The client's errors as ours."""
-    try:
-        yield
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
-        raise ContainerLost("the container refused the connection", sent=False) from exc
-    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as exc:
-        raise ContainerLost("the container closed the connection", sent=True) from exc
-    except (aiohttp.ClientError, ValueError) as exc:
-        raise AttemptFailed(connection_fault(job)) from exc
+class Translated:
+    """While the body runs, the client's errors become ours. A class, because this is done for every job."""
+
+    __slots__ = ("_job",)
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        match error:
+            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
+                raise ContainerLost("the container refused the connection", sent=False) from error
+            case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | ConnectionError():
+                raise ContainerLost("the container closed the connection", sent=True) from error
+            case aiohttp.ClientError() | ValueError():
+                raise AttemptFailed(connection_fault(self._job)) from error
 
 
 class _Kept(aiohttp.TCPConnector):

@@ -177,6 +177,12 @@ async def test_a_client_goes_on_while_the_answer_comes(house: House) -> None:
             assert without_ids(await again.read()) == b"data: 2\n\ndata: 3\n\n"
 
 
+async def test_a_client_may_name_the_beginning(house: House) -> None:
+    request_id = await finished(house, [b"data: 1\n\n"])
+    async with resumed(house, request_id, "fnq-1-0") as response:
+        assert without_ids(await response.read()) == b"data: 1\n\n"
+
+
 async def test_a_client_goes_on_behind_an_id_of_the_container(house: House) -> None:
     request_id = await finished(house, [b"id: a\ndata: 1\n\n", b"data: 2\n\n", b"id: b\ndata: 3\n\n"])
     async with resumed(house, request_id, "a") as response:
