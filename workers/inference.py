@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -266,15 +266,14 @@ class Inference:
                             content = stack.enter_context(await loops.in_thread(_opened, body, "rb"))
                         else:
                             content = body or None  # a GET without a body has no length either
-                        response = await stack.enter_async_context(
-                            session.request(
-                                job.method,
-                                self._url_of(job),
-                                data=content,
-                                headers=list(headers),
-                                allow_redirects=False,
-                            )
+                        response = await session.request(
+                            job.method,
+                            self._url_of(job),
+                            data=content,
+                            headers=list(headers),
+                            allow_redirects=False,
                         )
+                        stack.push_async_callback(_let_go, response)
                         if not 200 <= response.status <= 599:
                             raise ValueError(f"the container answered {response.status}")
                     yield Response(job, response)
@@ -372,6 +371,13 @@ def translated(job: Job) -> Iterator[None]:
         raise ContainerLost("the container closed the connection", sent=True) from exc
     except (aiohttp.ClientError, ValueError) as exc:
         raise AttemptFailed(connection_fault(job)) from exc
+
+
+async def _let_go(response: aiohttp.ClientResponse) -> None:
+    """A container may answer, and close, before it has all of the body: what is left to send does not matter then."""
+    response.release()
+    with suppress(aiohttp.ClientError, ConnectionError):
+        await response.wait_for_close()
 
 
 class _Kept(aiohttp.TCPConnector):
