@@ -81,17 +81,18 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         NotFound: an asset is unknown.
         IdempotencyKeyReused, QueueFull, Unavailable: refused, and it will never run (unless the error says
             that the outcome is unknown).
-        StreamNotKept: as `status`.
+        StreamNotKept: as `status`, for a key that was used before.
     """
-    account = submission.principal.account
+    account, streaming = submission.principal.account, submission.streaming
     request_id = request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
     async with broker.results.watch(request_id) as watch:
         submitting = spawn(submit(broker, submission, version, request_id, watch=wait_s > 0))
         del submission
         record = await asyncio.shield(submitting)
         if record.id == request_id:
-            return await streams.gathered(broker, await _until_terminal(watch, record, wait_s))
-    return await streams.gathered(broker, await wait(broker, record.id, wait_s=wait_s) or record)
+            return await _until_terminal(watch, record, wait_s)
+    record = await wait(broker, record.id, wait_s=wait_s) or record
+    return record if streaming else await streams.gathered(broker, record)
 
 
 async def submit(broker: Broker, submission: Submission, version: Version, request_id: str, *, watch: bool) -> Record:

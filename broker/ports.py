@@ -226,6 +226,7 @@ class StreamReader(Protocol):
 
         The first chunk begins at `after` unless what lies between is not kept any more. `attended_s` says how long
         the caller means to be there, and that it is done with everything before `after`; 0 is for one who only looks.
+        The writer learns of that in steps, of a sixteenth of what is kept at most.
         """
 
     async def changed(self, timeout_s: float) -> None:

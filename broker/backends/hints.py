@@ -32,7 +32,8 @@ class Watch:
             timer.cancel()
             self._event.clear()
 
-    def tell(self) -> None:
+    def tell(self, news: bytes = b"") -> None:
+        """`news` may say what is new, for who understands it."""
         self._event.set()
 
 
@@ -68,9 +69,9 @@ class Hints:
             if not waiting:
                 del self._watches[subject]
 
-    def tell(self, subject: str) -> None:
+    def tell(self, subject: str, news: bytes = b"") -> None:
         for watch in self._watches.get(subject, ()):
-            watch.tell()
+            watch.tell(news)
 
     def tell_all(self) -> None:
         """After a gap in which hints may have been lost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack
@@ -390,6 +391,38 @@ async def test_a_forgotten_stream_is_gone(stores: Stores) -> None:
     await stores.results.forget(job.id)
     async with stores.reading.follow(job.id) as reader:
         assert await reader.read(0, limit_bytes=100) is None
+
+
+async def test_small_and_large_chunks_are_read_in_order(stores: Stores) -> None:
+    """What is small may reach a reader on another way than what is large."""
+    chosen = random.Random(3)
+    pieces = [bytes([at % 256]) * chosen.choice((1, 40, 3000, 9000)) for at in range(300)]
+    chunks = chunks_of(*pieces)
+    _, lease = running = await stores.running()
+
+    async def write() -> None:
+        async with stores.writing.write(lease) as writer:
+            await writer.append(head=HEAD)
+            at = 0
+            while at < len(chunks):
+                portion = chunks[at : at + chosen.randint(1, 3)]
+                at += len(portion)
+                flow = await writer.append(portion)
+                while flow.unread_bytes > KEPT_BYTES // 2:
+                    await writer.drained(5)
+                    flow = await writer.append()
+
+    found: list[Chunk] = []
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group, stores.reading.follow(running[0].id) as reader:
+        writing = group.create_task(write())
+        while len(found) < len(chunks):
+            after = found[-1].end if found else 0
+            excerpt = await seen(reader, after, attended_s=30)
+            found += excerpt.chunks
+            if not excerpt.chunks:
+                await reader.changed(5)
+        await writing
+    assert found == chunks
 
 
 async def test_many_streams_are_read_whole_and_in_order(stores: Stores) -> None:

@@ -23,7 +23,7 @@ from infra.local.servers import S3, RabbitMQ, Redis
 from tests import house
 from tests.e2e import dev
 from tests.eventually import eventually
-from tests.house import CONTAINERS, RECORDER, Caller, Function, House, Record, Reply
+from tests.house import CONTAINERS, RECORDER, STREAMER, Caller, Function, House, Record, Reply
 
 MIRROR = "tests/mirror:latest"
 TALKER = "tests/talker:latest"
@@ -71,7 +71,8 @@ def settings_for(folder: Path) -> dict[str, str]:
     images = folder / "test-images.toml"
     record = json.dumps(str(folder / "record"))
     lines = []
-    for image, script in ((RECORDER, "recorder.py"), (MIRROR, "mirror.py"), (TALKER, "talker.py")):
+    scripts = {RECORDER: "recorder.py", MIRROR: "mirror.py", STREAMER: "streamer.py", TALKER: "talker.py"}
+    for image, script in scripts.items():
         command = json.dumps([sys.executable, str(CONTAINERS / script)])
         lines += [f"[{json.dumps(image)}]", f"command = {command}", f"env = {{ RECORD = {record} }}"]
     images.write_text("\n".join(lines) + "\n")

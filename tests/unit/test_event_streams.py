@@ -477,6 +477,18 @@ async def test_the_same_key_leads_to_the_same_stream(house: House) -> None:
             assert without_ids(await third.read()) == b"data: 2\n\n"
 
 
+async def test_the_same_key_leads_to_what_is_kept_of_the_stream(house: House) -> None:
+    block = b"data: " + b"x" * 1016 + b"\n\n"
+    async with invoked(house, **{"Idempotency-Key": "k"}) as (job, response):
+        for _ in range(100):
+            await job.send(block)
+            await response.content.readuntil(b"\n\n")
+        await job.settle()
+    sent = {**EVENTS, "Idempotency-Key": "k", "Last-Event-ID": f"fnq-1-{99 * 1024}"}
+    async with house.client.post(INVOKE, data=b"{}", headers=sent) as again:
+        assert without_ids(await again.read()) == block
+
+
 async def test_one_shot_results_are_given_once(tmp_path: Path) -> None:
     async with opened(tmp_path, one_shot_results=True) as house:
         request_id = await finished(house, [b"data: 1\n\n"])

@@ -295,7 +295,8 @@ class RedisResults:
         if message is None:
             return
         if message["type"] == "message":
-            self.hints.tell(_text(message["data"]))
+            subject, _, news = message["data"].partition(b"\n")
+            self.hints.tell(subject.decode(), news)
         elif message["type"] == "subscribe":
             # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
             self.hints.tell_all()

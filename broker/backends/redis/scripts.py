@@ -280,6 +280,8 @@ return 1
 # KEYS record stream
 # ARGV token channel most_unread most_kept head('' for none), then for each chunk: end kind event_id data
 # returns {state, 1 if something before is missing, bytes unread, ms that nobody has read}
+# The hint to readers carries what was appended if that is little: "<id>/r", then as lines [attempt, offset before,
+# [[end, kind, event_id] of each chunk]] and the data of all. That saves them an exchange for each event.
 STREAM_APPEND = Script(
     _NOW
     + """
@@ -294,13 +296,15 @@ if news then
   redis.call('HSET', r, 'u', ARGV[5])
   for channel in string.gmatch(redis.call('HGET', r, 'h') or '', '%S+') do redis.call('PUBLISH', channel, id) end
 end
-local before = written
+local before, told, data = written, {}, {}
 for at = 6, #ARGV, 4 do
   local last = tonumber(ARGV[at])
   if last > written then
     if last - #ARGV[at + 3] ~= written then return {'running', 1, 0, 0} end
     redis.call('XADD', stream, f[3] .. '-' .. ARGV[at], 'd', ARGV[at + 3], 'k', ARGV[at + 1], 'c', ARGV[at + 2])
     written = last
+    told[#told + 1] = {last, ARGV[at + 1], ARGV[at + 2]}
+    data[#data + 1] = ARGV[at + 3]
   end
 end
 if written > before then
@@ -311,7 +315,11 @@ if written > before then
   if dropped > 0 then redis.call('XTRIM', stream, 'MINID', f[3] .. '-' .. string.format('%d', dropped + 1)) end
 end
 if news and f[7] then
-  for channel in string.gmatch(f[7], '%S+') do redis.call('PUBLISH', channel, id .. '/r') end
+  local hint = id .. '/r'
+  if ARGV[5] == '' and written - before <= 8192 then
+    hint = table.concat({hint, cjson.encode({tonumber(f[3]), before, told}), table.concat(data)}, string.char(10))
+  end
+  for channel in string.gmatch(f[7], '%S+') do redis.call('PUBLISH', channel, hint) end
 end
 local unread, there = written - tonumber(f[5] or 0), tonumber(f[6] or 0)
 if unread > tonumber(ARGV[3]) then

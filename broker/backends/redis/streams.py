@@ -1,14 +1,20 @@
 """Streams on Redis: appending and reading are one script each, and hints come over the one subscription of the process.
 
 Thousands of readers hold no connection: who waits for more waits for a hint, and what they then ask for together
-leaves in one exchange.
+leaves in one exchange. A hint carries what is new where that is little. It is as good as what is read, because the
+script that appended it made the hint; one that is lost leaves a gap, which is then read.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
+
+import orjson
 
 from broker.backends.codec import pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, Watch
@@ -20,6 +26,8 @@ from broker.settings import Settings
 _CHUNK_FIELDS = 4
 # How exactly a reader's place is kept, in parts of what is kept of the stream.
 _STEPS = 16
+# What hints may say in advance to one reader.
+_MOST_NEWS_BYTES = 64 * 1024
 
 
 class RedisStreams:
@@ -39,7 +47,7 @@ class RedisStreams:
 
     @asynccontextmanager
     async def follow(self, request_id: str) -> AsyncIterator[_Reader]:
-        watch = Watch()
+        watch = _News()
         with self._hints.watching(f"{request_id}/r", watch):
             yield _Reader(self._connection, self._settings, request_id, watch, self._channel)
 
@@ -68,26 +76,74 @@ class _Writer:
         await self._watch.changed(timeout_s)
 
 
+class _News(Watch):
+    """Keeps what hints say is new, until there is too much of it or one says nothing: then the log must be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: list[bytes] = []
+        self._size_bytes = 0
+
+    def tell(self, news: bytes = b"") -> None:
+        self._size_bytes += len(news) if news else _MOST_NEWS_BYTES
+        if self._size_bytes < _MOST_NEWS_BYTES:
+            self._said.append(news)
+        super().tell()
+
+    def taken(self) -> list[bytes]:
+        """What was said since the last time; nothing if that is not all."""
+        said = self._said if self._size_bytes < _MOST_NEWS_BYTES else []
+        self._said, self._size_bytes = [], 0
+        return said
+
+
 class _Reader:
-    def __init__(self, connection: Connection, settings: Settings, request_id: str, watch: Watch, channel: str) -> None:
+    def __init__(self, connection: Connection, settings: Settings, request_id: str, watch: _News, channel: str) -> None:
         self._connection = connection
         self._watch = watch
         self._keys = _record(request_id), f"fnq:{{{request_id}}}:b", _stream(request_id)
-        ttl_ms = int(settings.result_ttl_s * 1000)
-        self._facts = channel, int(settings.lease_s * 1000), ttl_ms, settings.stream_bytes // _STEPS
+        ttl_ms, self._step_bytes = int(settings.result_ttl_s * 1000), settings.stream_bytes // _STEPS
+        self._facts = channel, int(settings.lease_s * 1000), ttl_ms, self._step_bytes
+        self._last: Excerpt | None = None
+        self._due_at = 0.0
+        self._due_offset = 0
 
     async def read(self, after: int, *, limit_bytes: int, attended_s: float = 0.0) -> Excerpt | None:
         self._watch.forget()
+        if (excerpt := self._news(after)) is not None:
+            return excerpt
         [reply] = await self._connection.run(
             scripts.STREAM_READ.call(self._keys, after, limit_bytes, int(attended_s * 1000), *self._facts)
         )
-        return None if reply is None else _excerpt(reply)
+        self._last = None if reply is None else _excerpt(reply)
+        self._due_at = time.monotonic() + attended_s / _STEPS
+        self._due_offset = after + self._step_bytes
+        return self._last
+
+    def _news(self, after: int) -> Excerpt | None:
+        """What hints have said, if it goes on at `after`, and the store need not hear of this reader yet."""
+        said = self._watch.taken()
+        if self._last is None or not said or time.monotonic() >= self._due_at or after >= self._due_offset:
+            return None
+        chunks = [chunk for news in said for chunk in _said(news, self._last.attempt) if chunk.end > after]
+        if not chunks or chunks[0].start != after or any(a.end != b.start for a, b in pairwise(chunks)):
+            return None
+        return replace(self._last, written=chunks[-1].end, chunks=tuple(chunks))
 
     async def changed(self, timeout_s: float) -> None:
         await self._watch.changed(timeout_s)
 
     async def leave(self, *, expected_back: bool) -> None:
         await self._connection.run(scripts.STREAM_LEAVE.call(self._keys[:1], int(expected_back)))
+
+
+def _said(news: bytes, attempt: int) -> Iterator[Chunk]:
+    head, _, data = news.partition(b"\n")
+    by, before, told = orjson.loads(head)
+    begin = before
+    for end, kind, event_id in told if by == attempt else ():
+        yield Chunk(data=data[begin - before : end - before], end=end, event=kind == "1", event_id=event_id)
+        begin = end
 
 
 def _excerpt(reply: Sequence[Any]) -> Excerpt:
