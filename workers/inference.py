@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -117,7 +117,7 @@ class Response:
 
     def arrived(self) -> bytes:
         """What of the body is here already, without waiting; `chunks` goes on behind it."""
-        with _Translated(self._job):
+        with Translated(self._job):
             return self._response.content.read_nowait()
 
     async def read(self) -> bytes:
@@ -284,10 +284,12 @@ class Inference:
                         headers=list(headers),
                         allow_redirects=False,
                     )
-                async with response:
+                try:
                     if not 200 <= response.status <= 599:
                         raise AttemptFailed(connection_fault(job))
                     yield Response(job, response)
+                finally:
+                    await _let_go(response)
         except TimeoutError as exc:
             if not budget.expired():
                 raise
@@ -401,6 +403,13 @@ class Translated:
                 raise ContainerLost("the container closed the connection", sent=True) from error
             case aiohttp.ClientError() | ValueError():
                 raise AttemptFailed(connection_fault(self._job)) from error
+
+
+async def _let_go(response: aiohttp.ClientResponse) -> None:
+    """A container may answer, and close, before it has all of the body: what is left to send does not matter then."""
+    response.release()
+    with suppress(aiohttp.ClientError, ConnectionError):
+        await response.wait_for_close()
 
 
 class _Kept(aiohttp.TCPConnector):

@@ -36,6 +36,8 @@ CLIENT_LEFT = "its client has gone"
 STOPPED = "the server that held its connection was stopped"
 # Between a claim and the attachment: longer than the sidecar tries (workers.channel).
 _ATTACH_S = 7.0
+# What proxies log for a request whose client did not wait for its answer.
+_CLIENT_CLOSED = 499
 _MESSAGES = {
     WSMsgType.TEXT: Kind.TEXT,
     WSMsgType.BINARY: Kind.BINARY,
@@ -282,7 +284,7 @@ class _Exchange:
             raise
         except _ClientGone as gone:
             call.abort(gone.reason)
-            return self._cut(ConnectionResetError(gone.reason))
+            return self._response or web.Response(status=_CLIENT_CLOSED)
         except _Broken as broken:
             return self._cut(broken) if self._response else call.problem(broken.failure)
         except Stopped as stopped:
@@ -364,6 +366,8 @@ class _WebSocket:
             raise
         except _ClientGone as gone:
             call.abort(gone.reason)
+            if self._client is None:
+                return web.Response(status=_CLIENT_CLOSED)
             self._close = channels.closing(CloseCode.GOING_AWAY, gone.reason)
         except _Broken as broken:
             if self._client is None:

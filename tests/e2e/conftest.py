@@ -73,8 +73,8 @@ def settings_for(folder: Path) -> dict[str, str]:
     images = folder / "test-images.toml"
     record = json.dumps(str(folder / "record"))
     lines = []
-    scripts = ((RECORDER, "recorder.py"), (MIRROR, "mirror.py"), (TALKER, "talker.py"), (STREAMER, "streamer.py"))
-    for image, script in scripts:
+    scripts = {RECORDER: "recorder.py", MIRROR: "mirror.py", STREAMER: "streamer.py", TALKER: "talker.py"}
+    for image, script in scripts.items():
         command = json.dumps([sys.executable, str(CONTAINERS / script)])
         lines += [f"[{json.dumps(image)}]", f"command = {command}", f"env = {{ RECORD = {record} }}"]
     images.write_text("\n".join(lines) + "\n")

@@ -498,3 +498,23 @@ def test_a_problem_of_the_sidecar_names_its_source() -> None:
 async def never(_: web.Request) -> web.StreamResponse:
     await asyncio.Event().wait()
     raise AssertionError
+
+
+async def test_a_broken_answer_is_told_from_what_became_of_the_rest_of_the_body(tmp_path: Path) -> None:
+    answered, sent = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"the beginning"
+        await answered.wait()
+        sent.set()
+
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf an answer"
+    async with (
+        raw_container(reply) as port,
+        Inference(settings_for(tmp_path, port)) as inference,
+        inference.exchange(a_job(), (), body=body(), budget_s=10) as response,
+    ):
+        with pytest.raises(ContainerLost):
+            await response.read()
+        answered.set()
+        await sent.wait()  # the end of the body goes to a connection that is closed
