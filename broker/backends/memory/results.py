@@ -348,8 +348,7 @@ class MemoryResults:
         """PROTOCOL R3: whoever looks at an overdue request that nobody runs ends it."""
         now = self._now()
         held = entry.state is RequestState.RUNNING and entry.lease_until > now
-        due_at = entry.record().due_at
-        if entry.state.terminal or held or now < due_at:
+        if entry.state.terminal or held or now < (due_at := entry.record().due_at):
             return False
         self._finish(entry, RequestState.EXPIRED, reason=OVERDUE if due_at == entry.deadline_at else OVERSLEPT)
         return True
