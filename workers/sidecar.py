@@ -540,12 +540,13 @@ class Sidecar:
 
     async def _give_back(self, run: _Run, *, refund: bool) -> None:
         """Release the attempt, then the message, in bounded time; the lease runs out by itself if need be."""
-        state = RequestState.QUEUED
+        state, metered = RequestState.QUEUED, False
         if run.lease is not None:
             with suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(self._settings.store_timeout_s):
                     state = await self._results.release(run.lease, refund=refund)
-        await self._end(run, state)
+                    metered = await self._ended_by(run, run.lease, state)
+        await self._end(run, state, metered=metered)
 
     async def _end(
         self,

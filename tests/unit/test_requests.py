@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -63,7 +64,9 @@ async def test_an_entry_says_what_became_of_a_request(house: House) -> None:
 
 
 async def test_a_list_is_narrowed_by_function_version_status_and_time(house: House) -> None:
-    first, second = await house.submit(), await house.submit()
+    first = await house.submit()
+    await asyncio.sleep(0.005)  # times are told in milliseconds
+    second = await house.submit()
     await house.finish()
     created_at = quote((await look(house, f"{REQUESTS}/{second}"))["createdAt"])
     for query, found in {

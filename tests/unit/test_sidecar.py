@@ -1034,6 +1034,23 @@ async def test_a_cancelled_run_is_billed_for_what_it_took(rig: Rig, caplog: pyte
     assert (line["request_id"], line["response_type"], line["state"]) == (job.id, "ERRORED", "cancelled")
 
 
+async def test_what_is_cancelled_after_its_container_was_lost_is_billed(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rig.set(crash_backoff_s=60)
+    rig.box.handler = crash
+    async with rig.sidecar():
+        job = await rig.submit()
+        await rig.box.called.wait()
+        rig.box.healthy = False
+        await eventually(lambda: rig.catalog.instances(VERSION_ID), lambda found: bool(found and found[0].error))
+        await rig.results.cancel(job.id, reason="")
+        rig.box.healthy = True
+        await eventually(lambda: busy(rig), lambda found: not found)
+    assert [line["state"] for line in metered(caplog)] == ["cancelled"]
+
+
 async def test_a_worker_that_lost_its_request_bills_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     """It slept through its lease, and another one ended the request."""
     caplog.set_level(logging.INFO)

@@ -453,8 +453,10 @@ class MemoryResults:
         """PROTOCOL R3: whoever looks at an overdue request that nobody runs ends it."""
         now = self._now()
         held = entry.state is RequestState.RUNNING and entry.lease_until > now
+        if entry.state.terminal or held:
+            return False
         due_at = entry.deadline_at if entry.not_before else entry.record().due_at
-        if entry.state.terminal or held or now < due_at:
+        if now < due_at:
             return False
         if entry.outcome is not None:  # of the attempt that was postponed last
             self.finish(entry, RequestState.ERRORED, outcome=entry.outcome)
