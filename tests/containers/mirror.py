@@ -3,6 +3,7 @@
 Any method and path. The header X-Mirror holds a JSON object, every field optional:
     delay_s     wait that long first
     files       {name: text}: write these into the output directory
+    linger_s    and then wait that long
     raw         base64: send just these bytes, then close the connection
     status      of the answer; 200 otherwise
     headers     [[name, value], ...] of the answer
@@ -29,6 +30,7 @@ async def mirror(request: web.Request) -> web.StreamResponse:
     body = await request.read()
     await asyncio.sleep(order.get("delay_s", 0))
     write(Path(request.headers.get("NVCF-LARGE-OUTPUT-DIR", "/nowhere")), order.get("files", {}))
+    await asyncio.sleep(order.get("linger_s", 0))
     if "raw" in order:
         assert request.transport is not None
         request.transport.write(base64.b64decode(order["raw"]))
