@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,14 @@ from tests.compat.scenarios import Scenario, Step, filled
 from tests.compat.stages import Stage
 from tests.eventually import eventually
 
+SOON_S = 0.5
 UNKNOWN_ID = "0655fbd8-96c2-4a19-b877-4d42dfeceedf"
 
 
 async def play(stage: Stage, scenario: Scenario) -> None:
     """Fails with every difference of the first call that went otherwise than expected."""
-    variables = {"unknown": UNKNOWN_ID, **await stage.prepare(scenario.given), **scenario.variables}
+    always = {"unknown": UNKNOWN_ID, "soon": time.time() + SOON_S}
+    variables = {**always, **await stage.prepare(scenario.given), **scenario.variables}
     variables["authorization"] = f"Authorization: Bearer {await stage.key_of(variables['account'])}"
     for number, written in enumerate(scenario.steps, start=1):
         # A text of `each` may hold variables of what is given.

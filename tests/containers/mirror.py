@@ -5,6 +5,7 @@ Any method and path. The header X-Mirror holds a JSON object, every field option
     busy_until  unix time: before it, answer 503 with Retry-After
     retry_after value of that header; 1 otherwise
     files       {name: text}: write these into the output directory
+    linger_s    and then wait that long
     raw         base64: send just these bytes, then close the connection
     status      of the answer; 200 otherwise
     headers     [[name, value], ...] of the answer
@@ -43,6 +44,7 @@ async def mirror(request: web.Request) -> web.StreamResponse:
     if time.time() < order.get("busy_until", 0):
         return web.json_response({"error": "busy"}, status=503, headers={"Retry-After": order.get("retry_after", "1")})
     write(Path(request.headers.get("NVCF-LARGE-OUTPUT-DIR", "/nowhere")), order.get("files", {}))
+    await asyncio.sleep(order.get("linger_s", 0))
     if "raw" in order:
         assert request.transport is not None
         request.transport.write(base64.b64decode(order["raw"]))
