@@ -1047,7 +1047,7 @@ async def test_what_is_cancelled_after_its_container_was_lost_is_billed(
         await eventually(lambda: rig.catalog.instances(VERSION_ID), lambda found: bool(found and found[0].error))
         await rig.results.cancel(job.id, reason="")
         rig.box.healthy = True
-        await eventually(lambda: busy(rig), lambda found: not found)
+        await eventually(lambda: busy_slots(rig), lambda found: not found)
     assert [line["state"] for line in metered(caplog)] == ["cancelled"]
 
 
