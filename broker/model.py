@@ -786,6 +786,15 @@ class RegistryCredential:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Login:
+    """What logs in to the registry at `hostname`."""
+
+    hostname: str
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryCredentials:
     """All registry credentials of one account: one row, so that names are unique and limits exact."""
 

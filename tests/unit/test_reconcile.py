@@ -37,13 +37,13 @@ from workers.controller.leadership import LEASE_S, Leadership
 from workers.controller.reconcile import (
     LONGEST_BACKOFF_S,
     QUICK_S,
-    QUIET_S,
     SICK_S,
     STRAY_S,
     UNDEPLOY_GRACE_S,
     Reconciler,
     Streak,
 )
+from workers.controller.removal import QUIET_S
 
 OURS = Principal(account="ours", subject="me", scopes=frozenset())
 SERVER = Definition(name="server", inference_url="/echo", container_image=KNOWN_IMAGE)

@@ -154,7 +154,7 @@ def choose(cards: Iterable[Card], specification_type: str, gpu: str, taken: Coll
     """Free cards for one instance of the type, neighbours on the bus first. Raises NoCapacity."""
     fitting = [card for card in cards if card.name == gpu]
     free = [card for card in fitting if card.uuid not in taken]
-    count = _count(specification_type)
+    count = card_count(specification_type)
     if len(free) < count:
         raise NoCapacity(f"{count} {gpu} needed: {len(free)} of {len(fitting)} are free on this machine")
     return tuple(free[:count])
@@ -190,7 +190,7 @@ def _types(name: str, cards: Sequence[Card], machine: Gpu) -> list[Gpu]:
     ]
 
 
-def _count(specification_type: str) -> int:
+def card_count(specification_type: str) -> int:
     """How many cards the type's name says; one, where it says nothing."""
     found = re.search(r"_(\d+)x$", specification_type)
     return int(found[1]) if found else 1
