@@ -50,7 +50,11 @@ class Settings(BaseSettings):
         description="Where large bytes live: `file://` (under the data folder) or `file:///a/folder`, or "
         "`s3://access:secret@host:port/bucket?tls=false&region=us-east-1&public_endpoint=http://…`.",
     )
-    launcher_url: str = Field("process://", description="What starts instances: `process://`.")
+    launcher_url: str = Field(
+        "process://",
+        description="What starts instances: `process://`, or `kubernetes://namespace?image=…&load_url=http://…` "
+        "(docs/kubernetes.md).",
+    )
     data_dir: Path = Field(Path(".fnqueue"), description="Folder for files, logs and state of local processes.")
     secret_key: SecretStr = Field(
         SecretStr(""),
@@ -300,6 +304,13 @@ class ControllerSettings(SecretSettings):
     )
     error_ttl_s: float = Field(
         7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
+    )
+    status_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port of `/v1/health/live`, `/v1/health/ready` and `/v1/versions/{id}/load` (for autoscalers); "
+        "0 serves none.",
     )
 
 

@@ -75,6 +75,8 @@ async def open_fleet(
         ConfigurationError: a URL that cannot be read, or no API server to talk to.
     """
     place = read_place(settings.launcher_url)
+    if settings.blobs_url.get_secret_value().startswith("file:"):
+        raise ConfigurationError("FNQUEUE_BLOBS_URL is file://, which no pod could see; name an S3 server")
     try:
         client = AsyncClient(
             config=config or KubeConfig.from_env().get(),

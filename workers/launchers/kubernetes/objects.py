@@ -16,10 +16,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import SecretStr, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 from broker.errors import ConfigurationError
 from broker.model import GpuSpecification, Login, Version
@@ -33,7 +33,7 @@ VERSION = "fnqueue.dev/version-id"
 FUNCTION = "fnqueue.dev/function-id"
 SPECIFICATION = "fnqueue.dev/specification-id"
 PRODUCTS = "fnqueue.dev/gpu-products"
-SELECTOR = {MANAGED_BY: "fnqueue"}
+SELECTOR: dict[str, Any] = {MANAGED_BY: "fnqueue"}
 
 GPU_RESOURCE = "nvidia.com/gpu"
 PRODUCT = "nvidia.com/gpu.product"
@@ -47,7 +47,7 @@ _AFTER_DRAIN_S = 30
 # Below the range of outgoing connections, and rarely anybody's.
 _STATUS_PORTS = (28_090, 28_091, 28_092)
 _UID = 10_001
-_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,57}[A-Za-z0-9])?")
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,50}[A-Za-z0-9])?")
 _DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
 _HEALTH_TIMEOUT_S = (0.1, 600.0)
 _POLL_S = 5
@@ -60,39 +60,34 @@ _OURS = frozenset({"queue_url", "store_url", "blobs_url"})
 _NOT_TOLD = _OURS | {"secret_key", "instance_id", "data_dir", "launcher_url"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where instances run. `image` is that of the sidecar, `load_url` where KEDA asks for a version's load;
-    `egress_except` are networks that functions may not reach."""
+class Place(BaseModel):
+    """Where instances run, as the URL says. `image` is that of the sidecar, `load_url` where KEDA asks for a version's
+    load; `cluster` is the name under which its GPUs are offered, `pull_secret` one for the sidecar's image;
+    functions do not reach the networks `egress_except`."""
 
-    namespace: str
-    image: str
-    load_url: str
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    namespace: str = Field(pattern=f"^{_LABEL.pattern}$")
+    image: str = Field(min_length=1)
+    load_url: str = Field(pattern="^https?://")
     cluster: str = "kubernetes"
     runtime_class: str = ""
     pull_secret: str = ""
-    egress_except: tuple[str, ...] = ("169.254.0.0/16",)
-    cooldown_s: int = _COOLDOWN_S
+    egress_except: Annotated[tuple[str, ...], BeforeValidator(lambda text: text.split(","))] = ("169.254.0.0/16",)
+    cooldown_s: int = Field(_COOLDOWN_S, ge=0)
 
 
 def read_place(url: str) -> Place:
     """`kubernetes://<namespace>?image=…&load_url=…`, and whatever else a Place has. Raises ConfigurationError."""
     parts = urlsplit(url)
-    given = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
-    unknown = given.keys() - {name for name in Place.__slots__ if name != "namespace"}
-    if unknown:
-        raise ConfigurationError(f"FNQUEUE_LAUNCHER_URL: unknown parameter {min(unknown)[:40]!r}")
-    missing = [name for name in ("image", "load_url") if not given.get(name)]
-    if missing or not parts.netloc:
+    given = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    try:
+        return Place.model_validate(given | {"namespace": parts.netloc})
+    except ValidationError as exc:
+        faults = "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in exc.errors())
         raise ConfigurationError(
-            f"FNQUEUE_LAUNCHER_URL: {(missing or ['a namespace'])[0]} is missing; it is "
-            "kubernetes://NAMESPACE?image=SIDECAR_IMAGE&load_url=http://CONTROLLER:PORT"
-        )
-    if not given.get("cooldown_s", "0").isdigit():
-        raise ConfigurationError("FNQUEUE_LAUNCHER_URL: cooldown_s is a whole number of seconds")
-    closed = {"egress_except": tuple(given.pop("egress_except").split(","))} if given.get("egress_except") else {}
-    cooldown = {"cooldown_s": int(given.pop("cooldown_s"))} if given.get("cooldown_s") else {}
-    return Place(namespace=parts.netloc, **given, **closed, **cooldown)  # type: ignore[arg-type]  checked above
+            f"FNQUEUE_LAUNCHER_URL: {faults}; it is kubernetes://NAMESPACE?image=SIDECAR_IMAGE&load_url=http://HOST:PORT"
+        ) from exc
 
 
 def render(
