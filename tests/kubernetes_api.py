@@ -290,7 +290,8 @@ class KubernetesApi:
                 return response
             while True:
                 async with self._changed:
-                    await self._changed.wait_for(lambda: self._version > since)
+                    while self._version <= since:
+                        await self._changed.wait()
                     new = [each for each in self._events if each[0] > since]
                     since = self._version
                 for _, event, item in new:

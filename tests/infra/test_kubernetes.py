@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings
 
 from broker.settings import ApiSettings, ControllerSettings
 from tests.kubernetes_api import SCHEMAS, KubernetesApi, kubernetes_api
+from tests.unit import test_kubernetes_launcher as launcher
 from workers.launchers.kubernetes.objects import read_place
 
 ROOT = Path(__file__).parents[2] / "infra" / "kubernetes"
@@ -68,9 +69,7 @@ def environment(overlay: str, container: Object) -> dict[str, Any]:
     return variables | {each["name"]: each.get("value") for each in container.get("env", [])}
 
 
-@pytest.mark.parametrize(
-    "file", [path for path in sorted(ROOT.rglob("*.yaml"))], ids=lambda path: str(path.relative_to(ROOT))
-)
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_is_named_by_a_kustomization(file: Path) -> None:
     assert list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
     if file.name != "kustomization.yaml":
@@ -210,8 +209,6 @@ def _facts(path: Path) -> set[str]:
 
 
 async def _used_by_the_launcher(api: KubernetesApi) -> dict[tuple[str, str], set[str]]:
-    from tests.unit import test_kubernetes_launcher as launcher
-
     async with launcher.opened(api) as fleet:
         await fleet.keep(launcher.VERSION, launcher.CPU)
         await api.scale(launcher.NAME, 1)

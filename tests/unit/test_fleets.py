@@ -209,9 +209,7 @@ async def test_what_a_lost_catalog_left_goes_when_it_is_idle(controller: Control
     assert controller.api.all("Deployment") == []
 
 
-async def test_the_load_counts_what_runs_and_what_waits(
-    memory_broker: Broker, unused_tcp_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_load_counts_what_runs_and_what_waits(memory_broker: Broker, unused_tcp_port: int) -> None:
     version_id = str(uuid.uuid4())
     draft = Draft(
         id=str(uuid.uuid4()), account="ours", function_id="f", version_id=version_id, digest="", deadline_s=3600

@@ -61,7 +61,8 @@ def node(name: str, product: str = "", cards: int = 0) -> Object:
     labels = {objects.PRODUCT: product, "nvidia.com/gpu.memory": "81559"} if product else {}
     gpus = {objects.GPU_RESOURCE: str(cards)} if cards else {}
     info = {"architecture": "amd64", "operatingSystem": "linux"}
-    unknown = dict.fromkeys(("bootID", "containerRuntimeVersion", "kernelVersion", "kubeProxyVersion", "kubeletVersion", "machineID", "osImage", "systemUUID"), "")  # fmt: skip
+    words = "bootID containerRuntimeVersion kernelVersion kubeProxyVersion kubeletVersion machineID osImage systemUUID"
+    unknown = dict.fromkeys(words.split(), "")
     return {
         "apiVersion": "v1",
         "kind": "Node",

@@ -1229,6 +1229,32 @@ async def test_the_status_server_tells_live_from_ready(rig: Rig) -> None:
         await eventually(lambda: status("/v1/health/ready"), lambda seen: seen == 200)
 
 
+async def test_who_asks_for_a_drain_is_answered_when_no_job_runs(rig: Rig) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    rig.set(status_port=port)
+    gate = Gate()
+    rig.box.handler = gate
+
+    async def drain() -> int:
+        async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{port}/v1/drain") as response:
+            return response.status
+
+    async with rig.sidecar() as task:
+        running = await rig.submit()
+        await rig.box.called.wait()
+        hooks = [asyncio.create_task(drain()) for _ in range(2)]
+        await rig.stop.wait()
+        waiting = await rig.submit()
+        assert not any(hook.done() for hook in hooks)
+        gate.open.set()
+        assert await asyncio.gather(*hooks) == [200, 200]
+        await task
+    assert (await rig.ended(running)).state is RequestState.FULFILLED
+    assert (await rig.until(waiting, lambda _: True)).state is RequestState.QUEUED
+
+
 async def test_a_status_port_that_is_taken_is_a_bad_setting(rig: Rig) -> None:
     rig.set(status_port=rig.box.port)
     with socket.socket() as taken:
