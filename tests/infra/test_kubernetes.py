@@ -16,6 +16,7 @@ import yaml
 from pydantic_settings import BaseSettings
 
 from broker.settings import ApiSettings, ControllerSettings
+from tests.eventually import eventually
 from tests.kubernetes_api import SCHEMAS, KubernetesApi, kubernetes_api
 from tests.unit import test_kubernetes_launcher as launcher
 from workers.launchers.kubernetes.objects import read_place
@@ -222,7 +223,7 @@ async def _used_by_the_launcher(api: KubernetesApi) -> dict[tuple[str, str], set
             await fleet.replicas()
             return any(path.endswith("/log") for _, path in api.requests)
 
-        await launcher.eventually(asked, bool)
+        await eventually(asked, bool)
         await fleet.evict(replica.instance_id)
         await fleet.drop(launcher.S1, grace_s=launcher.SETTINGS.drain_s)
     used: dict[tuple[str, str], set[str]] = {}

@@ -323,6 +323,16 @@ async def test_keeping_what_is_kept_writes_nothing(api: KubernetesApi, fleet: Ku
     assert writes(api) == before
 
 
+async def test_the_number_of_pods_is_not_set_twice_while_a_watch_lags(api: KubernetesApi) -> None:
+    async with opened(api) as fleet:
+        assert set(await fleet.kept()) == set()
+        await fleet.keep(VERSION, CPU)
+        await api.scale(NAME, 3)
+        await fleet.keep(VERSION, CPU)  # before anybody could have told of the first
+
+    assert api.one("Deployment")["spec"]["replicas"] == 3
+
+
 async def test_what_somebody_deleted_comes_back(
     api: KubernetesApi, fleet: KubernetesFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,7 +395,7 @@ async def test_a_cluster_without_keda_says_so(api: KubernetesApi, fleet: Kuberne
 
 async def test_what_the_server_finds_invalid_can_never_start(fleet: KubernetesFleet) -> None:
     with pytest.raises(ConfigurationError, match="refused"):
-        await fleet.keep(VERSION, replace(CPU, min_instances="two"))  # type: ignore[arg-type]  on purpose
+        await fleet.keep(VERSION, replace(CPU, min_instances="two"))  # type: ignore[arg-type]  # on purpose
 
 
 # -- what ends ---------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ REPLICAS_MANAGER = "fnqueue-replicas"
 REAPPLY_S = 300.0
 # A busy instance is marked at once, an idle one after this: one patch per job would be a load on the API server.
 IDLE_S = 10.0
+# A watch tells of what was made within this, or it was deleted meanwhile.
+_LAG_S = 10.0
 # Pods whose marks change are patched at most so many at once.
 _PATCHES = 16
 _CALL_S = 10.0
@@ -132,11 +134,13 @@ class KubernetesFleet:
         )
         digest = hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()
         applied = self._applied.get(specification.id)
-        fresh = applied is not None and applied.digest == digest and time.monotonic() - applied.at < REAPPLY_S
-        if fresh and there is not None and not there.ending:
-            return
+        age_s = time.monotonic() - applied.at if applied else math.inf
+        if there is None and age_s < _LAG_S:
+            return  # the watch has yet to tell of it
         if there is not None and there.ending:
             return  # of an earlier deployment; when it has gone, this one is made
+        if there is not None and applied is not None and applied.digest == digest and age_s < REAPPLY_S:
+            return
         await self._apply_all(manifests, specification, create=there is None)
         self._applied[specification.id] = _Applied(digest, time.monotonic())
         logger.info("specification_applied", extra={"version_id": version.id, "specification_id": specification.id})

@@ -104,26 +104,27 @@ class Mirror:
         """List, then watch from there, for `_WATCH_S`. An error ends the term, and what is known with it."""
         try:
             async with asyncio.timeout(_WATCH_S):
-                listing = self._client.list(resource, labels=objects.SELECTOR)
-                rows = {each.metadata.uid: seen(each) async for each in listing}
-                table.rows = rows
-                table.current.set()
-                watch = self._client.watch(
-                    resource,
-                    labels=objects.SELECTOR,
-                    resource_version=listing.resourceVersion,
-                    server_timeout=_WATCH_S,
-                )
-                async for event, item in watch:
-                    if event == "DELETED":
-                        table.rows.pop(item.metadata.uid, None)
-                    elif event in ("ADDED", "MODIFIED"):
-                        table.rows[item.metadata.uid] = seen(item)
+                await self._watch(resource, table, seen)
         except TimeoutError:
             return
         except (httpx2.HTTPError, OSError) as exc:
             table.current.clear()
             raise PlatformUnavailable(f"cannot watch {resource.__name__}: {exc!r}") from exc
+        except BaseException:
+            table.current.clear()
+            raise
+
+    async def _watch(self, resource: Any, table: _Table[T], seen: Callable[[Any], T]) -> None:
+        listing = self._client.list(resource, labels=objects.SELECTOR)
+        table.rows = {each.metadata.uid: seen(each) async for each in listing}
+        table.current.set()
+        async for event, item in self._client.watch(
+            resource, labels=objects.SELECTOR, resource_version=listing.resourceVersion, server_timeout=_WATCH_S
+        ):
+            if event == "DELETED":
+                table.rows.pop(item.metadata.uid, None)
+            elif event in ("ADDED", "MODIFIED"):
+                table.rows[item.metadata.uid] = seen(item)
 
 
 def _deployment(item: Deployment) -> Kept:
