@@ -26,7 +26,7 @@
     │       ├── PublishRejected     the queue's own backstop refused the job
     │       ├── StoreUnavailable
     │       ├── BlobsUnavailable
-    │       └── PlatformUnavailable what runs the instances does not answer
+    │       └── LauncherUnavailable what runs instances is away, or failed at it
     └── ConfigurationError          a setting is wrong; the process cannot start
 
 No class knows a status code: `api.problems` holds the only table.
@@ -153,7 +153,7 @@ class BlobsUnavailable(Unavailable):
     pass
 
 
-class PlatformUnavailable(Unavailable):
+class LauncherUnavailable(Unavailable):
     pass
 
 

@@ -787,7 +787,7 @@ class RegistryCredential:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Login:
-    """What logs in to the registry at `hostname`."""
+    """An opened registry credential, for whoever pulls an image. Never stored, never shown."""
 
     hostname: str
     username: str

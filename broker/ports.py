@@ -508,7 +508,7 @@ class Replica(Launched, Protocol):
 @runtime_checkable
 class Fleet(Protocol):
     """Keeps whole GPU specifications running, where a platform starts and stops the instances by itself and chooses
-    their number between minimum and maximum. In the place of a Launcher. All methods raise PlatformUnavailable."""
+    their number between minimum and maximum. In the place of a Launcher. All methods raise LauncherUnavailable."""
 
     async def gpus(self) -> list[Gpu]: ...
 

@@ -16,8 +16,7 @@ from fnmatch import fnmatchcase
 
 from broker.errors import AlreadyExists, BadRequest, ConfigurationError, NotFound, StateConflict
 from broker.keyring import Rotation, Sealed
-from broker.model import Login as Login  # noqa: PLC0414  spoken of as registries.Login
-from broker.model import Principal, RegistryCredential, RegistryCredentials
+from broker.model import Login, Principal, RegistryCredential, RegistryCredentials
 from broker.ports import Broker
 from broker.revisions import edit
 

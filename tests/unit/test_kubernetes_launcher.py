@@ -20,7 +20,7 @@ from lightkube.resources.networking_v1 import NetworkPolicy
 from lightkube.types import PatchType
 from pydantic import SecretStr
 
-from broker.errors import ConfigurationError, PlatformUnavailable
+from broker.errors import ConfigurationError, LauncherUnavailable
 from broker.model import Autoscaling, GpuSpecification, Login, Scaling, Stickiness, Version
 from broker.ports import Fleet, Replica
 from broker.settings import ControllerSettings
@@ -389,7 +389,7 @@ async def test_without_any_node_that_has_the_card_it_cannot_start(fleet: Kuberne
 async def test_a_cluster_without_keda_says_so(api: KubernetesApi, fleet: KubernetesFleet) -> None:
     api.absent.add("ScaledObject")
 
-    with pytest.raises(PlatformUnavailable, match=r"keda.sh/v1alpha1 ScaledObject"):
+    with pytest.raises(LauncherUnavailable, match=r"keda.sh/v1alpha1 ScaledObject"):
         await fleet.keep(VERSION, CPU)
 
 
@@ -581,7 +581,7 @@ async def test_while_the_server_is_down_nothing_is_known(
     async def unknown() -> bool:
         try:
             await fleet.replicas()
-        except PlatformUnavailable:
+        except LauncherUnavailable:
             return True
         return False
 

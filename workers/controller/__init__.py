@@ -93,7 +93,8 @@ async def _lead(
             chores = Chores(group)
             reconciler: Reconciler | FleetReconciler
             if isinstance(launcher, Fleet):  # whose passes deliver secrets too
-                reconciler, also = FleetReconciler(broker, settings, launcher, chores), []
+                reconciler = FleetReconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
+                also = []
             else:
                 reconciler = Reconciler(broker, settings, launcher, chores)
                 also = [every(REFRESH_S, leadership.only(Refresher(broker, launcher).step), name="secrets")]

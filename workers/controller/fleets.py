@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from broker import deployments, registries, secrets
 from broker.deployments import Sight
-from broker.errors import ConfigurationError, PlatformUnavailable, RevisionConflict
+from broker.errors import ConfigurationError, LauncherUnavailable, RevisionConflict
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
 from broker.ports import Broker, Fleet, Replica
 from broker.settings import ControllerSettings
@@ -69,7 +69,7 @@ class FleetReconciler:
         self.removals = Removals(self.broker, self.chores, self.now)
 
     async def step(self) -> None:
-        """Raises StoreUnavailable, PlatformUnavailable: nothing was decided about what it did not get to."""
+        """Raises StoreUnavailable, LauncherUnavailable: nothing was decided about what it did not get to."""
         kept, replicas = await self.fleet.kept(), await self.fleet.replicas()
         rows = await self.broker.catalog.deployments.list()
         views = await self._look([row.item for row in rows], kept, replicas)
@@ -139,7 +139,7 @@ class FleetReconciler:
                 content = secrets.reveal(self.broker, row.item) if row else None
                 login = await registries.credential_for(self.broker, version.account, version.container_image)
                 await self.fleet.keep(version, specification, secrets=content, login=login)
-            except (ConfigurationError, PlatformUnavailable) as exc:
+            except (ConfigurationError, LauncherUnavailable) as exc:
                 self._note(specification, version, exc)
             else:
                 self._faults.pop(specification.id, None)

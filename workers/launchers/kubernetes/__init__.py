@@ -25,7 +25,7 @@ from lightkube.resources.apps_v1 import Deployment
 from lightkube.resources.core_v1 import Node, Pod
 from lightkube.types import CascadeType, PatchType
 
-from broker.errors import ConfigurationError, PlatformUnavailable
+from broker.errors import ConfigurationError, LauncherUnavailable
 from broker.model import Gpu, GpuSpecification, Login, Version
 from broker.ports import Replica
 from broker.settings import ControllerSettings
@@ -209,7 +209,7 @@ class KubernetesFleet:
                     resource_of(manifest), name, manifest, patch_type=PatchType.APPLY, field_manager=manager, force=True
                 )
         except _Gone as exc:
-            raise PlatformUnavailable(
+            raise LauncherUnavailable(
                 f"the cluster has no {manifest['apiVersion']} {kind}, or no namespace {self._place.namespace}"
             ) from exc
         return str(answer.metadata.uid)
@@ -277,7 +277,7 @@ class KubernetesFleet:
                         pod.name, container=pod.crashed, tail_lines=_TAIL_LINES, newlines=True
                     )
                 ]
-        except (PlatformUnavailable, ConfigurationError, _Gone):
+        except (LauncherUnavailable, ConfigurationError, _Gone):
             return ""
         return "".join(lines).encode()[-_TAIL_BYTES:].decode(errors="ignore").strip()
 
@@ -297,10 +297,10 @@ def _translated(what: str = "Kubernetes") -> Iterator[None]:
             raise _Gone(what) from exc
         if code in (400, 422):
             raise ConfigurationError(f"{what} is refused: {exc.status.message}") from exc
-        raise PlatformUnavailable(f"{what}: {exc.status.message}") from exc
+        raise LauncherUnavailable(f"{what}: {exc.status.message}") from exc
     except httpx2.HTTPStatusError as exc:  # of a kind that the server does not know, it says so in plain text
         if exc.response.status_code == 404:
             raise _Gone(what) from exc
-        raise PlatformUnavailable(f"{what}: HTTP {exc.response.status_code}") from exc
+        raise LauncherUnavailable(f"{what}: HTTP {exc.response.status_code}") from exc
     except (httpx2.HTTPError, OSError) as exc:
-        raise PlatformUnavailable(f"{what}: the Kubernetes API server does not answer: {exc!r}") from exc
+        raise LauncherUnavailable(f"{what}: the Kubernetes API server does not answer: {exc!r}") from exc

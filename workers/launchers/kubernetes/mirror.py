@@ -13,7 +13,7 @@ from lightkube.models.core_v1 import ContainerStatus
 from lightkube.resources.apps_v1 import Deployment
 from lightkube.resources.core_v1 import Pod
 
-from broker.errors import PlatformUnavailable
+from broker.errors import LauncherUnavailable
 from workers.launchers.kubernetes import objects
 
 T = TypeVar("T")
@@ -85,11 +85,11 @@ class Mirror:
         await self._follow(Deployment, self._deployments, _deployment)
 
     async def pods(self) -> Sequence[Seen]:
-        """Raises PlatformUnavailable while they are not known."""
+        """Raises LauncherUnavailable while they are not known."""
         return list((await self._rows(self._pods)).values())
 
     async def deployments(self) -> Mapping[str, Kept]:
-        """By specification. Raises PlatformUnavailable while they are not known."""
+        """By specification. Raises LauncherUnavailable while they are not known."""
         return {each.specification_id: each for each in (await self._rows(self._deployments)).values()}
 
     async def _rows(self, table: _Table[T]) -> dict[str, T]:
@@ -97,7 +97,7 @@ class Mirror:
             async with asyncio.timeout(_READY_S):
                 await table.current.wait()
         except TimeoutError as exc:
-            raise PlatformUnavailable("the Kubernetes API server does not answer") from exc
+            raise LauncherUnavailable("the Kubernetes API server does not answer") from exc
         return table.rows
 
     async def _follow(self, resource: Any, table: _Table[T], seen: Callable[[Any], T]) -> None:
@@ -109,7 +109,7 @@ class Mirror:
             return
         except (httpx2.HTTPError, OSError) as exc:
             table.current.clear()
-            raise PlatformUnavailable(f"cannot watch {resource.__name__}: {exc!r}") from exc
+            raise LauncherUnavailable(f"cannot watch {resource.__name__}: {exc!r}") from exc
         except BaseException:
             table.current.clear()
             raise
