@@ -1,6 +1,10 @@
-# `make` lists what there is. PYTHON chooses the interpreter (3.11 or newer), VENV the virtual environment.
+# `make` lists what there is. PYTHON chooses the interpreter (3.11 or newer), VENV the virtual environment,
+# WORKERS how many processes share the tests: they wait more than they compute.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 3
+# schemathesis gives the tests of all operations one ID, and pytest-xdist runs an ID once.
+ALONE := tests/compat/test_openapi.py
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
@@ -36,7 +40,8 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts, and the tests that
 
 test: $(VENV)/.dev ## All tests, against real servers (installed if missing: needs root, or says what to install)
 	$(PY) -m infra.local.servers ensure
-	$(PY) -m pytest
+	$(PY) -m pytest $(ALONE)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore $(ALONE)
 
 bench: $(VENV)/.dev ## Measure, as a ratio to a floor measured in the same run
 	$(PY) -m infra.local.servers ensure

@@ -28,6 +28,7 @@ from api.routes import (
     secrets,
 )
 from api.routes.blobs import BlobRoutes
+from broker.accounts import ADMIN
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
 from broker.registries import ARTIFACT_TYPES, PROVISIONERS
@@ -38,6 +39,9 @@ NVCF = "/v2/nvcf"
 FUNCTION = "/functions/{function_id:[^/]+}"
 VERSION = FUNCTION + "/versions/{version_id:[^/]+}"
 REQUEST = "{request_id:[^/]+}"
+DEPLOYMENT = "/deployments/{deployment_id:[^/]+}"
+INSTANCE = "/instances/{instance_id:[^/]+}"
+SPECIFICATION = "/gpu-specifications/{gpu_specification_id:[^/]+}"
 ASSET = "/assets/{asset_id:[^/]+}"
 ACCOUNT = "/accounts/{nca_id:[^/]+}"
 CLUSTER = "/clusters/{cluster_id:[^/]+}"
@@ -62,7 +66,7 @@ def make_app(front: Front) -> web.Application:
 def operations(front: Front) -> list[Operation]:
     """All that is documented: everything but the signed URLs, and what is served elsewhere once more."""
     described = [*_open(front), *_invocations(front), *_management(front), *_authorizations(front)]
-    described += [*_accounts(front), *_keys(front), *_clusters(front)]
+    described += [*_accounts(front), *_keys(front), *_clusters(front), *_everyones(front)]
     described += _reference(front, described)
     return described
 
@@ -122,6 +126,14 @@ def _management(front: Front) -> list[Operation]:
         ),
         lists.get(f"{NVCF}{FUNCTION}/versions", functions.list_versions, "List versions", gives=many),
         lists.get(f"{NVCF}{VERSION}", functions.get, "Get a version", gives=one, parameters=[INCLUDE_SECRETS]),
+        updates.put(f"{NVCF}{VERSION}", functions.update, "Change a version", takes=wire.UpdateFunction, gives=one),
+        updates.put(
+            f"{NVCF}/metadata{VERSION}",
+            functions.update_metadata,
+            "Change the tags of a version",
+            takes=wire.UpdateMetadata,
+            gives=one,
+        ),
         deletes.delete(f"{NVCF}{VERSION}", functions.delete_version, "Delete a version"),
         updates.put(f"{NVCF}/ratelimit{VERSION}", limits.replace, "Set a rate limit", takes=wire.SetRateLimit),
         updates.delete(f"{NVCF}/ratelimit{VERSION}", limits.clear, "Lift a rate limit"),
@@ -133,6 +145,21 @@ def _management(front: Front) -> list[Operation]:
             gives=wire.DeploymentAnswer,
         ),
         deploys.get(f"{NVCF}/deployments{VERSION}", deployments.get, "Get a deployment", gives=wire.DeploymentAnswer),
+        deploys.put(
+            f"{NVCF}/deployments{VERSION}",
+            deployments.update,
+            "Change all GPU specifications of a deployment",
+            takes=wire.UpdateDeployment,
+            gives=wire.DeploymentAnswer,
+        ),
+        deploys.get(f"{NVCF}{DEPLOYMENT}", deployments.find, "Find a deployment", gives=wire.DeploymentAnswer),
+        deploys.patch(
+            f"{NVCF}{DEPLOYMENT}{SPECIFICATION}",
+            deployments.patch,
+            "Change a GPU specification",
+            takes=wire.UpdateGpuSpecification,
+            gives=wire.GpuSpecificationAnswer,
+        ),
         deploys.delete(
             f"{NVCF}/deployments{VERSION}", deployments.delete, "Undeploy a version", gives=one, parameters=[GRACEFUL]
         ),
@@ -277,6 +304,20 @@ def _keys(front: Front) -> list[Operation]:
             gives=wire.CallerInfo,
             errors=[401],
         ),
+    ]
+
+
+def _everyones(front: Front) -> list[Operation]:
+    """About whichever account, and so not mirrored: for super-admins."""
+    looks, ends = scoped(front, f"{ADMIN}deploy_function"), scoped(front, f"{ADMIN}delete_function")
+    return [
+        looks.get(
+            f"{NVCF}{ACCOUNT}/deployments",
+            deployments.of_account,
+            "What an account has deployed",
+            gives=wire.DeploymentList,
+        ),
+        ends.delete(f"{NVCF}{INSTANCE}", deployments.evict, "Stop an instance"),
     ]
 
 

@@ -29,6 +29,17 @@ EXPOSE_HEADERS = "Access-Control-Expose-Headers"
 RATE_LIMIT = "RateLimit"
 RATE_LIMIT_POLICY = "RateLimit-Policy"
 LAST_EVENT_ID = "Last-Event-ID"
+# What the script of a page may read beside what browsers show anyway. Of errors too, so not only what results carry.
+EXPOSED = (
+    REQUEST_ID.lower(),
+    STATUS.lower(),
+    PERCENT_COMPLETE.lower(),
+    RATE_LIMIT.lower(),
+    RATE_LIMIT_POLICY.lower(),
+    PREFERENCE_APPLIED.lower(),
+    "retry-after",
+    "location",
+)
 
 POLL_DEFAULT_S = 60
 POLL_STREAM_S = 1200
@@ -256,3 +267,8 @@ def rate_limit(quotas: Sequence[Quota]) -> dict[str, str]:
         RATE_LIMIT_POLICY: ", ".join(f'"{each.policy}";q={each.rate.limit};w={each.rate.window_s}' for each in quotas),
         RATE_LIMIT: ", ".join(f'"{each.policy}";r={each.remaining};t={math.ceil(each.reset_s)}' for each in quotas),
     }
+
+
+def exposed(named: Iterable[str]) -> list[str]:
+    """What a page may read: the names that an answer gives, then ours, each once."""
+    return list(dict.fromkeys(name for name in (*(name.strip().lower() for name in named), *EXPOSED) if name))

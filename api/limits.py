@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from broker import limits
 from broker.backends.memory.counters import MemoryCounters
-from broker.errors import TooManyRequests
+from broker.errors import ConfigurationError, TooManyRequests
 from broker.model import Rate, RateLimit, Window
 from broker.settings import ApiSettings
 from fnqueue.wire import RateLimitModel
@@ -39,13 +39,17 @@ class Pace:
     """
 
     def __init__(self, settings: ApiSettings) -> None:
+        """Raises ConfigurationError: the setting `paces` cannot be read."""
         self._counters = MemoryCounters()
         self._per_account = settings.account_calls_per_s
         self._per_function = settings.function_calls_per_s
+        self._own = _paces(settings.paces)
 
     async def keep(self, account: str, *, about: str) -> None:
         """`about` is the ID of a version or function, "" when the call is about none. Raises TooManyRequests."""
-        bounds = [("account", "", self._per_account), ("function", about, self._per_function if about else 0)]
+        bounds = [("account", "", self._own.get(account.lower(), self._per_account))]
+        if about:
+            bounds.append(("function", about, self._own.get(about.lower(), self._per_function)))
         windows = [
             Window(counter=f"{policy}:{counter}", policy=policy, rate=Rate(limit=limit, window_s=1))
             for policy, counter, limit in bounds
@@ -58,3 +62,13 @@ class Pace:
                 f"slow down: more than {spent.rate.limit} management calls per second for this {spent.policy}",
                 retry_after_s=taken.retry_after_s,
             )
+
+
+def _paces(text: str) -> dict[str, int]:
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = (half.strip() for half in part.partition("="))
+        if not name or not number.isdecimal():
+            raise ConfigurationError(f"FNQUEUE_PACES: {part!r} is not of the form ID=NUMBER")
+        found[name.lower()] = int(number)
+    return found

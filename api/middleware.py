@@ -84,6 +84,8 @@ def sharing(front: Front) -> Middleware:
         response.headers["Access-Control-Allow-Origin"] = "*" if "*" in allowed else origin
         if "*" not in allowed:
             response.headers.add("Vary", "Origin")
+        exposed = response.headers.get(headers.EXPOSE_HEADERS, "").split(",")
+        response.headers[headers.EXPOSE_HEADERS] = ", ".join(headers.exposed(exposed))
         if request.method == "OPTIONS":
             response.headers["Access-Control-Allow-Methods"] = response.headers.get("Allow", "GET, POST, DELETE")
             response.headers["Access-Control-Allow-Headers"] = request.headers.get(

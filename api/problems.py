@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from api import headers
 from broker.errors import (
@@ -41,6 +44,25 @@ CONTENT_TYPE = "application/problem+json"
 UPSTREAM = "urn:nv-boot:problem-details:"
 OURS = "urn:fnqueue:problem-details:"
 MAX_FAULTS = 20
+MAX_REJECTED = 256
+MAX_PART = 64
+_RULE = re.compile(r"(?P<field>[A-Za-z]+): (?P<rule>.+)")
+# What was given for these, or anywhere inside them, is never repeated.
+_SECRET = frozenset(
+    {
+        "secret",
+        "secrets",
+        "value",
+        "containerEnvironment",
+        "containerArgs",
+        "configuration",
+        "password",
+        "token",
+        "key",
+        "credentials",
+        "authorizations",
+    }
+)
 
 
 class NoSuchPath(FnqueueError):
@@ -63,6 +85,10 @@ class BodyTooSlow(FnqueueError):
 CLOSING = (BodyTooSlow, PayloadTooLarge)
 
 
+class InvalidBody(BadRequest):
+    """The body is JSON and not what this route takes."""
+
+
 class Kind(NamedTuple):
     status: int
     type: str
@@ -70,6 +96,7 @@ class Kind(NamedTuple):
 
 _KINDS: dict[type[BaseException], Kind] = {
     BadRequest: Kind(400, UPSTREAM + "bad-request"),
+    InvalidBody: Kind(400, "about:blank"),
     StateConflict: Kind(400, UPSTREAM + "bad-request"),
     PayloadTooLarge: Kind(413, OURS + "payload-too-large"),
     IdempotencyKeyReused: Kind(422, OURS + "idempotency-key-reused"),
@@ -151,9 +178,30 @@ def _headers_of(error: BaseException, request_id: str) -> dict[str, str]:
 
 
 def faults(error: ValidationError) -> BadRequest:
-    """What pydantic found, as one sentence that names each field and repeats no value."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    named = [f"{'.'.join(str(part) for part in fault['loc']) or 'body'}: {fault['msg']}" for fault in found]
-    more = [f"and {len(named) - MAX_FAULTS} more"] if len(named) > MAX_FAULTS else []
-    first = ".".join(str(part) for part in found[0]["loc"]) if found else ""
-    return BadRequest("; ".join(named[:MAX_FAULTS] + more), field=first or None)
+    """What pydantic found, as one sentence: each object, field and message, and what was given where that is a plain
+    value and cannot be a secret."""
+    found = error.errors(include_url=False, include_context=False)
+    if found and found[0]["type"] == "json_invalid":
+        return BadRequest(f"the body is not JSON: {found[0]['msg'].removeprefix('Invalid JSON: ')}")
+    subject = error.title[:1].lower() + error.title[1:]
+    named = [_fault(fault) for fault in found]
+    told = [f"object {subject}, field {field or 'body'}{rejected}: {message}" for field, rejected, message in named]
+    more = [f"and {len(told) - MAX_FAULTS} more"] if len(told) > MAX_FAULTS else []
+    return InvalidBody("Validation failed: " + "; ".join(told[:MAX_FAULTS] + more), field=named[0][0] or None)
+
+
+def _fault(fault: ErrorDetails) -> tuple[str, str, str]:
+    """Field, rejected value and message. A rule about an object as a whole begins its message with the field."""
+    path = [str(part)[:MAX_PART] for part in fault["loc"]]
+    message = fault["msg"].removeprefix("Value error, ")
+    if isinstance(fault["input"], dict) and (ruled := _RULE.fullmatch(message)):
+        path.append(ruled["field"])
+        message = ruled["rule"]
+    return ".".join(path), _rejected(fault), message
+
+
+def _rejected(fault: ErrorDetails) -> str:
+    given = fault["input"]
+    if not isinstance(given, str | int | float) or fault["type"] == "missing" or _SECRET & set(fault["loc"]):
+        return ""
+    return f", rejected value {json.dumps(given)[:MAX_REJECTED]}"

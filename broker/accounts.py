@@ -51,7 +51,7 @@ ADMIN = "admin:"
 SCOPES = (*ACCOUNT_SCOPES, *OPERATOR_SCOPES, *(ADMIN + scope for scope in (*ACCOUNT_SCOPES, *OPERATOR_SCOPES)))
 
 MAX_KEY_TTL_S = 365 * 86_400
-CREATE_MAX = 25  # telemetries and registry credentials of a new account (contract/management.md §4.5)
+TELEMETRIES_MAX = 25  # of a new account (contract/management.md §4.5)
 NO_ACCOUNT = "no such account"
 NO_KEY = "no such key"
 
@@ -353,7 +353,7 @@ async def update_account(broker: Broker, account: str, limits: Limits) -> Accoun
 
 async def delete_account(broker: Broker, account: str) -> None:
     """Its keys and registry credentials go first, so that a call that was cut short can be repeated. Raises NotFound,
-    or StateConflict while it has functions or others share theirs with it."""
+    or StateConflict while it has functions or clusters, or others share theirs with it."""
     if await broker.catalog.accounts.get(account) is None:
         raise NotFound(NO_ACCOUNT)
     if await broker.catalog.versions.list("account", account):
@@ -361,6 +361,11 @@ async def delete_account(broker: Broker, account: str) -> None:
     for shared in await broker.catalog.sharing.list("shared_with", account):
         if await broker.catalog.versions.list("function_id", shared.item.function_id):
             raise StateConflict("functions of other accounts are shared with the account; that must end first")
+    for row in await broker.catalog.clusters.list():
+        if row.item.account == account:
+            raise StateConflict("the account still has clusters; delete them first")
+        if account in row.item.authorized:
+            raise StateConflict("clusters of other accounts are shared with the account; that must end first")
     for key in await list_keys(broker, account):
         await broker.catalog.keys.delete(key.hash)
     await broker.catalog.registry_credentials.delete(account)
@@ -375,8 +380,8 @@ def default_account(broker: Broker, account: str) -> Account:
         name=account,
         max_functions=broker.settings.max_functions,
         max_tasks=broker.settings.max_functions,
-        max_telemetries=CREATE_MAX,
-        max_registry_credentials=CREATE_MAX,
+        max_telemetries=TELEMETRIES_MAX,
+        max_registry_credentials=broker.settings.max_registry_credentials,
         created_at=0.0,
         updated_at=0.0,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict, Unavailable
@@ -22,8 +22,10 @@ from broker.visibility import UNKNOWN_VERSION, find_version
 
 MAX_CONCURRENCY = 16_384
 NO_DEPLOYMENT = "the function version has no deployment"
+UNKNOWN_DEPLOYMENT = "no such deployment"
 
 _FIELD = "deploymentSpecifications"
+_GIB = 2**30
 _REMOVAL_S = 2.0
 _REMOVAL_LOOK_S = 0.05
 
@@ -55,11 +57,12 @@ async def deploy(
 
     Raises:
         NotFound: unknown or foreign version.
-        BadRequest: names the specification's field at fault.
+        BadRequest: names the specification's field at fault, or what of the version cannot be run here.
         StateConflict: there is a deployment already.
         Unavailable: there is nothing to place it on yet.
     """
     version = await find_version(broker, principal, function_id, version_id)
+    _check_runnable(version)
     now = time.time()
     deployment = Deployment(
         id=str(uuid.uuid4()),
@@ -79,7 +82,7 @@ async def deploy(
 
     deployed = await edit(broker.catalog.versions, version_id, begin)
     if deployed is None:
-        await _mark_undeployed(broker, version_id, draining=False)
+        await disown(broker, deployment)
         raise NotFound(UNKNOWN_VERSION)
     return deployed, deployment
 
@@ -91,6 +94,41 @@ async def get(broker: Broker, principal: Principal, function_id: str, version_id
     if row is None or gone(row.item):
         raise NotFound(NO_DEPLOYMENT)
     return version, row.item
+
+
+async def find(broker: Broker, principal: Principal, deployment_id: str) -> tuple[Version, Deployment]:
+    """As `get`, by the deployment's own ID. Raises NotFound."""
+    for row in await broker.catalog.deployments.list("account", principal.account):
+        if row.item.id == deployment_id:
+            return await get(broker, principal, row.item.function_id, row.item.version_id)
+    raise NotFound(UNKNOWN_DEPLOYMENT)
+
+
+async def list_deployments(broker: Broker, account: str) -> list[tuple[Version, Deployment]]:
+    """What an account has deployed, oldest first: all that is busy, or in ERROR."""
+    rows = [row.item for row in await broker.catalog.deployments.list("account", account)]
+    versions = await asyncio.gather(*(broker.catalog.versions.get(deployment.version_id) for deployment in rows))
+    return [
+        (version.item, deployment)
+        for version, deployment in zip(versions, rows, strict=True)
+        if version
+        and not gone(deployment)
+        and (version.item.status.busy or version.item.status is FunctionStatus.ERROR)
+    ]
+
+
+async def evict(broker: Broker, instance_id: str) -> None:
+    """Have an instance of whichever account stopped, once it has finished what it runs; the controller starts
+    another where a minimum asks for one. Raises NotFound: no deployment keeps an instance of that ID."""
+    for row in await broker.catalog.deployments.list():
+        kept = {specification.id for specification in row.item.specifications}
+        for instance in await broker.catalog.instances(row.item.version_id):
+            if instance.id == instance_id and instance.specification_id in kept:
+                await edit(
+                    broker.catalog.deployments, row.item.version_id, lambda stored: _evicting(stored, instance_id)
+                )
+                return
+    raise NotFound("no such instance")
 
 
 async def undeploy(
@@ -163,15 +201,36 @@ async def observe(
 
 
 async def deactivate(broker: Broker, version_id: str) -> Version | None:
-    """INACTIVE, if the version still exists. For a version whose deployment row is undeployed. Idempotent."""
-    return await edit(
-        broker.catalog.versions, version_id, lambda version: replace(version, status=FunctionStatus.INACTIVE)
-    )
+    """INACTIVE, if the version still exists and was not deployed anew meanwhile: then it is returned as it is.
+    For a version whose deployment row is undeployed. Idempotent."""
+    for _ in range(TRIES):
+        version = await broker.catalog.versions.get(version_id)
+        if version is None:
+            return None
+        row = await broker.catalog.deployments.get(version_id)
+        if version.item.status is FunctionStatus.INACTIVE or (row is not None and not row.item.undeployed):
+            return version.item
+        inactive = replace(version.item, status=FunctionStatus.INACTIVE)
+        try:
+            await broker.catalog.versions.put(inactive, revision=version.revision)
+        except RevisionConflict:
+            continue
+        return inactive
+    raise RevisionConflict(f"{version_id} keeps being changed by others; try again")
+
+
+async def forget_evicted(broker: Broker, deployment: Deployment, there: Collection[str]) -> None:
+    """Of the evicted instances, keep in mind those that are still `there`."""
+
+    def forget(stored: Deployment) -> Deployment:
+        return replace(stored, evicted=tuple(each for each in stored.evicted if each in there))
+
+    await edit(broker.catalog.deployments, deployment.version_id, forget)
 
 
 async def disown(broker: Broker, deployment: Deployment) -> None:
-    """Undeploy a deployment whose version no longer exists."""
-    await _mark_undeployed(broker, deployment.version_id, draining=False)
+    """Undeploy what nobody asks for any more: its version no longer exists, or it has been in ERROR for long."""
+    await _mark_undeployed(broker, deployment.version_id, draining=False, deployment_id=deployment.id)
 
 
 async def claim_removal(broker: Broker, deployment: Deployment) -> bool:
@@ -200,7 +259,10 @@ def gone(deployment: Deployment) -> bool:
 
 
 def place(specifications: Sequence[GpuSpecification], gpus: Sequence[Gpu]) -> tuple[GpuSpecification, ...]:
-    """The specifications with the inventory's spelling, default instance types, and ids. Raises BadRequest."""
+    """The specifications with the inventory's spelling and facts, default instance types, and ids.
+
+    Raises BadRequest, and Unavailable while nothing is on offer.
+    """
     if not specifications:
         raise BadRequest(f"{_FIELD}: at least one is needed", field=_FIELD)
     return tuple(
@@ -209,7 +271,7 @@ def place(specifications: Sequence[GpuSpecification], gpus: Sequence[Gpu]) -> tu
 
 
 def _place(specification: GpuSpecification, gpus: Sequence[Gpu], at: str) -> GpuSpecification:
-    _check_numbers(specification, at)
+    check_numbers(specification, f"{at}.")
     if not gpus:
         raise Unavailable("no GPU is on offer now: no controller is running, or it has just been started")
     rows = _matching(gpus, "backend", specification.backend, f"{at}.backend")
@@ -222,7 +284,24 @@ def _place(specification: GpuSpecification, gpus: Sequence[Gpu], at: str) -> Gpu
         gpu=gpu.name,
         instance_type=gpu.instance_type,
         backend=gpu.backend,
+        facts=facts(gpu),
     )
+
+
+def facts(gpu: Gpu) -> tuple[tuple[str, str], ...]:
+    """What is known of the machine, as text; memory as `80G`, in units of 2^30."""
+    known = (
+        ("cpu_arch", gpu.cpu_arch),
+        ("os", gpu.os),
+        ("driver_version", gpu.driver_version),
+        ("system_memory", _gibibytes(gpu.system_memory_bytes)),
+        ("gpu_memory", _gibibytes(gpu.gpu_memory_bytes)),
+    )
+    return tuple((name, value) for name, value in known if value)
+
+
+def _gibibytes(size_bytes: int) -> str:
+    return f"{round(size_bytes / _GIB)}G" if size_bytes else ""
 
 
 def _matching(gpus: Sequence[Gpu], attribute: str, wanted: str, field: str, *, required: bool = False) -> Sequence[Gpu]:
@@ -235,14 +314,28 @@ def _matching(gpus: Sequence[Gpu], attribute: str, wanted: str, field: str, *, r
     return rows
 
 
-def _check_numbers(specification: GpuSpecification, at: str) -> None:
-    if specification.min_instances < 0:
-        raise BadRequest(f"{at}.minInstances: must be 0 or more", field=f"{at}.minInstances")
-    if specification.max_instances < max(1, specification.min_instances):
-        raise BadRequest(f"{at}.maxInstances: must be at least 1 and at least minInstances", field=f"{at}.maxInstances")
-    if not 1 <= specification.max_request_concurrency <= MAX_CONCURRENCY:
+def check_numbers(specification: GpuSpecification, at: str = "") -> None:
+    """Raises BadRequest that names the field, behind the path `at`."""
+
+    def check(good: bool, field: str, rule: str) -> None:
+        if not good:
+            raise BadRequest(f"{at}{field}: {rule}", field=f"{at}{field}")
+
+    lowest = max(1, specification.min_instances)
+    concurrency = specification.max_request_concurrency
+    check(specification.min_instances >= 0, "minInstances", "must be 0 or more")
+    check(specification.max_instances >= lowest, "maxInstances", "must be at least 1 and at least minInstances")
+    check(1 <= concurrency <= MAX_CONCURRENCY, "maxRequestConcurrency", f"must be 1 to {MAX_CONCURRENCY}")
+
+
+def _check_runnable(version: Version) -> None:
+    """What may be registered and cannot be run: this server starts containers."""
+    if version.helm_chart:
+        raise BadRequest("helmChart: Helm functions cannot be deployed here, containers can", field="helmChart")
+    if not version.container_image:
         raise BadRequest(
-            f"{at}.maxRequestConcurrency: must be 1 to {MAX_CONCURRENCY}", field=f"{at}.maxRequestConcurrency"
+            "containerImage: a function of models alone cannot be deployed here; register a version with an image",
+            field="containerImage",
         )
 
 
@@ -252,6 +345,8 @@ def _check_numbers(specification: GpuSpecification, at: str) -> None:
 async def _store(broker: Broker, version: Version, deployment: Deployment) -> None:
     for _ in range(TRIES):
         row = await _replaceable(broker, version)
+        if row is not None:  # its undeploy may be yet to say so, and `deploy` begins from INACTIVE
+            await deactivate(broker, version.id)
         await broker.queue.declare(version.id)
         try:
             await broker.catalog.deployments.put(deployment, revision=row.revision if row else 0)
@@ -278,6 +373,10 @@ async def _replaceable(broker: Broker, version: Version) -> Row[Deployment] | No
         await asyncio.sleep(_REMOVAL_LOOK_S)
 
 
+def _evicting(deployment: Deployment, instance_id: str) -> Deployment:
+    return replace(deployment, evicted=tuple(dict.fromkeys((*deployment.evicted, instance_id))))
+
+
 def _conflict(version: Version, deployment: Deployment) -> StateConflict:
     if deployment.draining:
         return StateConflict("the function version is being undeployed gracefully; wait for that, or undeploy it now")
@@ -289,9 +388,11 @@ def _conflict(version: Version, deployment: Deployment) -> StateConflict:
     )
 
 
-async def _mark_undeployed(broker: Broker, version_id: str, *, draining: bool) -> None:
+async def _mark_undeployed(broker: Broker, version_id: str, *, draining: bool, deployment_id: str = "") -> None:
+    """Whichever deployment the version has, unless told which."""
+
     def mark(deployment: Deployment) -> Deployment:
-        if gone(deployment):
+        if gone(deployment) or (deployment_id and deployment.id != deployment_id):
             return deployment
         return replace(deployment, undeployed=True, draining=draining, updated_at=time.time())
 
@@ -325,6 +426,7 @@ def _health(sight: Sight) -> HealthInfo:
         instance_type=specification.instance_type,
         backend=specification.backend,
         error=sight.error,
+        specification_id=specification.id,
     )
 
 

@@ -1,4 +1,4 @@
-"""The verbs of a function: create, add version, get, list, delete, and pick a version to invoke.
+"""The verbs of a function: create, add version, get, list, update, delete, and pick a version to invoke.
 
 A function is an id and its versions; it exists as long as it has one (contract/management.md §1.1).
 """
@@ -13,7 +13,21 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
-from broker.model import EVERYONE, Deployment, FunctionStatus, Health, Principal, RateLimit, Sharing, Version
+from broker.model import (
+    EVERYONE,
+    Deployment,
+    FunctionStatus,
+    Health,
+    LlmConfig,
+    Model,
+    Principal,
+    Priority,
+    RateLimit,
+    Resource,
+    Sharing,
+    Telemetries,
+    Version,
+)
 from broker.ports import Broker
 from broker.revisions import edit
 from broker.secrets import Plain
@@ -35,6 +49,7 @@ from broker.visibility import (
 )
 
 VISIBILITIES = frozenset(Visibility)
+LLM = "LLM"
 
 _GRPC_URL = "/grpc"
 _DEFAULT_HEALTH_URI = "/v2/health/ready"
@@ -45,11 +60,12 @@ _CACHE_FUNCTIONS = 10_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
     """What a caller says a version is. `health` wins over the deprecated `health_uri`; without both, and
-    without `description`, the defaults of contract/management.md §1.2 hold."""
+    without `description`, the defaults of contract/management.md §1.2 hold. `secrets` are sealed and
+    kept beside the version."""
 
     name: str
     inference_url: str
-    container_image: str
+    container_image: str = ""
     inference_port: int = 8000
     health: Health | None = None
     health_uri: str = ""
@@ -59,8 +75,33 @@ class Definition:
     function_type: str = "DEFAULT"
     description: str = ""
     tags: tuple[str, ...] = ()
+    models: tuple[Model, ...] = ()
+    resources: tuple[Resource, ...] = ()
+    helm_chart: str = ""
+    helm_chart_service_name: str = ""
     rate_limit: RateLimit | None = None
+    telemetries: Telemetries | None = None
+    priority: Priority | None = None
     secrets: tuple[Plain, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChange:
+    """New limits or routing of the model `name`; '' leaves what is there."""
+
+    name: str
+    token_rate_limit: str = ""
+    routing_method: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """All that may change of a version; None leaves what is there."""
+
+    tags: tuple[str, ...] | None = None
+    rate_limit: RateLimit | None = None
+    models: tuple[ModelChange, ...] = ()
+    priority: Priority | None = None
 
 
 async def create(broker: Broker, principal: Principal, definition: Definition) -> Version:
@@ -71,16 +112,22 @@ async def create(broker: Broker, principal: Principal, definition: Definition) -
     """
     if OWN not in principal.resources:
         raise Forbidden(NOT_COVERED)
-    await _check_quota(broker, principal.account)
-    return await _store(broker, principal, str(uuid.uuid4()), definition)
+    limit = await _quota(broker, principal.account)
+    if len(await broker.catalog.versions.list("account", principal.account)) >= limit:
+        raise _quota_reached(limit)
+    version = await _store(broker, principal, str(uuid.uuid4()), definition)
+    await _keep_to_quota(broker, version, limit)
+    return version
 
 
 async def add_version(broker: Broker, principal: Principal, function_id: str, definition: Definition) -> Version:
     """One more version of a function of the caller's own, INACTIVE, shared as the function is.
 
-    Raises NotFound, Forbidden, BadRequest.
+    Raises NotFound, Forbidden, BadRequest, StateConflict when the function is public.
     """
-    await find_function(broker, principal, function_id)
+    family = await find_function(broker, principal, function_id)
+    if any((sibling.function_type == LLM) != (definition.function_type == LLM) for sibling in family.versions):
+        raise BadRequest("functionType: all versions of a function are LLM, or none is", field="functionType")
     return await _store(broker, principal, function_id, definition)
 
 
@@ -120,6 +167,24 @@ async def list_versions(broker: Broker, principal: Principal, function_id: str) 
     """The versions of one function that the caller may see, oldest first. Raises NotFound when its account sees
     none, Forbidden when its key covers none of those."""
     return _oldest_first(select(principal, await find_family(broker, function_id)))
+
+
+async def update(broker: Broker, principal: Principal, function_id: str, version_id: str, change: Change) -> Version:
+    """Change what may change, in whatever status; the model limits and the priority of all versions of the function.
+
+    Raises NotFound, Forbidden; StateConflict: it is public; BadRequest: an unknown model, or one of a function that
+    is not LLM.
+    """
+    version = await find_version(broker, principal, function_id, version_id)
+    _check_change(version, change)
+    changed = await edit(broker.catalog.versions, version_id, lambda stored: _changed(stored, change))
+    if changed is None:
+        raise NotFound(UNKNOWN_VERSION)
+    if change.models or change.priority is not None:
+        shared = replace(change, tags=None, rate_limit=None)
+        for sibling in await _versions_of(broker, function_id):
+            await edit(broker.catalog.versions, sibling.id, lambda stored: _changed(stored, shared))
+    return changed
 
 
 async def delete_version(broker: Broker, principal: Principal, function_id: str, version_id: str) -> None:
@@ -189,10 +254,6 @@ class CallableVersions:
 
 
 async def _store(broker: Broker, principal: Principal, function_id: str, definition: Definition) -> Version:
-    if not definition.container_image:
-        raise BadRequest("containerImage: needed; models and Helm charts alone cannot be run", field="containerImage")
-    if definition.function_type == "LLM":
-        raise BadRequest("functionType: LLM functions are not served; use DEFAULT or STREAMING", field="functionType")
     version = Version(
         id=str(uuid.uuid4()),
         function_id=function_id,
@@ -209,12 +270,37 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         function_type=definition.function_type,
         description=definition.description or definition.name,
         tags=definition.tags,
+        models=definition.models,
+        resources=definition.resources,
+        helm_chart=definition.helm_chart,
+        helm_chart_service_name=definition.helm_chart_service_name,
         rate_limit=definition.rate_limit,
+        telemetries=definition.telemetries,
+        priority=definition.priority,
     )
     # First, so that no version is ever seen without the secrets it was made with.
     await begin_secrets(broker, version, definition.secrets)
     await broker.catalog.versions.put(version)
     return version
+
+
+async def _quota(broker: Broker, account: str) -> int:
+    """What counts is versions, and only another function is refused (contract/management.md §1.2)."""
+    record = await broker.catalog.accounts.get(account)
+    return record.item.max_functions if record else broker.settings.max_functions
+
+
+async def _keep_to_quota(broker: Broker, version: Version, limit: int) -> None:
+    """Of several who create at once, as many stay as there is room for: lists come in one order for all."""
+    rows = await broker.catalog.versions.list("account", version.account)
+    if any(row.item.id == version.id for row in rows[limit:]):
+        await broker.catalog.versions.delete(version.id)
+        await delete_secrets(broker, version.id)
+        raise _quota_reached(limit)
+
+
+def _quota_reached(limit: int) -> StateConflict:
+    return StateConflict(f"the account may have {limit} function versions and has them all; delete some")
 
 
 def _default_health(definition: Definition) -> Health:
@@ -225,12 +311,41 @@ def _default_health(definition: Definition) -> Health:
     )
 
 
-async def _check_quota(broker: Broker, account: str) -> None:
-    """What counts is versions, and only another function is refused (contract/management.md §1.2)."""
-    record = await broker.catalog.accounts.get(account)
-    limit = record.item.max_functions if record else broker.settings.max_functions
-    if len(await broker.catalog.versions.list("account", account)) >= limit:
-        raise StateConflict(f"the account may have {limit} function versions and has them all; delete some")
+def _check_change(version: Version, change: Change) -> None:
+    if (change.models or change.priority is not None) and version.function_type != LLM:
+        at = "modelUpdates" if change.models else "llmInvocationConfig"
+        raise BadRequest(f"{at}: for LLM functions only", field=at)
+    if unknown := sorted({model.name for model in change.models} - {model.name for model in version.models}):
+        raise BadRequest(f"modelUpdates: the version has no model {', '.join(unknown)[:256]}", field="modelUpdates")
+
+
+def _changed(version: Version, change: Change) -> Version:
+    wanted = {model.name: model for model in change.models}
+    return replace(
+        version,
+        tags=version.tags if change.tags is None else change.tags,
+        rate_limit=change.rate_limit or version.rate_limit,
+        priority=change.priority or version.priority,
+        models=tuple(
+            _changed_model(model, wanted[model.name]) if model.name in wanted else model for model in version.models
+        ),
+    )
+
+
+def _changed_model(model: Model, change: ModelChange) -> Model:
+    llm = model.llm or LlmConfig()
+    return replace(
+        model,
+        llm=replace(
+            llm,
+            token_rate_limit=change.token_rate_limit or llm.token_rate_limit,
+            routing_method=change.routing_method or llm.routing_method,
+        ),
+    )
+
+
+async def _versions_of(broker: Broker, function_id: str) -> Sequence[Version]:
+    return [row.item for row in await broker.catalog.versions.list("function_id", function_id)]
 
 
 async def _shared_with(broker: Broker, party: str) -> list[tuple[Version, Sharing]]:

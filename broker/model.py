@@ -26,6 +26,11 @@ class FunctionStatus(StrEnum):
     def invocable(self) -> bool:
         return self in (FunctionStatus.ACTIVE, FunctionStatus.DEGRADING)
 
+    @property
+    def busy(self) -> bool:
+        """Deployed, and its deployment may be changed."""
+        return self not in (FunctionStatus.INACTIVE, FunctionStatus.ERROR, FunctionStatus.DELETED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
@@ -63,8 +68,53 @@ class RateLimit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LlmConfig:
+    """Of a model of an LLM function; stored and shown, and read by nothing here."""
+
+    uris: tuple[str, ...] = ()
+    tokenizer: str = ""
+    token_rate_limit: str = ""
+    routing_method: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """`llm` is there for the models of LLM functions; `version` and `uri` for all others."""
+
+    name: str
+    version: str = ""
+    uri: str = ""
+    llm: LlmConfig | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resource:
+    name: str
+    version: str
+    uri: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Priority:
+    """Of an LLM function's invocations; stored and shown, and read by nothing here."""
+
+    default: int | None = None
+    per_account: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetries:
+    """IDs of the endpoints that a version's logs, metrics and traces go to; '' for none."""
+
+    logs: str = ""
+    metrics: str = ""
+    traces: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """One immutable definition of a function; only `status`, `tags` and `rate_limit` change after creation."""
+    """One immutable definition of a function. After creation only `status`, `tags`, `rate_limit`, `priority` and the
+    token limits and routing of `models` change."""
 
     id: str
     function_id: str
@@ -82,7 +132,13 @@ class Version:
     description: str = ""
     tags: tuple[str, ...] = ()
     status: FunctionStatus = FunctionStatus.INACTIVE
+    models: tuple[Model, ...] = ()
+    resources: tuple[Resource, ...] = ()
+    helm_chart: str = ""
+    helm_chart_service_name: str = ""
     rate_limit: RateLimit | None = None
+    telemetries: Telemetries | None = None
+    priority: Priority | None = None
 
 
 EVERYONE = "*"
@@ -117,8 +173,38 @@ class Sharing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stickiness:
+    """For at least `threshold` out of the last `size`: ISO-8601 durations as the user wrote them."""
+
+    size: str
+    threshold: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """When utilisation passes `threshold` per cent, multiply the instances by `factor`."""
+
+    factor: float
+    threshold: int
+    metric: str = ""
+    stickiness: Stickiness | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Autoscaling:
+    """A user's own policy; a half that is None is the platform's."""
+
+    up: Scaling | None = None
+    down: Scaling | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpecification:
-    """How many instances of one kind a deployment keeps: `min_instances` to `max_instances`."""
+    """How many instances of one kind a deployment keeps: `min_instances` to `max_instances`.
+
+    `clusters`, `regions`, `attributes` and `availability_zones` are where it may be placed. `facts` is what the
+    inventory told of the machine (`cpu_arch`, `os`, …), shown and read by nothing.
+    """
 
     id: str
     gpu: str
@@ -127,6 +213,13 @@ class GpuSpecification:
     max_instances: int
     max_request_concurrency: int = 1
     backend: str = ""
+    clusters: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    availability_zones: tuple[str, ...] = ()
+    preferred_order: int = 1
+    autoscaling: Autoscaling | None = None
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +230,14 @@ class HealthInfo:
     instance_type: str
     backend: str
     error: str
+    specification_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
     """The desired state of one version. `draining` means undeployed, and kept until its queue is empty;
-    `removing`, that the controller deletes the queue now, and nobody may deploy in its place."""
+    `removing`, that the controller deletes the queue now, and nobody may deploy in its place. `evicted` are IDs of
+    instances that an operator wants gone."""
 
     id: str
     function_id: str
@@ -155,6 +250,7 @@ class Deployment:
     undeployed: bool = False
     draining: bool = False
     removing: bool = False
+    evicted: tuple[str, ...] = ()
 
 
 class InstanceStatus(StrEnum):
@@ -181,6 +277,8 @@ class Instance:
     slots: int = 1
     busy: int = 0
     error: str = ""
+    specification_id: str = ""
+    location: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -267,8 +267,8 @@ class Table(Protocol[T]):
         Unknown indexes are a bug."""
 
     async def put(self, item: T, *, revision: int = 0) -> int:
-        """Write if the stored revision is `revision` (0: if there is none); returns the new revision.
-        Raises RevisionConflict."""
+        """Write if the stored revision is `revision` (0: if there is none); returns the new revision, which no row
+        of this key had before, also if it was deleted meanwhile. Raises RevisionConflict."""
 
     async def delete(self, key: str) -> bool:
         """Whether there was one."""

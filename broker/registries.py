@@ -74,11 +74,8 @@ def recognized(registries: str, custom: str) -> list[Registry]:
     return named + [Registry(name=hostname, hostname=hostname.lower()) for hostname in _parts(custom)]
 
 
-async def add(
-    broker: Broker, principal: Principal, draft: Draft, *, known: Sequence[Registry], limit: int
-) -> RegistryCredential:
-    """Store a credential for one of the `known` registries, if the account has less than its record allows, or than
-    `limit` without a record.
+async def add(broker: Broker, principal: Principal, draft: Draft, *, known: Sequence[Registry]) -> RegistryCredential:
+    """Store a credential for one of the `known` registries, if the account has less than it may.
 
     Raises:
         BadRequest: an unknown hostname, a secret that is none, no key to seal it with, or one too many.
@@ -87,7 +84,7 @@ async def add(
     hostname = _canonical(draft.hostname)
     registry = _recognize(known, hostname, draft.artifact_types)
     record = await broker.catalog.accounts.get(principal.account)
-    allowed = record.item.max_registry_credentials if record else limit
+    allowed = record.item.max_registry_credentials if record else broker.settings.max_registry_credentials
     now = time.time()
     credential_id = str(uuid.uuid4())
     credential = RegistryCredential(

@@ -108,6 +108,9 @@ class Settings(BaseSettings):
         description="Function versions an account may have when another function is created, unless its record says "
         "otherwise.",
     )
+    max_registry_credentials: int = Field(
+        25, ge=0, le=50, description="Registry credentials that an account may have, unless its record says otherwise."
+    )
     keys_per_owner: int = Field(
         8, ge=1, le=10_000, description="Valid API keys that one owner in an account may have through `POST /v1/keys`."
     )
@@ -195,8 +198,10 @@ class ApiSettings(SecretSettings):
     custom_registries: str = Field(
         "", description="Further hostnames that credentials may be for, separated by commas; `*` for any."
     )
-    max_registry_credentials: int = Field(
-        25, ge=0, le=50, description="Registry credentials that an account may have, unless its record says otherwise."
+    paces: str = Field(
+        "",
+        description="Other management calls per second, for single IDs of accounts, functions or versions: "
+        "`ID=NUMBER`, separated by commas; 0 for any number.",
     )
     shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
 
@@ -215,6 +220,9 @@ class ControllerSettings(SecretSettings):
     )
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds an instance may take to finish its work when it is stopped."
+    )
+    error_ttl_s: float = Field(
+        7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
     )
 
 

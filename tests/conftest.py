@@ -14,7 +14,7 @@ from infra.local.servers import S3, RabbitMQ, Redis
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 
-SERVER_FIXTURES = {"rabbitmq", "redis_server", "s3", "new_rabbitmq", "new_redis", "new_s3"}
+SERVER_FIXTURES = {"rabbitmq", "product_rabbitmq", "redis_server", "s3", "new_rabbitmq", "new_redis", "new_s3"}
 SERVER_BACKENDS = {"rabbitmq", "redis", "s3"}  # as parameters of the contract suites
 
 
@@ -47,6 +47,13 @@ def programs() -> None:
 def rabbitmq(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     """A RabbitMQ for all tests: name queues uniquely, do not stop it."""
     with _starter(lambda: RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))) as start:
+        yield start()
+
+
+@pytest.fixture(scope="session")
+def product_rabbitmq(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """A RabbitMQ for all tests of the whole product: its controllers take every dead letter."""
+    with _starter(lambda: RabbitMQ(tmp_path_factory.mktemp("product-rabbitmq"))) as start:
         yield start()
 
 

@@ -50,6 +50,9 @@ class Caller:
         self.url = url
         self.key = key
 
+    def with_key(self, key: str) -> Caller:
+        return Caller(self._session, self.url, key)
+
     async def call(
         self,
         method: str,

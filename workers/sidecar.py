@@ -419,6 +419,8 @@ class Sidecar:
             slots=self._settings.max_request_concurrency,
             busy=self._busy(),
             error=self._gate.fault,
+            specification_id=self._settings.specification_id,
+            location=self._settings.region,
         )
 
     def _busy(self) -> int:

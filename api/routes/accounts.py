@@ -10,11 +10,13 @@ from collections.abc import Collection
 from aiohttp import web
 
 from api import payloads
+from api.definitions import instant
 from api.front import Front
-from api.routes.functions import instant
+from api.routes.registries import present as credential
 from broker import accounts
-from broker.accounts import ADMIN, Limits, require, require_for
+from broker.accounts import ADMIN, Limits, acting_for, require, require_for
 from broker.model import Account, Principal
+from broker.registries import list_credentials
 from fnqueue import wire
 
 WRITES = ("account_setup",)
@@ -44,8 +46,18 @@ async def list_accounts(front: Front, request: web.Request, principal: Principal
 
 
 async def get(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    found, functions = await accounts.get_account(front.broker, _named(request, principal, *READS))
-    return payloads.answer(wire.AccountAnswer(account=_present(found, functions=functions)))
+    """With how many function versions it has, and its registry credentials."""
+    account = _named(request, principal, *READS)
+    found, functions = await accounts.get_account(front.broker, account)
+    owner = principal if principal.account == account else acting_for(principal, account)
+    credentials = await list_credentials(front.broker, owner)
+    shown = _present(found).model_copy(
+        update={
+            "current_number_functions": functions,
+            "registry_credentials": [credential(account, each) for each in credentials],
+        }
+    )
+    return payloads.answer(wire.AccountAnswer(account=shown))
 
 
 async def update(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -77,7 +89,7 @@ def _limits(asked: wire.CreateAccount | wire.UpdateAccount) -> Limits:
     )
 
 
-def _present(account: Account, *, functions: int | None = None) -> wire.Account:
+def _present(account: Account) -> wire.Account:
     clients = list(account.client_ids) or None
     return wire.Account(
         nca_id=account.id,
@@ -88,6 +100,5 @@ def _present(account: Account, *, functions: int | None = None) -> wire.Account:
         max_tasks_allowed=account.max_tasks,
         max_telemetries_allowed=account.max_telemetries,
         max_registry_credentials_allowed=account.max_registry_credentials,
-        current_number_functions=functions,
         last_updated_at=instant(account.updated_at) if account.updated_at else None,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from aiohttp import web
 
 from api import headers, payloads
+from api.definitions import instant
 from api.front import Front
-from api.routes.functions import instant
 from broker import assets
 from broker.model import Asset, Principal
 from fnqueue import wire

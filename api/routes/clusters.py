@@ -7,16 +7,16 @@ import time
 from aiohttp import web
 
 from api import headers, payloads
+from api.definitions import instant
 from api.front import Front
-from api.routes.functions import instant
 from broker import clusters
 from broker.accounts import acting_for, require_for
 from broker.clusters import Group, Usage
+from broker.deployments import facts
 from broker.errors import BadRequest
 from broker.model import EVERYONE, Cluster, ClusterGpu, ClusterState, ClusterType, Gpu, Principal
 from fnqueue import wire
 
-GIB = 1024**3
 USAGE = "list_cluster_groups"
 
 
@@ -84,19 +84,15 @@ def _group(group: Group, owner: str) -> wire.ClusterGroup:
 
 
 def _type(gpu: Gpu, *, default: bool) -> wire.InstanceType:
-    facts = [f"{gpu.gpu_count} {gpu.name}" if gpu.gpu_count else "", f"{gpu.cpu_cores} cores" if gpu.cpu_cores else ""]
+    parts = [f"{gpu.gpu_count} {gpu.name}" if gpu.gpu_count else "", f"{gpu.cpu_cores} cores" if gpu.cpu_cores else ""]
     return wire.InstanceType(
         name=gpu.instance_type,
-        description=", ".join(fact for fact in facts if fact) or gpu.name,
+        description=", ".join(part for part in parts if part) or gpu.name,
         default=default,
         capacity=gpu.capacity,
         gpu_count=gpu.gpu_count,
         cpu_cores=gpu.cpu_cores or None,
-        system_memory=_size(gpu.system_memory_bytes),
-        gpu_memory=_size(gpu.gpu_memory_bytes),
-        cpu_arch=gpu.cpu_arch or None,
-        os=gpu.os or None,
-        driver_version=gpu.driver_version or None,
+        **dict(facts(gpu)),
     )
 
 
@@ -114,10 +110,6 @@ def _placement(part: Usage, group: Group | None) -> wire.GpuPlacement:
         current_min_usage=part.minimum,
         current_max_usage=part.maximum,
     )
-
-
-def _size(size_bytes: int) -> str | None:
-    return f"{round(size_bytes / GIB)}G" if size_bytes else None
 
 
 # -- registration --------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from urllib.parse import parse_qs
 from aiohttp import web
 
 from api import headers, payloads
+from api.definitions import instant
 from api.front import Front
-from api.routes.functions import instant
 from broker import accounts
 from broker.accounts import MAX_KEY_TTL_S, require_for, require_grantable
 from broker.errors import BadRequest, NotFound, Unauthenticated

@@ -5,8 +5,8 @@ from __future__ import annotations
 from aiohttp import web
 
 from api import headers, payloads, queries
+from api.definitions import instant
 from api.front import Front
-from api.routes.functions import instant
 from broker import registries
 from broker.model import Principal, RegistryCredential
 from broker.registries import ARTIFACT_TYPES, Change, Draft
@@ -23,9 +23,7 @@ async def create(front: Front, request: web.Request, principal: Principal) -> we
         tags=tuple(asked.tags),
         description=asked.description,
     )
-    limit = front.settings.max_registry_credentials
-    added = await registries.add(front.broker, principal, draft, known=front.registries, limit=limit)
-    return _one(principal, added)
+    return _one(principal, await registries.add(front.broker, principal, draft, known=front.registries))
 
 
 async def list_credentials(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -36,7 +34,7 @@ async def list_credentials(front: Front, request: web.Request, principal: Princi
         provisioned_by=queries.words(request.query, "provisionedBy"),
     )
     return payloads.answer(
-        wire.RegistryCredentialList(registry_credentials=[_present(principal, one) for one in found])
+        wire.RegistryCredentialList(registry_credentials=[present(principal.account, one) for one in found])
     )
 
 
@@ -81,13 +79,13 @@ def _id(request: web.Request) -> str:
 
 
 def _one(principal: Principal, credential: RegistryCredential) -> web.Response:
-    return payloads.answer(wire.RegistryCredentialAnswer(registry_credential=_present(principal, credential)))
+    return payloads.answer(wire.RegistryCredentialAnswer(registry_credential=present(principal.account, credential)))
 
 
-def _present(principal: Principal, credential: RegistryCredential) -> wire.RegistryCredential:
+def present(account: str, credential: RegistryCredential) -> wire.RegistryCredential:
     return wire.RegistryCredential(
         registry_credential_id=credential.id,
-        nca_id=principal.account,
+        nca_id=account,
         registry_credential_name=credential.name,
         registry_name=credential.registry,
         registry_hostname=credential.hostname,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from aiohttp import web
 
 from api import headers, payloads
+from api.definitions import plains
 from api.front import Front
 from broker import secrets
 from broker.model import Principal
-from broker.secrets import Plain
 from fnqueue import wire
 
 
@@ -20,7 +18,3 @@ async def put(front: Front, request: web.Request, principal: Principal) -> web.R
     asked = await payloads.read(front, request, wire.PutSecrets)
     await secrets.put(front.broker, principal, function_id, version_id, plains(asked.secrets))
     return web.Response(status=204)
-
-
-def plains(asked: Iterable[wire.Secret]) -> tuple[Plain, ...]:
-    return tuple(Plain(name=secret.name, value=secret.value.get_secret_value()) for secret in asked)

@@ -257,6 +257,26 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     assert call("deployments_create", {"deploymentSpecifications": [wanted]}, **of)["deployment"]["deploymentId"]
     assert call("deployments_get", **of)["deployment"]["functionStatus"] == "ACTIVE"
     assert call("functions_get", **of)["function"]["status"] == "ACTIVE"
+    assert call("deployments_of_account", ncaId="default")["deployments"]
+    # Changed while it is deployed
+    changed = call("functions_update", {"tags": ["a"], "rateLimit": {"rateLimit": "100-S"}}, **of)["function"]
+    assert (changed["tags"], changed["rateLimit"]) == (["a"], {"rateLimit": "100-S"})
+    assert call("functions_update_metadata", {"tags": ["b"]}, **of)["function"]["tags"] == ["b"]
+    call("limits_replace", {"rateLimit": "50-S, 500-M"}, **of)
+    assert call("functions_get", **of)["function"]["rateLimit"] == {"rateLimit": "50-S, 500-M"}
+    call("limits_clear", **of)
+    deployment = call("deployments_get", **of)["deployment"]
+    (specification,) = deployment["deploymentSpecifications"]
+    assert call("deployments_find", deploymentId=deployment["deploymentId"])["deployment"] == deployment
+    named = {
+        "deploymentId": deployment["deploymentId"],
+        "gpuSpecificationId": specification["gpuSpecificationId"],
+    }
+    patched = call("deployments_patch", {"maxInstances": 3}, **named)["gpuSpecification"]
+    assert patched == specification | {"maxInstances": 3}
+    wanted |= {"maxInstances": 2, "maxRequestConcurrency": 4}
+    put = call("deployments_update", {"deploymentSpecifications": [wanted]}, **of)["deployment"]
+    assert put["deploymentSpecifications"] == [specification | {"maxInstances": 2, "maxRequestConcurrency": 4}]
     (used,) = call("clusters_usage", ncaId="default")["gpus"]
     assert (used["currentMinUsage"], used["currentMaxUsage"], used["placements"][0]["cluster"]) == (0, 2, "local")
     # Invoked

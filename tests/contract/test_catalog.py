@@ -14,6 +14,7 @@ from broker.backends.redis.store import open_store
 from broker.errors import RevisionConflict
 from broker.model import (
     Account,
+    Autoscaling,
     Cluster,
     ClusterGpu,
     ClusterState,
@@ -27,11 +28,20 @@ from broker.model import (
     Instance,
     InstanceStatus,
     Key,
+    LlmConfig,
+    Model,
+    Priority,
+    Rate,
+    RateLimit,
     RegistryCredential,
     RegistryCredentials,
+    Resource,
+    Scaling,
     Secret,
     Secrets,
     Sharing,
+    Stickiness,
+    Telemetries,
     Version,
 )
 from broker.ports import Catalog
@@ -63,6 +73,19 @@ def make_version(account: str = "acme", function_id: str = "") -> Version:
         container_environment=(("A", "ä b"), ("B", "")),
         tags=("x", "y"),
         status=FunctionStatus.DEPLOYING,
+        models=(
+            Model(name="m", version="1", uri="/m"),
+            Model(name="l", llm=LlmConfig(uris=("/v1", "/v2"), tokenizer="t", token_rate_limit="5-W")),
+        ),
+        resources=(Resource(name="r", version="1", uri="/r"),),
+        rate_limit=RateLimit(
+            rates=(Rate(limit=1, window_s=1),),
+            exempted=("a",),
+            per_account=(("b", (Rate(limit=2, window_s=60),)),),
+            sync_check=True,
+        ),
+        telemetries=Telemetries(logs="l"),
+        priority=Priority(default=0, per_account=(("a", 2**32 - 1),)),
     )
 
 
@@ -91,7 +114,18 @@ async def test_what_was_put_is_got(catalog: Catalog) -> None:
 
 
 async def test_nested_items_survive(catalog: Catalog) -> None:
-    specification = GpuSpecification(id="s", gpu="CPU", instance_type="CPU", min_instances=1, max_instances=2)
+    specification = GpuSpecification(
+        id="s",
+        gpu="CPU",
+        instance_type="CPU",
+        min_instances=1,
+        max_instances=2,
+        clusters=("c",),
+        autoscaling=Autoscaling(
+            up=Scaling(factor=2.0, threshold=70, stickiness=Stickiness(size="PT1H", threshold="PT1M"))
+        ),
+        facts=(("os", "linux"),),
+    )
     deployment = Deployment(
         id="d",
         function_id="f",
@@ -134,6 +168,16 @@ async def test_of_two_racing_writers_one_wins(catalog: Catalog) -> None:
         return_exceptions=True,
     )
     assert sum(isinstance(answer, RevisionConflict) for answer in answers) == 9
+
+
+async def test_a_row_that_was_removed_and_made_anew_is_not_the_old_writers(catalog: Catalog) -> None:
+    version = make_version()
+    old = await catalog.versions.put(version)
+    await catalog.versions.delete(version.id)
+    new = await catalog.versions.put(replace(version, name="anew"))
+    with pytest.raises(RevisionConflict):
+        await catalog.versions.put(replace(version, name="stale"), revision=old)
+    assert await catalog.versions.put(replace(version, name="later"), revision=new) > new
 
 
 async def test_lists_follow_the_indexes(catalog: Catalog) -> None:

@@ -56,8 +56,12 @@ class Shop:
         row = await self.broker.catalog.secrets.get(version.id)
         return None if row is None else json.loads(secrets.reveal(self.broker, row.item))
 
-    async def add(self, draft: Draft, limit: int = 25) -> str:
-        return (await registries.add(self.broker, self.owner, draft, known=KNOWN, limit=limit)).id
+    async def add(self, draft: Draft) -> str:
+        return (await registries.add(self.broker, self.owner, draft, known=KNOWN)).id
+
+    async def may_have(self, credentials: int) -> None:
+        limits = accounts.Limits(name=self.owner.account, max_registry_credentials=credentials)
+        await accounts.create_account(self.broker, self.owner.account, limits)
 
     async def change(self, credential_id: str, change: Change) -> None:
         await registries.update(self.broker, self.owner, credential_id, change, known=KNOWN)
@@ -309,15 +313,15 @@ async def test_unknown_hosts_types_and_secrets_that_are_none_are_refused(shop: S
 async def test_of_racing_additions_one_name_and_the_limit_win(shop: Shop) -> None:
     same = await asyncio.gather(*(shop.add(draft()) for _ in range(RACERS)), return_exceptions=True)
     assert sum(isinstance(answer, AlreadyExists) for answer in same) == RACERS - 1
-    others = (shop.add(draft(name=f"n{n}"), limit=3) for n in range(RACERS))
+    await shop.may_have(3)
+    others = (shop.add(draft(name=f"n{n}")) for n in range(RACERS))
     answers = await asyncio.gather(*others, return_exceptions=True)
     assert sum(isinstance(answer, BadRequest) for answer in answers) == RACERS - 2
     assert len(await registries.list_credentials(shop.broker, shop.owner)) == 3
 
 
 async def test_the_accounts_record_says_how_many_credentials_it_may_have(shop: Shop) -> None:
-    record = accounts.Limits(name=shop.owner.account, max_registry_credentials=1)
-    await accounts.create_account(shop.broker, shop.owner.account, record)
+    await shop.may_have(1)
     await shop.add(draft())
     with pytest.raises(BadRequest, match="may have 1"):
         await shop.add(draft(name="other"))

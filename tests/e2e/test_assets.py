@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.e2e.conftest import NVCF, UNKNOWN_ID, Mirror, exchange, ordered, production_only, slug
+from tests.e2e.conftest import MISFITS, NVCF, UNKNOWN_ID, Mirror, exchange, ordered, production_only, slug
 from tests.house import Caller, Reply
 
 ASSETS = f"{NVCF}/assets"
@@ -185,7 +185,7 @@ async def test_an_asset_without_a_type_and_a_description_is_400(
     caller: Caller, asked: dict[str, Any], named: list[str]
 ) -> None:
     reply = await caller.call("POST", ASSETS, data=asked)
-    assert (reply.status, slug(reply)) == (400, "bad-request")
+    assert (reply.status, slug(reply) in MISFITS) == (400, True)
     assert all(field in reply.json["detail"] for field in named)
 
 

@@ -9,7 +9,18 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.e2e.conftest import BODY_TIMEOUT_S, NVCF, QUEUE_LIMIT, UNKNOWN_ID, Mirror, Site, exchange, slug, talk
+from tests.e2e.conftest import (
+    BODY_TIMEOUT_S,
+    MISFITS,
+    NVCF,
+    QUEUE_LIMIT,
+    UNKNOWN_ID,
+    Mirror,
+    Site,
+    exchange,
+    slug,
+    talk,
+)
 from tests.house import Caller
 
 # -- names and words ---------------------------------------------------------------------------
@@ -91,7 +102,7 @@ def status_of(answer: bytes) -> int:
         ("GET", f"pexec/functions/{UNKNOWN_ID}", "POST"),
         ("POST", f"pexec/status/{UNKNOWN_ID}", "GET, HEAD"),
         ("PUT", "functions", "GET, HEAD, POST"),
-        ("PATCH", f"deployments/functions/{UNKNOWN_ID}/versions/{UNKNOWN_ID}", "DELETE, GET, HEAD, POST"),
+        ("PATCH", f"deployments/functions/{UNKNOWN_ID}/versions/{UNKNOWN_ID}", "DELETE, GET, HEAD, POST, PUT"),
         ("GET", f"requests/{UNKNOWN_ID}", "DELETE"),
     ],
 )
@@ -114,7 +125,7 @@ async def test_a_wrong_method_is_405_and_told_the_right_ones(
 @pytest.mark.parametrize("path", ["functions", "assets", f"deployments/functions/{UNKNOWN_ID}/versions/{UNKNOWN_ID}"])
 async def test_a_body_that_is_not_what_is_asked_for_is_400(caller: Caller, path: str, body: bytes) -> None:
     reply = await exchange(caller, "POST", f"{NVCF}/{path}", body=body)
-    assert (reply.status, slug(reply)) == (400, "bad-request")
+    assert (reply.status, slug(reply) in MISFITS) == (400, True)
     assert reply.json["detail"]
     assert len(reply.body) < 4000
 

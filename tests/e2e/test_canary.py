@@ -78,13 +78,13 @@ class Grounds:
 
 
 @pytest.fixture
-def grounds(rabbitmq: RabbitMQ, new_redis: Callable[[], Redis], s3: S3, tmp_path: Path) -> Iterator[Grounds]:
+def grounds(product_rabbitmq: RabbitMQ, new_redis: Callable[[], Redis], s3: S3, tmp_path: Path) -> Iterator[Grounds]:
     store = new_redis()
-    servers = {"FNQUEUE_QUEUE_URL": rabbitmq.url, "FNQUEUE_STORE_URL": store.url, "FNQUEUE_BLOBS_URL": s3.url}
+    servers = {"FNQUEUE_QUEUE_URL": product_rabbitmq.url, "FNQUEUE_STORE_URL": store.url, "FNQUEUE_BLOBS_URL": s3.url}
     keys = secrets.token_hex(32)
     house = House(tmp_path, servers, FNQUEUE_LOG_LEVEL="DEBUG", FNQUEUE_ENCRYPTION_KEYS=f"k1:{keys}")
     with running(house):
-        yield Grounds(house=house, rabbitmq=rabbitmq, redis=store, keys=keys)
+        yield Grounds(house=house, rabbitmq=product_rabbitmq, redis=store, keys=keys)
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from broker import clusters
+from broker import accounts, clusters
+from broker.accounts import Limits
 from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
 from broker.model import Cluster, ClusterGpu, ClusterState, ClusterType, Deployment, Gpu, GpuSpecification, Principal
 from broker.ports import Broker
@@ -161,3 +162,16 @@ async def test_usage_sums_what_is_deployed_by_type_and_place(memory_broker: Brok
     used = [(part.backend, part.minimum, part.maximum) for part in await clusters.usage(memory_broker, OURS)]
     assert used == [("a", 2, 4), ("b", 0, 6)]
     assert await clusters.usage(memory_broker, THEIRS) == []
+
+
+async def test_an_account_with_clusters_is_not_deleted(memory_broker: Broker) -> None:
+    for account in ("ours", "theirs"):
+        await accounts.create_account(memory_broker, account, Limits(name=account))
+    cluster = await clusters.register(memory_broker, OURS, replace(DRAFT, authorized=("theirs",)))
+    with pytest.raises(StateConflict, match="still has clusters"):
+        await accounts.delete_account(memory_broker, "ours")
+    with pytest.raises(StateConflict, match="shared with the account"):
+        await accounts.delete_account(memory_broker, "theirs")
+    await clusters.delete(memory_broker, OURS, cluster.id)
+    for account in ("ours", "theirs"):
+        await accounts.delete_account(memory_broker, account)

@@ -8,15 +8,29 @@ from dataclasses import replace
 import pytest
 
 from broker import accounts, authorizations, deployments, functions
+from broker.accounts import Limits
 from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
-from broker.functions import CallableVersions, Definition
-from broker.model import FunctionStatus, Gpu, GpuSpecification, Health, Principal, Version
+from broker.functions import CallableVersions, Change, Definition, ModelChange
+from broker.model import (
+    FunctionStatus,
+    Gpu,
+    GpuSpecification,
+    Health,
+    LlmConfig,
+    Model,
+    Principal,
+    Priority,
+    Rate,
+    RateLimit,
+    Version,
+)
 from broker.ports import Broker
 from broker.revisions import edit
 
 OURS = Principal(account="ours", subject="me", scopes=frozenset())
 THEIRS = Principal(account="theirs", subject="them", scopes=frozenset())
 ECHO = Definition(name="echo", inference_url="/echo", container_image="fnqueue/echo:latest")
+CHAT = replace(ECHO, function_type="LLM", models=(Model(name="m", llm=LlmConfig(uris=("/v1",), tokenizer="t")),))
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
 
@@ -66,19 +80,26 @@ async def test_names_need_not_be_unique(memory_broker: Broker) -> None:
     assert first.function_id != second.function_id
 
 
-@pytest.mark.parametrize(
-    ("definition", "field"),
-    [
-        (replace(ECHO, container_image=""), "containerImage"),
-        (replace(ECHO, function_type="LLM"), "functionType"),
-    ],
-)
-async def test_what_cannot_be_run_is_refused_with_its_field(
-    memory_broker: Broker, definition: Definition, field: str
-) -> None:
-    with pytest.raises(BadRequest) as refused:
-        await functions.create(memory_broker, OURS, definition)
-    assert refused.value.field == field
+async def test_a_function_is_llm_in_all_its_versions_or_in_none(memory_broker: Broker) -> None:
+    plain = await functions.create(memory_broker, OURS, ECHO)
+    llm = await functions.create(memory_broker, OURS, CHAT)
+    for function_id, other in ((plain.function_id, CHAT), (llm.function_id, ECHO)):
+        with pytest.raises(BadRequest, match="LLM"):
+            await functions.add_version(memory_broker, OURS, function_id, other)
+    assert (await functions.add_version(memory_broker, OURS, llm.function_id, CHAT)).models == CHAT.models
+
+
+async def test_the_quota_counts_versions_and_refuses_functions(memory_broker: Broker) -> None:
+    await accounts.create_account(memory_broker, "ours", Limits(max_functions=2))
+    first = await functions.create(memory_broker, OURS, ECHO)
+    await functions.create(memory_broker, THEIRS, ECHO)
+    await functions.add_version(memory_broker, OURS, first.function_id, ECHO)
+    with pytest.raises(StateConflict, match="2"):
+        await functions.create(memory_broker, OURS, ECHO)
+    third = await functions.add_version(memory_broker, OURS, first.function_id, ECHO)
+    for version in (first, third):
+        await functions.delete_version(memory_broker, OURS, version.function_id, version.id)
+    await functions.create(memory_broker, OURS, ECHO)
 
 
 async def test_a_version_is_added_to_ones_own_function_only(memory_broker: Broker) -> None:
@@ -149,6 +170,61 @@ async def test_visibility_filters_and_an_unknown_one_is_refused(memory_broker: B
     assert await functions.list_functions(memory_broker, OURS, visibility=["public"]) == []
     with pytest.raises(BadRequest):
         await functions.list_functions(memory_broker, OURS, visibility=["secret"])
+
+
+# -- update ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", FunctionStatus)
+async def test_tags_and_rate_limit_change_in_every_status(memory_broker: Broker, status: FunctionStatus) -> None:
+    before, after = RateLimit(rates=(Rate(limit=1, window_s=1),)), RateLimit(per_user=(Rate(limit=2, window_s=60),))
+    made = await functions.create(memory_broker, OURS, replace(ECHO, tags=("old",), rate_limit=before))
+    version = await turn(memory_broker, made, status)
+    change = Change(tags=("new",))
+    changed = await functions.update(memory_broker, OURS, version.function_id, version.id, change)
+    assert changed == replace(version, tags=("new",))
+    limited = Change(rate_limit=after)
+    changed = await functions.update(memory_broker, OURS, version.function_id, version.id, limited)
+    assert changed == replace(version, tags=("new",), rate_limit=after)
+
+
+async def test_nobody_updates_a_foreign_version(memory_broker: Broker) -> None:
+    version = await functions.create(memory_broker, OURS, ECHO)
+    with pytest.raises(NotFound):
+        await functions.update(memory_broker, THEIRS, version.function_id, version.id, Change(tags=("x",)))
+
+
+async def test_limits_of_a_model_and_priority_are_the_whole_functions(memory_broker: Broker) -> None:
+    first = await functions.create(memory_broker, OURS, CHAT)
+    second = await functions.add_version(memory_broker, OURS, first.function_id, replace(CHAT, tags=("kept",)))
+    change = Change(
+        tags=("mine",),
+        models=(ModelChange(name="m", token_rate_limit="5-W", routing_method="random"),),
+        priority=Priority(default=3),
+    )
+    await functions.update(memory_broker, OURS, first.function_id, first.id, change)
+    for version, tags in ((first, ("mine",)), (second, ("kept",))):
+        changed = await functions.get(memory_broker, OURS, version.function_id, version.id)
+        (model,) = changed.models
+        assert model.llm == LlmConfig(uris=("/v1",), tokenizer="t", token_rate_limit="5-W", routing_method="random")
+        assert (changed.tags, changed.priority) == (tags, Priority(default=3))
+
+
+@pytest.mark.parametrize(
+    ("definition", "change", "field"),
+    [
+        (ECHO, Change(models=(ModelChange(name="m"),)), "modelUpdates"),
+        (ECHO, Change(priority=Priority(default=1)), "llmInvocationConfig"),
+        (CHAT, Change(models=(ModelChange(name="n"),)), "modelUpdates"),
+    ],
+)
+async def test_an_update_that_does_not_fit_names_its_field(
+    memory_broker: Broker, definition: Definition, change: Change, field: str
+) -> None:
+    version = await functions.create(memory_broker, OURS, definition)
+    with pytest.raises(BadRequest) as refused:
+        await functions.update(memory_broker, OURS, version.function_id, version.id, change)
+    assert refused.value.field == field
 
 
 # -- delete ------------------------------------------------------------------------------------

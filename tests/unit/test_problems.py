@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from api import problems
 from broker import errors
+from fnqueue import wire
 
 UPSTREAM = "urn:nv-boot:problem-details:"
 OURS = "urn:fnqueue:problem-details:"
@@ -94,18 +95,66 @@ def test_bytes_that_are_not_text_do_not_break_the_answer() -> None:
     assert body_of(problems.response(errors.BadRequest("bad \udcff")))["detail"] == "bad ?"
 
 
-def test_validation_names_each_field_and_repeats_no_value() -> None:
-    class Thing(BaseModel):
+def test_validation_names_object_field_value_and_message() -> None:
+    class CreateThing(BaseModel):
         count: int
         names: list[int]
 
     with pytest.raises(ValidationError) as invalid:
-        Thing.model_validate({"count": "hunter2", "names": [1, "hunter3"]})
+        CreateThing.model_validate({"count": "many", "names": [1, "x" * 1000]})
     refused = problems.faults(invalid.value)
-    assert "count:" in str(refused)
-    assert "names.1:" in str(refused)
-    assert "hunter" not in str(refused)
+    first, second = str(refused).removeprefix("Validation failed: ").split("; ")
+    assert first.startswith('object createThing, field count, rejected value "many": ')
+    assert second.startswith("object createThing, field names.1, rejected value ")
+    assert second.count("x") == problems.MAX_REJECTED - 1
     assert refused.field == "count"
+    assert body_of(problems.response(refused))["type"] == "about:blank"
+
+
+def test_a_rule_about_a_whole_object_names_its_field() -> None:
+    with pytest.raises(ValidationError) as invalid:
+        wire.CreateFunction.model_validate({"name": "f", "inferenceUrl": "/", "helmChart": "oci://x/y"})
+    refused = problems.faults(invalid.value)
+    assert refused.field == "helmChart"
+    assert "object createFunction, field helmChart: " in str(refused)
+
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"secrets": SECRET},
+        {"secrets": [SECRET]},
+        {"secrets": [{"name": SECRET + "!", "value": SECRET}]},
+        {"secrets": [{"name": "a", "value": 1234567}, {"name": "a"}]},
+        {"secrets": [{"name": "a", "value": [SECRET]}]},
+        {"secrets": [{"name": "a", "value": SECRET * 10_000}]},
+        {"secrets": [{"value": SECRET}]},
+        {"secrets": [{"name": "a", "value": {"deep": SECRET}}], "name": None},
+        {"containerEnvironment": [{"key": "A", "value": SECRET + "\x00"}]},
+        {"containerEnvironment": [{"value": SECRET}]},
+        {"containerArgs": [SECRET]},
+        {"models": [{"secret": SECRET}]},
+    ],
+)
+def test_no_secret_is_repeated(fields: dict[str, Any]) -> None:
+    body = {"name": "f", "inferenceUrl": "/", "containerImage": "i", **fields}
+    with pytest.raises(ValidationError) as invalid:
+        wire.CreateFunction.model_validate_json(json.dumps(body))
+    refused = problems.faults(invalid.value)
+    assert "Validation failed" in str(refused)
+    assert SECRET not in str(refused)
+    assert "1234567" not in str(refused)
+
+
+def test_what_is_not_json_is_not_repeated() -> None:
+    with pytest.raises(ValidationError) as invalid:
+        wire.CreateFunction.model_validate_json('{"secrets": [{"name": "a", "value": "hunter2"')
+    refused = problems.faults(invalid.value)
+    assert body_of(problems.response(refused))["type"] == UPSTREAM + "bad-request"
+    assert SECRET not in str(refused)
 
 
 def test_a_flood_of_faults_is_cut() -> None:

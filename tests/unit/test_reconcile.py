@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from broker import deployments, functions
+from broker import deployments, functions, specifications
 from broker.errors import NotFound, StoreUnavailable
 from broker.functions import Definition
 from broker.model import (
@@ -29,6 +29,7 @@ from broker.model import (
 from broker.ports import Broker
 from broker.revisions import edit
 from broker.settings import ControllerSettings
+from broker.specifications import Change
 from tests.unit.launchers import CPU, KNOWN_IMAGE, FakeLauncher
 from workers.controller import serve
 from workers.controller.chores import Chores
@@ -89,6 +90,7 @@ class Controller:
             created_at=0.0,
             updated_at=0.0,
             error=error,
+            specification_id=self.launcher.instances[instance_id].specification_id,
         )
         await self.broker.catalog.beat(report, ttl_s=60)
 
@@ -213,6 +215,58 @@ async def test_more_than_the_maximum_is_stopped_the_starting_ones_first(controll
     await controller.step()
     assert controller.launcher.stopped == [(second, 33.0), (first, 33.0)]
     assert controller.alive == [third]
+
+
+async def test_an_evicted_instance_is_drained_and_replaced(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(2, 2))
+    await controller.step()
+    await controller.all_run()
+    first, second = controller.alive
+    await deployments.evict(controller.broker, first)
+    await controller.step()
+    assert controller.launcher.stopped == [(first, 33.0)]
+    assert len(controller.alive) == 2
+    assert second in controller.alive
+    with pytest.raises(NotFound):
+        await deployments.evict(controller.broker, first)
+    await controller.step()
+    deployment = await row(controller.broker, version)
+    assert deployment is not None
+    assert deployment.evicted == ()
+
+
+async def test_changed_bounds_take_effect_with_the_next_pass(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(1, 2))
+    await controller.step()
+    await controller.all_run()
+    await controller.step()
+    await change(controller, version, Change(min_instances=3, max_instances=4))
+    await controller.step()
+    assert len(controller.alive) == 3
+    assert await status(controller.broker, version) is S.DEGRADING
+    await controller.all_run()
+    await change(controller, version, Change(min_instances=0, max_instances=2))
+    await controller.step()
+    await controller.step()
+    assert len(controller.alive) == 2
+    assert await status(controller.broker, version) is S.ACTIVE
+
+
+async def change(controller: Controller, version: Version, change: Change) -> None:
+    await specifications.update(controller.broker, OURS, version.function_id, version.id, [change])
+
+
+async def test_an_error_that_nobody_looks_at_is_undeployed_in_the_end(controller: Controller) -> None:
+    version = await deployed(controller.broker)
+    await edit(controller.broker.catalog.versions, version.id, lambda old: replace(old, status=S.ERROR))
+    await controller.step()
+    assert await status(controller.broker, version) is S.ERROR
+    long_ago = time.time() - controller.settings.error_ttl_s
+    await edit(controller.broker.catalog.deployments, version.id, lambda old: replace(old, updated_at=long_ago))
+    for _ in range(3):
+        await controller.step(after_s=QUIET_S)
+    assert await status(controller.broker, version) is S.INACTIVE
+    assert await row(controller.broker, version) is None
 
 
 async def test_a_deployment_that_takes_too_long_is_an_error(controller: Controller) -> None:

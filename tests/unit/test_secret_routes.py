@@ -179,6 +179,17 @@ async def test_a_registry_credential_lives_and_never_shows_its_secret(api: Api) 
     assert [(await api.call(method, one))[0] for method in ("GET", "DELETE")] == [404, 404]
 
 
+async def test_an_accounts_details_list_its_registry_credentials(api: Api) -> None:
+    await api.create()
+    _, made = await api.call("POST", "/registry-credentials", PULL)
+    _, body = await api.call("GET", "/accounts/default")
+    assert body["account"]["registryCredentials"] == [made["registryCredential"]]
+    stranger, _ = await create_key(api.broker, account="stranger")
+    _, body = await api.call("GET", "/accounts/stranger")
+    assert body["account"]["registryCredentials"] == []
+    assert (await api.call("GET", "/accounts/default", key=stranger))[0] == 403
+
+
 async def test_the_credentials_of_another_account_are_unknown(api: Api) -> None:
     _, body = await api.call("POST", "/registry-credentials", PULL)
     one = f"/registry-credentials/{body['registryCredential']['registryCredentialId']}"

@@ -417,6 +417,19 @@ async def test_a_preflight_needs_no_key(house: House) -> None:
                 assert "Access-Control-Allow-Credentials" not in response.headers
 
 
+async def test_a_page_may_read_what_tells_when_to_come_again(house: House) -> None:
+    """Of results and errors alike."""
+    page = {"Origin": "https://page.example"}
+    async with house.client.post(INVOKE, data=b"{}", headers=NOW | page) as response:
+        exposed = response.headers.getall("Access-Control-Expose-Headers")
+    assert len(exposed) == 1
+    assert exposed[0].split(", ")[0] == "nvcf-reqid"
+    async with house.client.get(f"{NVCF}/functions/x/versions", headers=page) as response:
+        assert response.status == 400
+        exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
+    assert {"nvcf-reqid", "nvcf-status", "retry-after", "location", "ratelimit", "ratelimit-policy"} <= set(exposed)
+
+
 async def test_only_listed_origins_may_call_when_there_is_a_list(tmp_path: Path) -> None:
     async with opened(tmp_path, cors_origins="https://good.example, https://fine.example") as house:
         for origin, allowed in (("https://fine.example", "https://fine.example"), ("https://bad.example", None)):

@@ -34,8 +34,8 @@ def test_three_fields_make_a_function() -> None:
     assert (asked.inference_port, asked.health, asked.api_body_format) == (8000, None, "CUSTOM")
 
 
-def test_what_is_not_supported_yet_is_ignored_and_null_means_absent() -> None:
-    asked = function(models=[{"name": "m"}], secrets=[{"name": "s", "value": "v"}], description=None, tags=None, x=1)
+def test_unknown_fields_are_ignored_and_null_means_absent() -> None:
+    asked = function(utilsContainerImage="u", description=None, tags=None, x=1)
     assert (asked.description, asked.tags) == ("", [])
 
 
@@ -81,20 +81,191 @@ def test_a_bad_field_is_named(fields: dict[str, Any], named: str) -> None:
     assert named in {".".join(map(str, fault["loc"])) for fault in refused.value.errors()}
 
 
-@pytest.mark.parametrize("fields", [{"containerImage": None}, {"containerImage": None, "models": [{"name": "m"}]}])
-def test_a_function_needs_an_image(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="containerImage"):
+MODEL: dict[str, Any] = {"name": "m", "version": "1", "uri": "/v2/org/o/models/m/versions/1/files"}
+LLM_MODEL: dict[str, Any] = {"name": "m", "llmConfig": {"uris": ["/v1/chat/completions"], "tokenizer": "t"}}
+LLM: dict[str, Any] = {"functionType": "LLM", "models": [LLM_MODEL]}
+MANY = {str(number): 1 for number in range(65)}
+HELM: dict[str, Any] = {
+    "containerImage": None,
+    "helmChart": "https://helm.example/c-1.0.tgz",
+    "helmChartServiceName": "s",
+}
+ID = "65721e80-9b32-4396-9bec-8c08256297cf"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        HELM,
+        HELM | {"models": [MODEL]},
+        {"containerImage": None, "models": [MODEL]},
+        {"containerImage": "nvcr.io/org/Name_x/y@sha256:" + "a" * 64},
+        {"containerImage": "localhost:5000/y"},
+        {"containerImage": "localhost:5000/y:1.0-rc_1"},
+        {"models": [MODEL, MODEL | {"name": "n"}], "resources": [MODEL]},
+        {"models": [MODEL | {"uri": "https://api.ngc.nvidia.com/v2/org/o/models/m/versions/1/files"}]},
+        {"models": [MODEL | {"uri": "https://elsewhere.example/m"}]},
+        LLM | {"llmInvocationConfig": {"priority": {"defaultPriority": 0, "perAccountPriority": {"a": 2**32 - 1}}}},
+        LLM | {"models": [{"name": "m", "llmConfig": {"uris": ["/x"], "routingMethod": "Power_Of_Two"}}]},
+        LLM | {"models": [{"name": "m", "llmConfig": {"uris": ["/x"], "tokenRateLimit": "9-W"}}]},
+        {"tags": ["a" * 128] + [f"k:{n}=v" for n in range(63)]},
+        {"secrets": [{"name": "a", "value": "v"}, {"name": "A", "value": {"k": [1]}}]},
+        {"secrets": [{"name": "a" * 48, "value": "v" * 32_768}]},
+        {"rateLimit": {"rateLimit": "100-S,500-H , 1-d"}},
+        {"rateLimit": {"perUserRate": "1-M"}},
+        {"rateLimit": {"perNcaIdRate": {"a": "1-M"}, "rateLimit": "2-M", "exemptedNcaIds": ["b"], "syncCheck": True}},
+        {"telemetries": {"logsTelemetryId": ID}},
+    ],
+)
+def test_a_function_as_upstream_takes_it(fields: dict[str, Any]) -> None:
+    function(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"containerImage": None},
+        {"containerImage": ""},
+        {"containerImage": "a b"},
+        {"containerImage": "name:-tag"},
+        {"containerImage": "name:a:b"},
+        {"containerImage": "name:" + "t" * 129},
+        {"containerImage": "name@sha256:xyz"},
+        HELM | {"containerImage": "i"},
+        HELM | {"containerArgs": "-v"},
+        HELM | {"containerEnvironment": [{"key": "A", "value": "b"}]},
+        HELM | {"helmChartServiceName": None},
+        {"helmChartServiceName": "s"},
+        {"models": [{"name": "m"}]},
+        {"models": [{"name": "m", "version": "1"}]},
+        {"models": [MODEL, MODEL]},
+        {"models": [MODEL | {"uri": "https://api.ngc.nvidia.com/v2/org/o/models/m/versions/1"}]},
+        {"models": [MODEL | {"uri": "https://api.ngc.nvidia.com/v2/org/o/models/m/versions/1/zip"}]},
+        {"resources": [{"name": "m", "uri": "/x"}]},
+        {"resources": [MODEL, MODEL]},
+        {"functionType": "LLM"},
+        {"functionType": "LLM", "models": [MODEL]},
+        {"functionType": "LLM", "models": [{"name": "m", "llmConfig": {"uris": []}}]},
+        LLM | {"models": [{"name": "m", "llmConfig": {"uris": ["/x"], "routingMethod": "psychic"}}]},
+        LLM | {"llmInvocationConfig": {"priority": {"defaultPriority": -1}}},
+        LLM | {"llmInvocationConfig": {"priority": {"defaultPriority": 2**32}}},
+        LLM | {"llmInvocationConfig": {"priority": {"perAccountPriority": {"a": 1}}}},
+        LLM
+        | {
+            "llmInvocationConfig": {
+                "priority": {"defaultPriority": 1, "perAccountPriority": dict.fromkeys(map(str, range(65)), 1)}
+            }
+        },
+        {"llmInvocationConfig": {"priority": {"defaultPriority": 1}}},
+        {"healthUri": ""},
+        {"tags": ["a" * 129]},
+        {"tags": [""]},
+        {"secrets": [{"name": "a"}]},
+        {"secrets": [{"name": "a", "value": ""}]},
+        {"secrets": [{"name": "a", "value": 1}]},
+        {"secrets": [{"name": "a", "value": ["v"]}]},
+        {"secrets": [{"name": "a", "value": "v" * 32_769}]},
+        {"secrets": [{"name": "a", "value": {"k": "v" * 32_768}}]},
+        {"secrets": [{"name": "a" * 49, "value": "v"}]},
+        {"secrets": [{"name": "-a", "value": "v"}]},
+        {"rateLimit": {"rateLimit": "1-S", "exemptedNcaIds": [str(n) for n in range(33)]}},
+        {"rateLimit": {"perNcaIdRate": {str(n): "1-S" for n in range(33)}}},
+        {"telemetries": {}},
+        {"telemetries": {"logsTelemetryId": "x"}},
+    ],
+)
+def test_a_function_that_upstream_refuses(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
         function(**fields)
 
 
-def test_a_helm_chart_cannot_run_here_and_the_answer_says_so() -> None:
-    with pytest.raises(ValidationError, match="Helm functions are not served"):
-        function(containerImage=None, helmChart="oci://x/y", helmChartServiceName="s")
+def test_a_secrets_value_is_in_no_representation() -> None:
+    assert "hunter2" not in repr(function(secrets=[{"name": "a", "value": "hunter2"}]))
+
+
+@pytest.mark.parametrize(
+    ("body", "works"),
+    [
+        ({}, False),
+        ({"tags": None}, False),
+        ({"name": "other"}, False),
+        ({"tags": []}, True),
+        ({"modelUpdates": []}, False),
+        ({"modelUpdates": [{"modelName": "m", "llmConfig": {}}]}, False),
+        ({"modelUpdates": [{"modelName": "m", "llmConfig": {"tokenRateLimit": "5-W"}}]}, True),
+        ({"llmInvocationConfig": {}}, True),
+        ({"rateLimit": {"rateLimit": "1-S"}}, True),
+    ],
+)
+def test_an_update_says_what_to_change(body: dict[str, Any], works: bool) -> None:
+    try:
+        wire.UpdateFunction.model_validate(body)
+    except ValidationError:
+        assert not works
+    else:
+        assert works
+
+
+@pytest.mark.parametrize("body", [{"rateLimit": "1-S"}, {"rateLimit": {"rateLimit": "1-S", "exemptedNcaIds": None}}])
+def test_a_rate_limit_comes_bare_or_wrapped(body: dict[str, Any]) -> None:
+    assert wire.SetRateLimit.model_validate(body).rate_limit == "1-S"
 
 
 def test_paths_and_absolute_urls_are_inference_urls() -> None:
     for url in ("/", "/v1/infer?x=1", "infer", "http://host:8000/infer", "/grpc"):
         assert function(inferenceUrl=url).inference_url == url
+
+
+SCALE: dict[str, Any] = {"factor": 1.5, "threshold": 70}
+
+
+def sticky(size: str, threshold: str) -> dict[str, str]:
+    return {"size": size, "threshold": threshold}
+
+
+def test_a_specification_as_upstream_takes_it() -> None:
+    asked = deployment(
+        clusters=["c", "c"],
+        regions=["r", " ", ""],
+        attributes=[""],
+        availabilityZones=["z"],
+        preferredOrder=99,
+        maxRequestConcurrency=16_384,
+        cpuArch="amd64",
+        configuration={},
+        helmValidationPolicy={"name": "default"},
+        autoscalingConfiguration={"scaleUpDetails": SCALE | {"metric": "m", "stickiness": sticky("PT1H", "PT59M")}},
+    ).deployment_specifications[0]
+    assert (asked.clusters, asked.regions, asked.attributes) == (["c"], ["r"], [])
+
+
+@pytest.mark.parametrize(
+    ("body", "works"),
+    [
+        ({}, False),
+        ({"gpu": "CPU"}, False),
+        ({"minInstances": -1}, False),
+        ({"maxInstances": 0}, False),
+        ({"minInstances": 0}, True),
+        ({"autoscalingConfigurationPolicy": "platform_configuration"}, True),
+        ({"autoscalingConfigurationPolicy": "other"}, False),
+        ({"autoscalingConfiguration": {"scaleUpDetails": SCALE}}, True),
+        (
+            {
+                "autoscalingConfiguration": {"scaleUpDetails": SCALE},
+                "autoscalingConfigurationPolicy": "PLATFORM_CONFIGURATION",
+            },
+            False,
+        ),
+    ],
+)
+def test_a_patch_says_what_to_change(body: dict[str, Any], works: bool) -> None:
+    try:
+        wire.UpdateGpuSpecification.model_validate(body)
+    except ValidationError:
+        assert not works
+    else:
+        assert works
 
 
 def test_a_deployment_needs_a_specification() -> None:
@@ -115,6 +286,21 @@ def test_a_deployment_needs_a_specification() -> None:
         {"maxRequestConcurrency": 10**30},
         {"backend": "a", "clusters": ["b"]},
         {"configuration": {"a": 1}},
+        {"preferredOrder": 0},
+        {"preferredOrder": 100},
+        {"helmValidationPolicy": {"name": "Lax"}},
+        {"helmValidationPolicy": {"extraKubernetesTypes": [{"group": "g"}]}},
+        {"autoscalingConfiguration": {}},
+        {"autoscalingConfiguration": {"scaleUpDetails": {"factor": 1, "threshold": 70}}},
+        {"autoscalingConfiguration": {"scaleUpDetails": {"threshold": 70}}},
+        {"autoscalingConfiguration": {"scaleUpDetails": {"factor": 2}}},
+        {"autoscalingConfiguration": {"scaleDownDetails": {"factor": 1, "threshold": 30}}},
+        {"autoscalingConfiguration": {"scaleDownDetails": {"factor": 0, "threshold": 30}}},
+        {"autoscalingConfiguration": {"scaleDownDetails": {"factor": 0.5, "threshold": -1}}},
+        {"autoscalingConfiguration": {"scaleUpDetails": SCALE | {"stickiness": {"size": "PT1M"}}}},
+        {"autoscalingConfiguration": {"scaleUpDetails": SCALE | {"stickiness": sticky("PT1M", "PT1M")}}},
+        {"autoscalingConfiguration": {"scaleUpDetails": SCALE | {"stickiness": sticky("PT61M", "PT1M")}}},
+        {"autoscalingConfiguration": {"scaleUpDetails": SCALE | {"stickiness": sticky("1m", "PT1S")}}},
     ],
 )
 def test_a_specification_that_cannot_be_placed_is_refused(fields: dict[str, Any]) -> None:

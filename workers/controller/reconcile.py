@@ -173,13 +173,16 @@ class Reconciler:
             await self._remove(view)
         elif version is not None and version.status is FunctionStatus.ERROR:
             self._stop(view, view.alive, grace_s=UNDEPLOY_GRACE_S)
+            if time.time() - deployment.updated_at >= self.settings.error_ttl_s:
+                await deployments.disown(self.broker, deployment)
         elif version is not None:
             await self._keep(view, version)
             if not deployment.undeployed:
                 await self._observe(view, version)
 
     async def _keep(self, view: View, version: Version) -> None:
-        """As many instances as each specification wants, and none of a specification that is no more."""
+        """As many instances as each specification wants, and none that is evicted, or of one that is no more."""
+        await self._evict(view)
         ids = {specification.id for specification in view.deployment.specifications}
         unwanted = [item for item in view.alive if item.specification_id not in ids]
         self._stop(view, unwanted, grace_s=self.settings.drain_s)
@@ -193,6 +196,15 @@ class Reconciler:
                 self._stop(view, self._least_useful_first(view, alive)[:surplus], grace_s=self.settings.drain_s)
             for _ in range(self._missing(view, specification, streak)):
                 await self._start(view, version, specification, streak)
+
+    async def _evict(self, view: View) -> None:
+        evicted = [item for item in view.alive if item.instance_id in view.deployment.evicted]
+        self._stop(view, evicted, grace_s=self.settings.drain_s)
+        for instance in evicted:
+            view.alive.remove(instance)
+        there = {instance.instance_id for instance in view.launched}
+        if not there.issuperset(view.deployment.evicted):
+            await deployments.forget_evicted(self.broker, view.deployment, there)
 
     def _missing(self, view: View, specification: GpuSpecification, streak: Streak) -> int:
         if streak.next_start_at > self.now():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Generic, TypeVar
 
 from broker.errors import RevisionConflict
@@ -29,6 +30,8 @@ class MemoryTable(Generic[T]):
         self._key = key
         self._indexes = frozenset(indexes)
         self._rows: dict[str, Row[T]] = {}
+        # Far apart, so that a row which is removed and made anew never has one of its old revisions.
+        self._revisions = count(1, 1_000_000)
 
     async def get(self, key: str) -> Row[T] | None:
         return self._rows.get(key)
@@ -43,8 +46,9 @@ class MemoryTable(Generic[T]):
         stored = self._rows.get(key)
         if (stored.revision if stored else 0) != revision:
             raise RevisionConflict(f"{key} was changed by somebody else")
-        self._rows[key] = Row(item, revision + 1)
-        return revision + 1
+        new = revision + 1 if stored else next(self._revisions)
+        self._rows[key] = Row(item, new)
+        return new
 
     async def delete(self, key: str) -> bool:
         return self._rows.pop(key, None) is not None

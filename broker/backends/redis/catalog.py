@@ -55,7 +55,7 @@ class RedisTable(Generic[T]):
         )
         if not written:
             raise RevisionConflict(f"{self._key(item)} was changed by somebody else")
-        return revision + 1
+        return int(written)
 
     async def delete(self, key: str) -> bool:
         row = await self.get(key)

@@ -463,18 +463,21 @@ return {tonumber(number), tonumber(born), now}
 
 # -- catalog: `fnq:c:{<table>}` holds "<revision> <item>" by key, and sorted sets beside it are the indexes ------
 
-# KEYS table index... · ARGV key revision item · returns 1, or 0 on a conflict
+# KEYS table index... · ARGV key revision item · returns the new revision, or '' on a conflict
+# Revisions begin at the time in microseconds, so that a row which is removed and made anew never has one of its old
+# ones; as text, for Lua would round them.
 PUT = Script(
-    _NOW
-    + """
+    """
+local time = redis.call('TIME')
+local now = string.format('%.0f', time[1] * 1000000 + time[2])
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
-local revision = stored and tonumber(string.match(stored, '^(%d+) ')) or 0
-local item = (ARGV[2] + 1) .. ' ' .. ARGV[3]
-if stored == item then return 1 end
-if revision ~= tonumber(ARGV[2]) then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], item)
+local revision, item = string.match(stored or '0 ', '^(%d+) (.*)$')
+local new = ARGV[2] == '0' and now or string.format('%.0f', ARGV[2] + 1)
+if item == ARGV[3] and (ARGV[2] == '0' or revision == new) then return revision end
+if revision ~= ARGV[2] then return '' end
+redis.call('HSET', KEYS[1], ARGV[1], new .. ' ' .. ARGV[3])
 for i = 2, #KEYS do redis.call('ZADD', KEYS[i], 'NX', now, ARGV[1]) end
-return 1
+return new
 """
 )
 

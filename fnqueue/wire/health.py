@@ -1,0 +1,11 @@
+"""What the health routes answer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fnqueue.wire.fields import Wire
+
+
+class Up(Wire):
+    status: Literal["OK"]
