@@ -20,6 +20,9 @@ CUT = "The stream was lost together with the data of the store"
 ABANDONED = "its client left the stream and did not come back"
 # How often the writer of a silent stream looks whether it is still wanted.
 LOOK_S = 2.0
+# Servers send the head by itself and the body right behind it. Both in one append are there sooner than the second of
+# two, and a short answer that is whole by then is no stream.
+SOON_S = 0.001
 
 
 class LeaseLost(Exception):
@@ -66,6 +69,8 @@ class Feed:
         """
         head = Outcome(status=response.status, headers=response.headers, streamed=True)
         cutter: Cutter = (Events if head.event_stream else Pieces)(limit_bytes=self._most_unread)
+        if not response.whole:
+            await asyncio.sleep(SOON_S)
         if isinstance(cutter, Pieces) and (response.whole or self._can_keep(response)):
             body = await response.read()
             self.size_bytes = len(body)
