@@ -625,13 +625,15 @@ class Key:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
     """Who is calling. `subject` is stable per credential and reaches the container as NVCF-SUB.
-    `super_admin` acts for `account` without being of it."""
+    `super_admin` acts for `account` without being of it. `functions` is set for a delegated token, whose `subject` ends
+    with its client: of what `resources` cover, it is good for these only, spelled in the same way."""
 
     account: str
     subject: str
     scopes: frozenset[str]
     resources: frozenset[str] = frozenset(ALL_RESOURCES)
     super_admin: bool = False
+    functions: frozenset[str] | None = None
 
 
 # -- limits ------------------------------------------------------------------------------------

@@ -164,6 +164,12 @@ class ApiSettings(SecretSettings):
     result_url_ttl_s: float = Field(
         86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."
     )
+    invocation_token_ttl_s: float = Field(
+        3600,
+        ge=1,
+        le=7 * 86_400,
+        description="Seconds a delegated invocation token works, or less: never longer than the key that asked for it.",
+    )
     account_calls_per_s: int = Field(
         200,
         ge=0,

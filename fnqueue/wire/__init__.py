@@ -113,6 +113,7 @@ from fnqueue.wire.registries import (
     UpdateRegistryCredential,
 )
 from fnqueue.wire.secrets import PutSecrets, Secret
+from fnqueue.wire.tokens import CreateToken, CreateTokenForFunctions, InvocationToken, NamedFunction
 
 __all__ = [
     "Account",
@@ -150,6 +151,8 @@ __all__ = [
     "CreateFunction",
     "CreateKey",
     "CreateRegistryCredential",
+    "CreateToken",
+    "CreateTokenForFunctions",
     "Credentials",
     "Deployment",
     "DeploymentAnswer",
@@ -180,6 +183,7 @@ __all__ = [
     "InstanceType",
     "Introspect",
     "Introspected",
+    "InvocationToken",
     "KeyAuthorizations",
     "KeyPolicy",
     "KeyResource",
@@ -188,6 +192,7 @@ __all__ = [
     "LlmInvocationConfig",
     "Model",
     "ModelUpdate",
+    "NamedFunction",
     "OfferedGpu",
     "Position",
     "Priority",
