@@ -202,8 +202,9 @@ class Autoscaling:
 class GpuSpecification:
     """How many instances of one kind a deployment keeps: `min_instances` to `max_instances`.
 
-    `clusters`, `regions`, `attributes` and `availability_zones` are where it may be placed. `facts` is what the
-    inventory told of the machine (`cpu_arch`, `os`, …), shown and read by nothing.
+    It may be placed in any of the `clusters` and `regions`, where there are all of the `attributes`; empty ones are no
+    bound. `facts` is what the inventory told of the machine (`cpu_arch`, `os`, …); they and `availability_zones` are
+    shown and read by nothing.
     """
 
     id: str
@@ -282,6 +283,15 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a controller's instances run, in its operator's words."""
+
+    cluster: str = ""
+    region: str = ""
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One instance type on offer. Of one GPU, the first type on offer is its default.
 
@@ -301,6 +311,7 @@ class Gpu:
     cpu_arch: str = ""
     os: str = ""
     driver_version: str = ""
+    place: Place = Place()
 
 
 # -- clusters ----------------------------------------------------------------------------------

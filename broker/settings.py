@@ -206,6 +206,17 @@ class ControllerSettings(SecretSettings):
         None,
         description="TOML file that maps image references to commands for `process://`; added to the samples.",
     )
+    cluster: str = Field(
+        "local", max_length=256, description="What deployments call where this controller's instances run: `clusters`."
+    )
+    region: str = Field(
+        "local", max_length=256, description="The same: `regions`. Containers are told it as `NVCF_REGION`."
+    )
+    attributes: str = Field(
+        "",
+        description="The same: `attributes` that it has, separated by commas. A deployment that names another "
+        "cluster, region or attribute is not placed here.",
+    )
     reconcile_s: float = Field(1, gt=0, le=60, description="Seconds between two looks at desired and actual instances.")
     sweep_s: float = Field(10, gt=0, le=600, description="Seconds between two sweeps for overdue requests.")
     deploy_timeout_s: float = Field(

@@ -79,8 +79,17 @@ def _group(group: Group, owner: str) -> wire.ClusterGroup:
             wire.GroupCluster(id=each.id, name=each.name, k8s_version=each.kubernetes_version or None)
             for each in group.clusters
         ]
-        or [wire.GroupCluster(id=group.id, name=group.name)],  # the controller's own machine
+        + [wire.GroupCluster(id=clusters.group_id(name), name=name) for name in _unregistered(group)],
     )
+
+
+def _unregistered(group: Group) -> list[str]:
+    """Where controllers run instances without having registered it: a cluster of that name, or of its group's."""
+    registered = {cluster.name.lower() for cluster in group.clusters}
+    offering = dict.fromkeys(gpu.place.cluster for gpu in group.gpus if gpu.place.cluster)
+    if not offering and not registered:
+        return [group.name]
+    return [name for name in offering if name.lower() not in registered]
 
 
 def _type(gpu: Gpu, *, default: bool) -> wire.InstanceType:
@@ -92,6 +101,9 @@ def _type(gpu: Gpu, *, default: bool) -> wire.InstanceType:
         capacity=gpu.capacity,
         gpu_count=gpu.gpu_count,
         cpu_cores=gpu.cpu_cores or None,
+        clusters=[gpu.place.cluster] if gpu.place.cluster else None,
+        regions=[gpu.place.region] if gpu.place.region else None,
+        attributes=list(gpu.place.attributes) or None,
         **dict(facts(gpu)),
     )
 

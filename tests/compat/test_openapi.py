@@ -288,6 +288,11 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     assert call("queues_of_version", **of)["queues"][0]["queueDepth"] == 2
     assert call("queues_of_function", functionId=function)["queues"]
     assert call("requests_cancel", requestId=request)["status"] == "cancelled"
+    # By somebody else, for a while
+    token = call("tokens_create_for_functions", {"clientId": "c", "functions": [{"functionId": function}]})
+    for operation, named in (("tokens_create", {"functionId": function}), ("tokens_create_for_version", of)):
+        delegated = call(operation, {"clientId": "c"}, **named)
+        assert (delegated.keys(), delegated["expires_in"]) == (token.keys(), 3600)
     # With an asset
     asset = call("assets_create", {"contentType": "text/plain", "description": "d"})
     signed = {"Content-Type": "text/plain", "x-amz-meta-nvcf-asset-description": "d"}

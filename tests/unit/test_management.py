@@ -13,12 +13,21 @@ import pytest
 from pydantic import SecretStr
 
 from api.definitions import present
-from broker.model import Gpu, HealthInfo, Instance, InstanceStatus, Principal
+from broker.model import Gpu, HealthInfo, Instance, InstanceStatus, Place, Principal
 from broker.revisions import edit
 from tests.unit.test_server import NOBODYS, NVCF, House, caller, opened
 
 ID = "65721e80-9b32-4396-9bec-8c08256297cf"
-CPU = Gpu(name="CPU", instance_type="CPU", backend="local", capacity=4, cpu_arch="amd64", system_memory_bytes=2**33)
+PLACE = Place(cluster="c", region="R", attributes=("a", "b"))
+CPU = Gpu(
+    name="CPU",
+    instance_type="CPU",
+    backend="local",
+    capacity=4,
+    cpu_arch="amd64",
+    system_memory_bytes=2**33,
+    place=PLACE,
+)
 PLAIN: dict[str, Any] = {"name": "f", "inferenceUrl": "/echo", "containerImage": "fnqueue/echo:latest"}
 WHOLE: dict[str, Any] = {
     **PLAIN,

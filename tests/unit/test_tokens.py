@@ -108,8 +108,8 @@ async def test_other_functions_and_their_requests_are_not_in_a_token(house: Hous
     assert await invoking(house, token) == 202
     elsewhere = f"{NVCF}/pexec/functions/{OTHER}"
     assert await invoking(house, token, elsewhere) == 403
-    _, headers, _ = await ask(house.client, "POST", elsewhere, {})
-    async with bearing(house, token) as client:
+    async with bearing(house, KEY) as admin, bearing(house, token) as client:
+        _, headers, _ = await ask(admin, "POST", elsewhere, {})
         assert (await ask(client, "GET", f"{NVCF}/pexec/status/{headers['NVCF-REQID']}"))[0] == 403
         assert (await ask(client, "DELETE", f"{NVCF}/requests/{headers['NVCF-REQID']}"))[0] == 403
         assert (await ask(client, "POST", f"{NVCF}/pexec/functions/{NOBODYS}", {}))[0] == 404
@@ -223,7 +223,8 @@ async def test_a_token_has_no_more_rights_than_its_parent_has_now(memory_broker:
     parent, key = await create_key(memory_broker, account="acme", scopes=ACCOUNT_SCOPES)
     token, _ = await Authenticator(memory_broker).delegate(parent, client_id="c", functions=["function/f/*"], ttl_s=60)
     principal = await Authenticator(memory_broker).authenticate(token)
-    assert (principal.account, principal.subject, principal.scopes) == ("acme", f"{key.id}/c", {"invoke_function"})
+    assert (principal.account, principal.subject) == ("acme", f"{key.id}/c")
+    assert principal.scopes == {"invoke_function"}
     await accounts.authorize_key(memory_broker, key, scopes=["queue_details"], resources=[])
     principal = await Authenticator(memory_broker).authenticate(token)
     assert (principal.scopes, principal.resources) == (frozenset(), frozenset())
@@ -249,7 +250,7 @@ async def test_a_suspended_or_deleted_parent_ends_a_token(memory_broker: Broker)
     with pytest.raises(Unauthenticated):
         await Authenticator(memory_broker).authenticate(token)
     await accounts.suspend_key(memory_broker, key.id, suspended=False)
-    assert await Authenticator(memory_broker).authenticate(token)
+    assert (await Authenticator(memory_broker).authenticate(token)).account == "acme"
     await accounts.delete_key(memory_broker, key.id)
     with pytest.raises(Unauthenticated):
         await Authenticator(memory_broker).authenticate(token)
@@ -299,5 +300,3 @@ def secret_of(broker: Broker) -> bytes:
 async def test_the_page_names_the_routes(house: House) -> None:
     paths = (await look(house.client, f"{NVCF}/openapi.json"))["paths"]
     assert {TOKENS, f"{TOKENS}/{{functionId}}", f"{TOKENS}/{{functionId}}/versions/{{versionId}}"} <= paths.keys()
-
-
