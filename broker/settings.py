@@ -207,14 +207,18 @@ class ControllerSettings(SecretSettings):
         description="TOML file that maps image references to commands for `process://`; added to the samples.",
     )
     cluster: str = Field(
-        "local", max_length=256, description="What deployments call where this controller's instances run: `clusters`."
+        "local",
+        max_length=256,
+        description="The cluster that this controller's instances run in, as deployments have it in `clusters`.",
     )
     region: str = Field(
-        "local", max_length=256, description="The same: `regions`. Containers are told it as `NVCF_REGION`."
+        "local",
+        max_length=256,
+        description="Their region, as deployments have it in `regions` and containers in `NVCF_REGION`.",
     )
     attributes: str = Field(
         "",
-        description="The same: `attributes` that it has, separated by commas. A deployment that names another "
+        description="What else deployments may ask for in `attributes`, separated by commas. One that asks for another "
         "cluster, region or attribute is not placed here.",
     )
     reconcile_s: float = Field(1, gt=0, le=60, description="Seconds between two looks at desired and actual instances.")

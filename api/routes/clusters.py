@@ -14,7 +14,7 @@ from broker.accounts import acting_for, require_for
 from broker.clusters import Group, Usage
 from broker.deployments import facts
 from broker.errors import BadRequest
-from broker.model import EVERYONE, Cluster, ClusterGpu, ClusterState, ClusterType, Gpu, Principal
+from broker.model import EVERYONE, Cluster, ClusterGpu, ClusterState, ClusterType, Gpu, Place, Principal
 from fnqueue import wire
 
 USAGE = "list_cluster_groups"
@@ -111,14 +111,15 @@ def _type(gpu: Gpu, *, default: bool) -> wire.InstanceType:
 def _placement(part: Usage, group: Group | None) -> wire.GpuPlacement:
     """Which of a group's clusters takes an instance is not known before it is there: the first stands for all."""
     cluster = group.clusters[0] if group and group.clusters else None
-    identity = clusters.group_id(part.backend)
+    place = group.gpus[0].place if group else Place()
+    name = place.cluster or part.backend
     return wire.GpuPlacement(
-        cluster_id=cluster.id if cluster else identity,
-        cluster=cluster.name if cluster else part.backend,
-        cluster_group_id=identity,
+        cluster_id=cluster.id if cluster else clusters.group_id(name),
+        cluster=cluster.name if cluster else name,
+        cluster_group_id=clusters.group_id(part.backend),
         cluster_group=part.backend,
         cloud_provider=cluster.cloud_provider if cluster else None,
-        region=cluster.region if cluster else None,
+        region=cluster.region if cluster else place.region or None,
         current_min_usage=part.minimum,
         current_max_usage=part.maximum,
     )

@@ -400,6 +400,16 @@ async def test_a_deployment_is_shown_whole_and_found_in_both_ways(house: House) 
     assert (deployment["functionStatus"], deployment["functionName"], deployment["ncaId"]) == ("ACTIVE", "f", "default")
 
 
+async def test_what_is_on_offer_says_where_it_is(house: House) -> None:
+    (group,) = (await call(house, "GET", "/clusterGroups"))["clusterGroups"]
+    assert [cluster["name"] for cluster in group["clusters"]] == ["c"]
+    (shown,) = group["gpus"][0]["instanceTypes"]
+    assert (shown["clusters"], shown["regions"], shown["attributes"]) == (["c"], ["R"], ["a", "b"])
+    await deploy(house)
+    (used,) = (await call(house, "GET", "/accounts/default/usage/gpus"))["gpus"]
+    assert (used["placements"][0]["cluster"], used["placements"][0]["region"]) == ("c", "R")
+
+
 async def test_health_carries_the_request_under_both_names(house: House) -> None:
     where, deployment = await deploy(house)
     told = [
