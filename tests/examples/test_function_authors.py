@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def sections(page: str) -> dict[str, list[Command]]:
         blocks = [*_BLOCK.findall(text), ("sh", "")]
         commands = [
             Command(block, after if kind == "" else "")
-            for (language, block), (kind, after) in zip(blocks, blocks[1:], strict=False)
+            for (language, block), (kind, after) in pairwise(blocks)
             if language == "sh" and "make " not in block
         ]
         if commands:
