@@ -29,9 +29,11 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, AttributeError, TypeError):
             self._answer(422, {"error": "steps: must be a number"})
             return
+        name = self.headers["NVCF-REQID"]
+        print(f"{name}: {steps} steps", flush=True)
         for step in range(steps):
             if hung_up(self.connection):
-                print(f"{self.headers['NVCF-REQID']}: nobody wants it any more, stopped at step {step}", flush=True)
+                print(f"{name}: nobody wants it any more, stopped at step {step}", flush=True)
                 return
             time.sleep(STEP_S)
         self._answer(200, {"steps": steps})

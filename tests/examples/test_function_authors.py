@@ -14,6 +14,8 @@ import pytest
 
 from tests.e2e import dev
 from tests.e2e.dev import Dev
+from tests.examples.conftest import Sample, StartSample
+from tests.eventually import eventually
 
 PAGE = Path(__file__).parents[2] / "docs" / "function-authors.md"
 TIMEOUT_S = 60.0
@@ -72,6 +74,39 @@ async def test_the_page_tells_what_happens(topic: str, server: Dev, tmp_path: Pa
     output = await shell(script, server, tmp_path)
     for command, said in zip(commands, output.split(f"{NEXT}\n"), strict=False):
         assert_shows(said, command.said)
+
+
+async def test_a_thread_is_finished_after_sigterm(start_sample: StartSample) -> None:
+    async def running(sample: Sample) -> int:
+        return int((await (await sample.http.get("/stats")).json())["running"])
+
+    async with start_sample("authors/cancel.py") as sample:
+        request = asyncio.create_task(sample.http.post("/run", json={"steps": 10}))
+        await eventually(lambda: running(sample), lambda seen: seen == 1)
+        assert await sample.terminate() == 0
+        assert await (await request).json() == {"steps": 10}
+
+
+async def test_plain_python_finishes_after_sigterm_what_runs(start_sample: StartSample) -> None:
+    async with start_sample("authors/plain.py") as sample:
+        request = asyncio.create_task(sample.http.post("/run", json={"steps": 10}, headers={"NVCF-REQID": "r1"}))
+        assert await next_line(sample) == "r1: 10 steps"
+        assert await sample.terminate() == 0
+        assert await (await request).json() == {"steps": 10}
+
+
+async def test_plain_python_notices_that_its_caller_has_left(start_sample: StartSample) -> None:
+    async with start_sample("authors/plain.py") as sample:
+        request = asyncio.create_task(sample.http.post("/run", json={"steps": 6000}, headers={"NVCF-REQID": "r1"}))
+        assert await next_line(sample) == "r1: 6000 steps"
+        request.cancel()
+        assert (await next_line(sample)).startswith("r1: nobody wants it any more")
+
+
+async def next_line(sample: Sample) -> str:
+    assert sample.process.stdout is not None
+    async with asyncio.timeout(TIMEOUT_S):
+        return (await sample.process.stdout.readline()).decode().rstrip()
 
 
 async def shell(script: str, server: Dev, folder: Path) -> str:
