@@ -14,8 +14,8 @@ import pytest
 
 from tests.e2e import dev
 from tests.e2e.dev import Dev
-from tests.examples.conftest import Sample, StartSample
 from tests.eventually import eventually
+from tests.examples.conftest import Sample, StartSample
 
 PAGE = Path(__file__).parents[2] / "docs" / "function-authors.md"
 TIMEOUT_S = 60.0
