@@ -196,11 +196,11 @@ async def serve_grpc_health(stories: Stories, port: int) -> AsyncIterator[None]:
     service.add_HealthServicer_to_server(servicer, server)
     server.add_insecure_port(f"{os.environ.get('HOST', '0.0.0.0')}:{port}")
     statuses = messages.HealthCheckResponse
+    await servicer.set("", statuses.NOT_SERVING)
 
     async def follow() -> None:
-        while True:
-            await servicer.set("", statuses.SERVING if stories.well else statuses.NOT_SERVING)
-            await asyncio.sleep(0.1)
+        await asyncio.sleep(LOADING_S)
+        await servicer.set("", statuses.SERVING)
 
     await server.start()
     following = asyncio.create_task(follow())
