@@ -123,6 +123,7 @@ from fnqueue.wire.requests import (
     RequestTimings,
 )
 from fnqueue.wire.secrets import PutSecrets, Secret
+from fnqueue.wire.tokens import CreateToken, CreateTokenForFunctions, InvocationToken, NamedFunction
 
 __all__ = [
     "Account",
@@ -160,6 +161,8 @@ __all__ = [
     "CreateFunction",
     "CreateKey",
     "CreateRegistryCredential",
+    "CreateToken",
+    "CreateTokenForFunctions",
     "Credentials",
     "Deployment",
     "DeploymentAnswer",
@@ -193,6 +196,7 @@ __all__ = [
     "InstanceType",
     "Introspect",
     "Introspected",
+    "InvocationToken",
     "KeyAuthorizations",
     "KeyPolicy",
     "KeyResource",
@@ -201,6 +205,7 @@ __all__ = [
     "LlmInvocationConfig",
     "Model",
     "ModelUpdate",
+    "NamedFunction",
     "OfferedGpu",
     "Position",
     "Priority",
