@@ -53,9 +53,9 @@ class Plan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """`reaction_s`: the longest time for which more requests were there than slots, starting ones included, and more
-    instances allowed. `settling_s`: the longest for which somebody waited all the time. `used_s`: instance-seconds, from
-    start to stop; `wasted_s`: those of them in which slots did nothing, starting included. `changes`: instances started
-    and stopped."""
+    instances allowed. `settling_s`: the longest for which somebody waited all the time. `used_s`: instance-seconds,
+    from start to stop; `wasted_s`: those of them in which slots did nothing, starting included. `changes`: instances
+    started and stopped."""
 
     answered: int
     reaction_s: float
@@ -207,9 +207,7 @@ def _at(count: int, into_s: float, now: float) -> list[float]:
 @click.option("--idle-s", type=click.FloatRange(1, 86_400), default=300.0, show_default=True, help="FNQUEUE_IDLE_S.")
 @click.option("--start-s", type=click.FloatRange(0, 3600), default=START_S, show_default=True, help="Of an instance.")
 @click.option("--run-s", type=click.FloatRange(0.1, 3600), default=RUN_S, show_default=True, help="Of a request.")
-def main(
-    min_instances: int, max_instances: int, slots: int, idle_s: float, start_s: float, run_s: float
-) -> None:
+def main(min_instances: int, max_instances: int, slots: int, idle_s: float, start_s: float, run_s: float) -> None:
     """Simulate the autoscaler over the recorded traces."""
     plan = Plan(
         min_instances=min_instances,

@@ -90,7 +90,7 @@ class History:
             self._older.clear()
             self._whole_since = self._steady_since = self._idle_since = reading.at
             self._waiting_since = inf
-        elif reading.counts != self.last.counts:
+        elif (reading.counts, reading.slots) != (self.last.counts, self.last.slots):
             self._steady_since = reading.at
         if not reading.complete:
             self._whole_since = self._idle_since = reading.at
@@ -102,7 +102,7 @@ class History:
         self._drop(reading.at)
 
     def steady_s(self, now: float) -> float:
-        """How long the number of instances has stood still."""
+        """How long the number of instances, and of those that are ready, has stood still."""
         return now - self._steady_since
 
     def whole_s(self, now: float) -> float:

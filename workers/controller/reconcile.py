@@ -215,7 +215,9 @@ class Reconciler:
 
     def _decide(self, view: View) -> Decision:
         deployment, now = view.deployment, self.now()
-        history = self._histories.setdefault(deployment.id, History(gap_s=max(autoscale.GAP_S, 3 * self.settings.reconcile_s)))
+        history = self._histories.setdefault(
+            deployment.id, History(gap_s=max(autoscale.GAP_S, 3 * self.settings.reconcile_s))
+        )
         history.keep_s = autoscale.history_s(deployment.specifications[0].autoscaling)
         history.add(
             Reading(
