@@ -122,6 +122,7 @@ from fnqueue.wire.requests import (
     RequestSummary,
     RequestTimings,
 )
+from fnqueue.wire.rollouts import SetWeights, VersionShare, VersionWeight, Weights
 from fnqueue.wire.secrets import PutSecrets, Secret
 
 __all__ = [
@@ -229,6 +230,7 @@ __all__ = [
     "Scaling",
     "Secret",
     "SetRateLimit",
+    "SetWeights",
     "Snake",
     "Stickiness",
     "SupportedGpu",
@@ -243,7 +245,10 @@ __all__ = [
     "UpdateKeyStatus",
     "UpdateMetadata",
     "UpdateRegistryCredential",
+    "VersionShare",
+    "VersionWeight",
     "Wanted",
+    "Weights",
     "Wire",
     "seconds",
 ]
