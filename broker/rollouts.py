@@ -66,8 +66,12 @@ async def set_weights(
     def weigh(version: Version) -> Version:
         return replace(version, weight=weights.get(version.id))
 
-    written = [await edit(broker.catalog.versions, version.id, weigh) for version in family.versions]
-    return _shown(Family(versions=[version for version in written if version]))
+    weighed = []
+    for version in family.versions:
+        written = await edit(broker.catalog.versions, version.id, weigh)
+        if written is not None:
+            weighed.append(written)
+    return _shown(Family(versions=weighed))
 
 
 def _shown(family: Family) -> list[tuple[Version, float]]:
