@@ -208,9 +208,7 @@ class Record:
 class House:
     """Front ends, controllers and their instances over servers that are given."""
 
-    def __init__(
-        self, folder: Path, servers: Mapping[str, str], *, fronts: int = 1, controllers: int = 1, **settings: str
-    ) -> None:
+    def __init__(self, folder: Path, servers: Mapping[str, str], *, fronts: int = 1, **settings: str) -> None:
         self.folder = folder
         self.key = f"nvapi-{secrets.token_urlsafe(32)}"
         self.record = Record(folder / "record")
@@ -234,11 +232,18 @@ class House:
             **settings,
         }
         self.fronts = [self._front(number, shared) for number in range(fronts)]
-        self.controllers = [_program(f"controller-{n}", folder, "controller", shared) for n in range(controllers)]
+        self._shared = shared
+        self.controllers: list[Program] = []
+        self.add_controller()
 
     @property
     def controller(self) -> Program:
         return self.controllers[0]
+
+    def add_controller(self) -> None:
+        """One more over the same data folder, from the next start on."""
+        name = f"controller-{len(self.controllers)}"
+        self.controllers.append(_program(name, self.folder, "controller", self._shared))
 
     def start(self) -> None:
         for program in (*self.fronts, *self.controllers):

@@ -42,7 +42,9 @@ def house(
         "FNQUEUE_RECONCILE_S": "0.5",
         "FNQUEUE_DRAIN_S": "5",
     }
-    with running(House(tmp_path_factory.mktemp("scaling"), servers, controllers=2)) as found:
+    made = House(tmp_path_factory.mktemp("scaling"), servers)
+    made.add_controller()
+    with running(made) as found:
         yield found
 
 

@@ -165,9 +165,12 @@ def test_no_step_down_goes_below_what_is_needed() -> None:
     assert Seen(specification(0, 100, own=own)).count(counts=(2,), running=1, for_s=600) == 2
 
 
-def test_nothing_goes_while_something_waits() -> None:
-    seen = Seen(specification(0, 100, slots=100))
-    assert seen.count(counts=(10,), queued=1, for_s=600) == 10
+def test_nothing_goes_that_what_waits_could_need() -> None:
+    assert Seen(specification(0, 100)).count(counts=(4,), queued=4, for_s=600) == 4
+
+
+def test_a_request_that_nobody_can_take_does_not_keep_all_of_them() -> None:
+    assert Seen(specification(0, 100)).count(counts=(4,), queued=1, for_s=600) == 3
 
 
 def test_idleness_leaves_the_minimum() -> None:

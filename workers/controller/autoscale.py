@@ -171,7 +171,7 @@ def decide(history: History, specifications: Sequence[GpuSpecification], *, now:
         least = tuple(min(count, each.min_instances) for count, each in zip(counts, specifications, strict=True))
         return Decision(counts=least, reason="idle" if least != counts else "")
     changed = _step_up(history, counts, specifications, up, now)
-    if changed == counts and not last.queued:
+    if changed == counts:
         changed = _step_down(history, counts, specifications, (up, down), now)
     return Decision(counts=changed, reason="utilisation" if changed != counts else "")
 
@@ -229,7 +229,10 @@ def _step_down(
         low = slots > 0 and busy / slots * 100 < down.threshold
     total = sum(counts)
     fewer = _fewer(counts, specifications, total - max(1, math.floor(round(total * down.factor, 6))))
-    enough = busy * 100 <= _slots(fewer, specifications) * up.threshold
+    slots_left = _slots(fewer, specifications)
+    demand = history.last.demand if history.last else 0
+    # What waits beside free slots waits for something else, but must not ask for the instance again.
+    enough = busy * 100 <= slots_left * up.threshold and demand <= slots_left
     return fewer if low and enough else counts
 
 

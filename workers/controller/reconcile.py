@@ -39,6 +39,8 @@ UNDEPLOY_GRACE_S = 5.0
 # Longer than a front end may still pick a version that was undeployed, and take to write the request down.
 QUIET_S = 3.0
 STRAY_S = 60.0
+# Of one specification in one pass, so that a burst of one version does not hold up the others.
+MOST_STARTS = 16
 
 
 @dataclass(slots=True)
@@ -210,8 +212,9 @@ class Reconciler:
             if any(view.runs(instance) for instance in alive):
                 streak.runs()
             self._stop(view, self._surplus(view, specification, count), grace_s=self.settings.drain_s)
-            for _ in range(count - len(alive)):
-                await self._start(view, version, specification, streak)
+            for _ in range(min(count - len(alive), MOST_STARTS)):
+                if not await self._start(view, version, specification, streak):
+                    break
 
     def _decide(self, view: View) -> Decision:
         deployment, now = view.deployment, self.now()
@@ -261,25 +264,27 @@ class Reconciler:
         if not there.issuperset(view.deployment.evicted):
             await deployments.forget_evicted(self.broker, view.deployment, there)
 
-    async def _start(self, view: View, version: Version, specification: GpuSpecification, streak: Streak) -> None:
+    async def _start(self, view: View, version: Version, specification: GpuSpecification, streak: Streak) -> bool:
+        """Whether it was started; if not, another one cannot be either, in this pass."""
         if streak.next_start_at > self.now():
-            return
+            return False
         instance_id = str(uuid.uuid4())
         try:
             row = await self.broker.catalog.secrets.get(version.id)
             content = secrets.reveal(self.broker, row.item) if row else None
             if not self.leads():
-                return
+                return False
             await self.launcher.start(instance_id, version, specification, secrets=content)
         except NoCapacity as exc:
             streak.waits(str(exc))
-            return
+            return False
         except (ConfigurationError, OSError) as exc:
             streak.cannot_start(str(exc), hopeless=isinstance(exc, ConfigurationError), now=self.now())
             logger.warning("instance_cannot_start", extra={"version_id": version.id, "cause": str(exc)})
-            return
+            return False
         self._started_at[instance_id] = self.now()
         view.alive.append(_Started(instance_id, version.id, specification.id))
+        return True
 
     async def _observe(self, view: View, version: Version) -> None:
         sights = [self._sight(view, specification) for specification in view.deployment.specifications]
