@@ -209,8 +209,9 @@ class Autoscaling:
 class GpuSpecification:
     """How many instances of one kind a deployment keeps: `min_instances` to `max_instances`.
 
-    `clusters`, `regions`, `attributes` and `availability_zones` are where it may be placed. `facts` is what the
-    inventory told of the machine (`cpu_arch`, `os`, …), shown and read by nothing.
+    It may be placed in any of the `clusters` and `regions`, where there are all of the `attributes`; empty ones are no
+    bound. `facts` is what the inventory told of the machine (`cpu_arch`, `os`, …); they and `availability_zones` are
+    shown and read by nothing.
     """
 
     id: str
@@ -289,6 +290,15 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a controller's instances run, in its operator's words."""
+
+    cluster: str = ""
+    region: str = ""
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One instance type on offer. Of one GPU, the first type on offer is its default.
 
@@ -308,6 +318,7 @@ class Gpu:
     cpu_arch: str = ""
     os: str = ""
     driver_version: str = ""
+    place: Place = Place()
 
 
 # -- clusters ----------------------------------------------------------------------------------
@@ -860,13 +871,15 @@ class Key:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
     """Who is calling. `subject` is stable per credential and reaches the container as NVCF-SUB.
-    `super_admin` acts for `account` without being of it."""
+    `super_admin` acts for `account` without being of it. `functions` is set for a delegated token, whose `subject` ends
+    with its client: of what `resources` cover, it is good for these only, spelled in the same way."""
 
     account: str
     subject: str
     scopes: frozenset[str]
     resources: frozenset[str] = frozenset(ALL_RESOURCES)
     super_admin: bool = False
+    functions: frozenset[str] | None = None
 
 
 # -- limits ------------------------------------------------------------------------------------

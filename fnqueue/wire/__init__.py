@@ -124,6 +124,7 @@ from fnqueue.wire.requests import (
 )
 from fnqueue.wire.rollouts import SetWeights, VersionShare, VersionWeight, Weights
 from fnqueue.wire.secrets import PutSecrets, Secret
+from fnqueue.wire.tokens import CreateToken, CreateTokenForFunctions, InvocationToken, NamedFunction
 
 __all__ = [
     "Account",
@@ -161,6 +162,8 @@ __all__ = [
     "CreateFunction",
     "CreateKey",
     "CreateRegistryCredential",
+    "CreateToken",
+    "CreateTokenForFunctions",
     "Credentials",
     "Deployment",
     "DeploymentAnswer",
@@ -194,6 +197,7 @@ __all__ = [
     "InstanceType",
     "Introspect",
     "Introspected",
+    "InvocationToken",
     "KeyAuthorizations",
     "KeyPolicy",
     "KeyResource",
@@ -202,6 +206,7 @@ __all__ = [
     "LlmInvocationConfig",
     "Model",
     "ModelUpdate",
+    "NamedFunction",
     "OfferedGpu",
     "Position",
     "Priority",

@@ -293,6 +293,11 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     waits = call("envelopes_invoke_version", envelope, headers=now, **of)
     assert call("envelopes_poll", headers=now, requestId=waits["reqId"]) == waits
     call("envelopes_invoke", envelope, headers=now, functionId=function)
+    # By somebody else, for a while
+    token = call("tokens_create_for_functions", {"clientId": "c", "functions": [{"functionId": function}]})
+    for operation, named in (("tokens_create", {"functionId": function}), ("tokens_create_for_version", of)):
+        delegated = call(operation, {"clientId": "c"}, **named)
+        assert (delegated.keys(), delegated["expires_in"]) == (token.keys(), 3600)
     # With an asset
     asset = call("assets_create", {"contentType": "text/plain", "description": "d"})
     signed = {"Content-Type": "text/plain", "x-amz-meta-nvcf-asset-description": "d"}

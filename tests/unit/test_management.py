@@ -13,12 +13,21 @@ import pytest
 from pydantic import SecretStr
 
 from api.definitions import present
-from broker.model import Gpu, HealthInfo, Instance, InstanceStatus, Principal
+from broker.model import Gpu, HealthInfo, Instance, InstanceStatus, Place, Principal
 from broker.revisions import edit
 from tests.unit.test_server import NOBODYS, NVCF, House, caller, opened
 
 ID = "65721e80-9b32-4396-9bec-8c08256297cf"
-CPU = Gpu(name="CPU", instance_type="CPU", backend="local", capacity=4, cpu_arch="amd64", system_memory_bytes=2**33)
+PLACE = Place(cluster="c", region="R", attributes=("a", "b"))
+CPU = Gpu(
+    name="CPU",
+    instance_type="CPU",
+    backend="local",
+    capacity=4,
+    cpu_arch="amd64",
+    system_memory_bytes=2**33,
+    place=PLACE,
+)
 PLAIN: dict[str, Any] = {"name": "f", "inferenceUrl": "/echo", "containerImage": "fnqueue/echo:latest"}
 WHOLE: dict[str, Any] = {
     **PLAIN,
@@ -389,6 +398,16 @@ async def test_a_deployment_is_shown_whole_and_found_in_both_ways(house: House) 
         "lastUpdatedAt",
     }
     assert (deployment["functionStatus"], deployment["functionName"], deployment["ncaId"]) == ("ACTIVE", "f", "default")
+
+
+async def test_what_is_on_offer_says_where_it_is(house: House) -> None:
+    (group,) = (await call(house, "GET", "/clusterGroups"))["clusterGroups"]
+    assert [cluster["name"] for cluster in group["clusters"]] == ["c"]
+    (shown,) = group["gpus"][0]["instanceTypes"]
+    assert (shown["clusters"], shown["regions"], shown["attributes"]) == (["c"], ["R"], ["a", "b"])
+    await deploy(house)
+    (used,) = (await call(house, "GET", "/accounts/default/usage/gpus"))["gpus"]
+    assert (used["placements"][0]["cluster"], used["placements"][0]["region"]) == ("c", "R")
 
 
 async def test_health_carries_the_request_under_both_names(house: House) -> None:

@@ -30,7 +30,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -38,8 +38,9 @@ from typing import IO, Any, Protocol
 import pynvml
 from pydantic import AliasChoices, SecretStr, TypeAdapter, ValidationError
 
-from broker.errors import ConfigurationError
-from broker.model import Gpu, GpuSpecification, Version
+from broker.deployments import left_out
+from broker.errors import ConfigurationError, NoCapacity
+from broker.model import Gpu, GpuSpecification, Place, Version
 from broker.ports import Launched
 from broker.settings import ControllerSettings, Settings, SidecarSettings, load
 from workers.launchers import secrets as secrets_file
@@ -178,10 +179,15 @@ class ProcessLauncher:
         self._lock: IO[bytes] | None = None
         self._cards = Cards(nvml, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
         self._secrets_lock = asyncio.Lock()
+        attributes = (name.strip() for name in settings.attributes.split(","))
+        self._place = Place(
+            cluster=settings.cluster, region=settings.region, attributes=tuple(name for name in attributes if name)
+        )
 
     async def gpus(self) -> list[Gpu]:
         """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
-        return inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
+        gpus = inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
+        return [replace(gpu, place=self._place) for gpu in gpus]
 
     async def start(
         self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
@@ -255,6 +261,11 @@ class ProcessLauncher:
 
     async def _choose(self, specification: GpuSpecification) -> tuple[Card, ...]:
         """The cards for one more instance. Raises NoCapacity."""
+        if field := left_out(specification, self._place):  # it was placed by a controller somewhere else
+            raise NoCapacity(
+                f"{field}: {', '.join(getattr(specification, field))}: no controller runs there now, only in "
+                f"{self._place.cluster} of {self._place.region}"
+            )
         if specification.gpu == CPU:
             return ()
         cards = self._cards.seen or await asyncio.to_thread(self._cards.read)
@@ -290,7 +301,7 @@ class ProcessLauncher:
             instance_type=specification.instance_type,
             gpu_count=gpu_count,
             backend=specification.backend or BACKEND,
-            region=BACKEND,
+            region=self._place.region,
             environment=BACKEND,
             inference_host=_HOST,
             inference_port=port,
