@@ -31,11 +31,15 @@ def store(redis_server: Redis) -> Iterator[redis.Redis]:
 
 @pytest.fixture(scope="module")
 def house(
-    rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, store: redis.Redis, tmp_path_factory: pytest.TempPathFactory
+    product_rabbitmq: RabbitMQ,
+    redis_server: Redis,
+    s3: S3,
+    store: redis.Redis,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[House]:
     """With two controllers over one data folder."""
     servers = {
-        "FNQUEUE_QUEUE_URL": rabbitmq.url,
+        "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
         "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/7",
         "FNQUEUE_BLOBS_URL": s3.url,
         "FNQUEUE_IDLE_S": str(IDLE_S),
