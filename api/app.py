@@ -27,6 +27,7 @@ from api.routes import (
     reference,
     registries,
     requests,
+    rollouts,
     secrets,
     tokens,
     transparent,
@@ -174,6 +175,14 @@ def _management(front: Front) -> list[Operation]:
             gives=one,
         ),
         deletes.delete(f"{NVCF}{VERSION}", functions.delete_version, "Delete a version"),
+        lists.get(f"{NVCF}{FUNCTION}/weights", rollouts.get, "How calls are shared by versions", gives=wire.Weights),
+        updates.put(
+            f"{NVCF}{FUNCTION}/weights",
+            rollouts.put,
+            "Share calls by versions",
+            takes=wire.SetWeights,
+            gives=wire.Weights,
+        ),
         updates.put(f"{NVCF}/ratelimit{VERSION}", limits.replace, "Set a rate limit", takes=wire.SetRateLimit),
         updates.delete(f"{NVCF}/ratelimit{VERSION}", limits.clear, "Lift a rate limit"),
         deploys.post(

@@ -113,8 +113,9 @@ class Telemetries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """One immutable definition of a function. After creation only `status`, `tags`, `rate_limit`, `priority` and the
-    token limits and routing of `models` change.
+    """One immutable definition of a function. After creation only `status`, `tags`, `rate_limit`, `priority`, the
+    token limits and routing of `models` change, and `weight`: its per cent of the calls that name the function only,
+    None for an even part of what the others leave.
 
     `queue_timeout_s` and `run_timeout_s` hold for requests that bring no limit of their own; 0 is none.
     """
@@ -144,6 +145,7 @@ class Version:
     priority: Priority | None = None
     queue_timeout_s: float = 0.0
     run_timeout_s: float = 0.0
+    weight: float | None = None
 
 
 EVERYONE = "*"

@@ -323,6 +323,12 @@ class ControllerSettings(SecretSettings):
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds an instance may take to finish its work when it is stopped."
     )
+    idle_s: float = Field(
+        1800,
+        gt=0,
+        le=30 * 86_400,
+        description="Seconds without a request after which a version is left with its minimum of instances.",
+    )
     error_ttl_s: float = Field(
         7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
     )

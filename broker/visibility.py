@@ -118,14 +118,16 @@ async def find_version(
     return version
 
 
-async def find_function(broker: Broker, principal: Principal, function_id: str) -> Family:
-    """A function of the caller's own account, to change it as a whole. Raises as `find_version`."""
+async def find_function(broker: Broker, principal: Principal, function_id: str, *, changing: bool = True) -> Family:
+    """A function of the caller's own account, to change it as a whole unless told otherwise. Raises as
+    `find_version`."""
     family = await find_family(broker, function_id)
     if not _own(principal, family).versions:
         raise NotFound(UNKNOWN_FUNCTION)
     if OWN not in principal.resources and not names(principal, function_id):
         raise Forbidden(NOT_COVERED)
-    refuse_public(principal, family)
+    if changing:
+        refuse_public(principal, family)
     return family
 
 

@@ -122,6 +122,7 @@ from fnqueue.wire.requests import (
     RequestSummary,
     RequestTimings,
 )
+from fnqueue.wire.rollouts import SetWeights, VersionShare, VersionWeight, Weights
 from fnqueue.wire.secrets import PutSecrets, Secret
 from fnqueue.wire.tokens import CreateToken, CreateTokenForFunctions, InvocationToken, NamedFunction
 
@@ -234,6 +235,7 @@ __all__ = [
     "Scaling",
     "Secret",
     "SetRateLimit",
+    "SetWeights",
     "Snake",
     "Stickiness",
     "SupportedGpu",
@@ -248,7 +250,10 @@ __all__ = [
     "UpdateKeyStatus",
     "UpdateMetadata",
     "UpdateRegistryCredential",
+    "VersionShare",
+    "VersionWeight",
     "Wanted",
+    "Weights",
     "Wire",
     "seconds",
 ]

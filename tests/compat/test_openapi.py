@@ -279,6 +279,11 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     assert put["deploymentSpecifications"] == [specification | {"maxInstances": 2, "maxRequestConcurrency": 4}]
     (used,) = call("clusters_usage", ncaId="default")["gpus"]
     assert (used["currentMinUsage"], used["currentMaxUsage"], used["placements"][0]["cluster"]) == (0, 2, "local")
+    # All calls of the function for it
+    weight = {"functionVersionId": version, "weight": 100}
+    shared = call("rollouts_put", {"weights": [weight]}, functionId=function)["weights"]
+    assert [each["share"] for each in shared if each["functionVersionId"] == version] == [100]
+    assert call("rollouts_get", functionId=function)["weights"] == shared
     # Invoked
     now = {"Prefer": "respond-async"}
     (request,) = call("invocations_invoke_version", {"any": "thing"}, headers=now, **of)["nvcf-reqid"]

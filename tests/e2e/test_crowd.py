@@ -15,8 +15,14 @@ AT_ONCE = 100
 
 
 @pytest.fixture(scope="module")
-def house(rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    servers = {"FNQUEUE_QUEUE_URL": rabbitmq.url, "FNQUEUE_STORE_URL": redis_server.url, "FNQUEUE_BLOBS_URL": s3.url}
+def house(
+    product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[House]:
+    servers = {
+        "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
+        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/11",  # what other tests store is not deployed here
+        "FNQUEUE_BLOBS_URL": s3.url,
+    }
     with running(House(tmp_path_factory.mktemp("crowd"), servers)) as made:
         yield made
 

@@ -38,7 +38,7 @@ def pair(product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path: Path
     """Two front ends and nobody who works: an invocation gets as far as being told that nothing is deployed."""
     servers = {
         "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
-        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/10",
+        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/12",
         "FNQUEUE_BLOBS_URL": s3.url,
     }
     house = House(tmp_path, servers, fronts=2)

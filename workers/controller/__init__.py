@@ -96,7 +96,7 @@ async def _lead(
                 reconciler = FleetReconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
                 also = []
             else:
-                reconciler = Reconciler(broker, settings, launcher, chores)
+                reconciler = Reconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
                 also = [every(REFRESH_S, leadership.only(Refresher(broker, launcher).step), name="secrets")]
             async with beside(
                 every(OFFER_S, leadership.only(offer), name="offer"),
