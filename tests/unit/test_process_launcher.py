@@ -28,7 +28,8 @@ from tests.unit.launchers import KNOWN_IMAGE, FakeLauncher
 from workers.launchers import open_launcher
 from workers.launchers.children import Child
 from workers.launchers.images import find_image, read_images
-from workers.launchers.process import ERROR_BYTES, ProcessLauncher, sidecar_environment
+from workers.launchers.instances import ERROR_BYTES
+from workers.launchers.process import ProcessLauncher, sidecar_environment
 
 # Tells what it was given, starts a child of its own, and serves.
 SERVER = """
