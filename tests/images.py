@@ -13,8 +13,11 @@ import textwrap
 from pathlib import Path
 
 from infra.local.podman import Podman
+from infra.local.process import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Nobody listens there, but for a test that serves a registry; another one for each run of the tests.
+REGISTRY = f"127.0.0.1:{free_port()}"
 SIDECAR = "localhost/tests/fnqueue:1"
 STAND_IN = "localhost/tests/sidecar:1"
 SERVER = "localhost/tests/server:1"
@@ -107,7 +110,7 @@ def _add(archive: tarfile.TarFile, path: Path, added: set[Path]) -> None:
 
 
 def _wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    inside = entry.name.rpartition("site-packages/")[2] if "site-packages/" in entry.name else entry.name
-    if "site-packages/" not in entry.name and _LEFT_OUT.search(f"/{inside}"):
-        return None
-    return None if _BOTO_DATA.search(entry.name) else entry
+    """Without what no sidecar loads; of the standard library, not its tests and the like."""
+    library = "/lib/python3" in entry.name and "site-packages/" not in entry.name
+    left_out = (library and _LEFT_OUT.search(f"/{entry.name}")) or _BOTO_DATA.search(entry.name)
+    return None if left_out or ".opt-" in entry.name or "/uvloop/" in entry.name else entry

@@ -28,7 +28,9 @@ class Podman(Server):
         # The path of a socket has 107 bytes at most, and that of a folder of tests is long.
         self._sockets = Path(tempfile.mkdtemp(prefix="fnqueue-"))
         self._registries = self.folder / "registries.conf"
-        self._registries.write_text("".join(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n' for host in insecure))
+        self._registries.write_text(
+            "".join(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n' for host in insecure)
+        )
         self._policy = self.folder / "policy.json"
         self._policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
 
@@ -64,7 +66,8 @@ class Podman(Server):
         self.control("rmi", "--all", "--force")
         self.kill()
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # it leaves its store mounted upon itself
-            subprocess.run(["umount", str(self.folder / "root" / "overlay")], stderr=subprocess.DEVNULL, timeout=CTL_S)
+            store = str(self.folder / "root" / "overlay")
+            subprocess.run(["umount", store], stderr=subprocess.DEVNULL, timeout=CTL_S, check=False)
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def control(self, *arguments: str) -> str:
@@ -73,8 +76,7 @@ class Podman(Server):
             [*self._podman(), *arguments],
             env=dict(self.environment()),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=CTL_S,
             check=False,
