@@ -25,9 +25,10 @@ import logging
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ from broker.settings import ControllerSettings, SidecarSettings
 from workers.launchers import logs
 from workers.launchers import secrets as secrets_file
 from workers.launchers.cards import CPU, Card, Cards, Nvml, choose, device_environment, inventory
-from workers.launchers.children import Child, Identity
+from workers.launchers.children import Child, Identity, writers
 from workers.launchers.images import Image, find_image, read_images
 from workers.launchers.instances import (
     ERROR_BYTES,
@@ -374,10 +375,22 @@ def _take_over(root: Path) -> tuple[IO[bytes], dict[str, _Instance]]:
             _clear_requests(folder)
     adopted = [_adopt(state.parent) for state in root.glob("*/state.json")]
     found = {instance.instance_id: instance for instance in adopted if instance is not None}
+    _end_unknown(root, found.values())
     for leftover in root.glob("*/secrets"):
         if leftover.parent.name not in found:  # its controller was killed before it had written the instance down
             secrets_file.remove(leftover)
     return lock, found
+
+
+def _end_unknown(root: Path, found: Collection[_Instance]) -> None:
+    """Kill what a controller started and was killed before it had written down."""
+    known = {instance.container.identity.pid for instance in found}
+    known |= {item.sidecar.identity.pid for item in found if item.sidecar is not None and item.sidecar.identity}
+    for group, log in writers(root).items():
+        if group not in known:
+            logger.warning("unknown_process_killed", extra={"group": group, "instance_id": log.parent.name})
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
 
 
 def _adopt(folder: Path) -> _Instance | None:
