@@ -25,7 +25,8 @@ async def house(
 ) -> AsyncIterator[House]:
     servers = {
         "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
-        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/12",  # what other tests store there is not deployed here
+        # What other tests store there is not deployed here.
+        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/12",
         "FNQUEUE_BLOBS_URL": s3.url,
         "FNQUEUE_LAUNCHER_URL": podman.url,
         "FNQUEUE_DOCKER_PROJECT": PROJECT,

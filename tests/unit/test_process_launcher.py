@@ -655,5 +655,5 @@ def test_a_bad_images_file_says_what_is_bad(tmp_path: Path, text: str, fault: st
 
 async def test_an_unknown_launcher_lists_the_known_one(settings: ControllerSettings) -> None:
     with pytest.raises(ConfigurationError, match="process://"):
-        async with open_launcher(settings.model_copy(update={"launcher_url": "docker://"})):
+        async with open_launcher(settings.model_copy(update={"launcher_url": "nomad://"})):
             raise AssertionError
