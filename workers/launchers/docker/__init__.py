@@ -180,14 +180,16 @@ class DockerLauncher:
             await self._write_secrets(volume, labels, secrets)
 
     async def launched(self) -> list[Launched]:
+        starts = dict(self._starts)  # one that arrives while the engine answers may be on no list of either
         parts = await self._engine.containers(self._project)
+        starts |= self._starts
         by_instance: dict[str, list[Found]] = {}
         for part in parts:
             if part.labels.get(plans.ROLE) in (plans.CONTAINER, plans.SIDECAR):
                 by_instance.setdefault(part.labels.get(plans.INSTANCE, ""), []).append(part)
-        found: list[Launched] = [start.instance for start in self._starts.values()]
+        found: list[Launched] = [start.instance for start in starts.values()]
         for instance_id, own in by_instance.items():
-            if instance_id not in self._starts:
+            if instance_id not in starts:
                 found.append(await self._seen(instance_id, own))
         self._errors = {key: error for key, error in self._errors.items() if key in by_instance}
         return found
@@ -218,9 +220,12 @@ class DockerLauncher:
         if specification.gpu == CPU:
             return ()
         cards = self._cards.seen or await asyncio.to_thread(self._cards.read)
+        # Taken before and after: one that arrives meanwhile is on neither the engine's list nor ours.
+        starts = dict(self._starts)
         parts = await self._engine.containers(self._project)
+        starts |= self._starts
         taken = {uuid for part in parts for uuid in part.labels.get(plans.CARDS, "").split(",")}
-        taken |= {card.uuid for start in self._starts.values() for card in start.plan.cards}
+        taken |= {card.uuid for start in starts.values() for card in start.plan.cards}
         return choose(cards, specification.instance_type, specification.gpu, taken)
 
     def _offer(self, specification: GpuSpecification) -> Gpu | None:
