@@ -65,7 +65,8 @@ class Kind(ABC):
             logs = [await asyncio.to_thread(self.log, instance_id, part) for part in PARTS]
             return all("\n" in log for log in logs), error
 
-        assert await eventually(said, lambda seen: seen[0] or seen[1] != "", within_s=DEADLINE_S) == (True, "")
+        seen = await eventually(said, lambda seen: seen[0] or seen[1] != "", within_s=DEADLINE_S)
+        assert seen[1] == ""
 
     @abstractmethod
     def log(self, instance_id: str, part: Part) -> str: ...
