@@ -36,7 +36,7 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts, and the tests that
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
-	$(PY) -m pytest -q -m "not servers" tests/unit tests/contract
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not servers" tests/unit tests/contract
 
 test: $(VENV)/.dev ## All tests, against real servers (installed if missing: needs root, or says what to install)
 	$(PY) -m infra.local.servers ensure

@@ -27,11 +27,13 @@ from api.routes import (
     reference,
     registries,
     requests,
+    rollouts,
     secrets,
+    tokens,
     transparent,
 )
 from api.routes.blobs import BlobRoutes
-from broker.accounts import ADMIN
+from broker.accounts import ADMIN, INVOKE
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
 from broker.model import EVENT_STREAM
@@ -60,7 +62,8 @@ MIRROR = f"{NVCF}/accounts/{{for_account:[^/]+}}"
 def make_app(front: Front) -> web.Application:
     # From the outside in.
     app = web.Application(middlewares=[observing(front), transparent.addressed(front), sharing(front), answer_errors])
-    invoking, managing = _invocations(front), [*_management(front), *_authorizations(front), *_clusters(front)]
+    invoking = [*_invocations(front), *_tokens(front)]
+    managing = [*_management(front), *_authorizations(front), *_clusters(front)]
     app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])
     app.add_routes(elsewhere([*invoking, *managing], *GATEWAYS))
     app.add_routes(elsewhere(managing, MIRROR))
@@ -69,8 +72,8 @@ def make_app(front: Front) -> web.Application:
 
 def operations(front: Front) -> list[Operation]:
     """All that is documented: everything but the signed URLs, and what is served elsewhere once more."""
-    described = [*_open(front), *_invocations(front), *_management(front), *_authorizations(front)]
-    described += [*_accounts(front), *_keys(front), *_clusters(front), *_everyones(front)]
+    described = [*_open(front), *_invocations(front), *_tokens(front), *_management(front)]
+    described += [*_authorizations(front), *_accounts(front), *_keys(front), *_clusters(front), *_everyones(front)]
     described += _reference(front, described)
     return described
 
@@ -97,8 +100,8 @@ def _open(front: Front) -> list[Operation]:
 
 def _invocations(front: Front) -> list[Operation]:
     """These check the caller themselves, in upstream's order; except the cancel, which upstream has not."""
-    calls, invokes = checking_itself(front, "invoke_function"), scoped(front, "invoke_function")
-    listens = scoped(front, "invoke_function", paced=False)
+    calls, invokes = checking_itself(front, INVOKE), scoped(front, INVOKE, delegates=True)
+    listens = scoped(front, INVOKE, delegates=True, paced=False)
     return [
         calls.post(f"{NVCF}/pexec{FUNCTION}", invocations.invoke, "Invoke a function", **INVOCATION),
         calls.post(f"{NVCF}/pexec{VERSION}", invocations.invoke, "Invoke a version", **INVOCATION_OF_VERSION),
@@ -115,6 +118,32 @@ def _invocations(front: Front) -> list[Operation]:
     ]
 
 
+def _tokens(front: Front) -> list[Operation]:
+    """A super-admin delegates what is his own, so these are not mirrored."""
+    delegates, at, one = scoped(front, INVOKE), f"{NVCF}/tokens", wire.InvocationToken
+    return [
+        delegates.post(
+            f"{at}/functions",
+            tokens.create_for_functions,
+            "Delegate the invocation of several functions",
+            takes=wire.CreateTokenForFunctions,
+            gives=one,
+            errors=[404],
+        ),
+        delegates.post(
+            at + FUNCTION, tokens.create, "Delegate the invocation of a function", takes=wire.CreateToken, gives=one
+        ),
+        delegates.post(
+            at + VERSION,
+            tokens.create,
+            "Delegate the invocation of a version",
+            takes=wire.CreateToken,
+            gives=one,
+            name="tokens_create_for_version",
+        ),
+    ]
+
+
 def _management(front: Front) -> list[Operation]:
     registers = scoped(front, "register_function")
     lists = scoped(front, "list_functions", "list_functions_details")
@@ -122,7 +151,7 @@ def _management(front: Front) -> list[Operation]:
     updates, looks = scoped(front, "update_function"), scoped(front, "queue_details")
     hides, logs_in = scoped(front, "update_secrets"), scoped(front, "manage_registry_credentials")
     # What is asked once an invocation, or oftener, keeps no pace.
-    invokes, polls = scoped(front, "invoke_function", paced=False), scoped(front, "queue_details", paced=False)
+    invokes, polls = scoped(front, INVOKE, paced=False), scoped(front, "queue_details", paced=False)
     one, many, credential = wire.FunctionAnswer, wire.FunctionList, wire.RegistryCredentialAnswer
     return [
         registers.post(
@@ -146,6 +175,14 @@ def _management(front: Front) -> list[Operation]:
             gives=one,
         ),
         deletes.delete(f"{NVCF}{VERSION}", functions.delete_version, "Delete a version"),
+        lists.get(f"{NVCF}{FUNCTION}/weights", rollouts.get, "How calls are shared by versions", gives=wire.Weights),
+        updates.put(
+            f"{NVCF}{FUNCTION}/weights",
+            rollouts.put,
+            "Share calls by versions",
+            takes=wire.SetWeights,
+            gives=wire.Weights,
+        ),
         updates.put(f"{NVCF}/ratelimit{VERSION}", limits.replace, "Set a rate limit", takes=wire.SetRateLimit),
         updates.delete(f"{NVCF}/ratelimit{VERSION}", limits.clear, "Lift a rate limit"),
         deploys.post(
@@ -328,7 +365,7 @@ def _keys(front: Front) -> list[Operation]:
             takes=wire.Credentials,
             media=FORM,
             gives=wire.CallerInfo,
-            errors=[401],
+            errors=[401, 403],
         ),
     ]
 

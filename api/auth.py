@@ -10,7 +10,7 @@ from multidict import MultiMapping
 
 from api import headers
 from api.front import Front
-from broker.accounts import ADMIN, acting_for, require
+from broker.accounts import ADMIN, acting_for, require, require_key
 from broker.errors import Forbidden, Unauthenticated
 from broker.model import Principal
 
@@ -44,11 +44,15 @@ async def authenticate(front: Front, request: web.Request, *scopes: str) -> Prin
     return principal
 
 
-def guarded(front: Front, handler: Guarded, *scopes: str) -> Handler:
-    """`handler`, for callers that hold one of `scopes`; without any, for whoever has a good credential."""
+def guarded(front: Front, handler: Guarded, *scopes: str, delegates: bool = False) -> Handler:
+    """`handler`, for callers that hold one of `scopes`; without any, for whoever has a good key. `delegates`: also for
+    who comes with a delegated token."""
 
     async def guard(request: web.Request) -> web.StreamResponse:
-        return await handler(front, request, await authenticate(front, request, *scopes))
+        principal = await authenticate(front, request, *scopes)
+        if not delegates:
+            require_key(principal)
+        return await handler(front, request, principal)
 
     return guard
 

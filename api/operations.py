@@ -129,10 +129,12 @@ def open_to_all(front: Front) -> Door[Unguarded]:
     return Door(lambda handler: partial(handler, front))
 
 
-def scoped(front: Front, *scopes: str, paced: bool = True) -> Door[Guarded]:
+def scoped(front: Front, *scopes: str, paced: bool = True, delegates: bool = False) -> Door[Guarded]:
     """For callers that hold one of `scopes`; their principal is the handler's third argument. `paced`: and that keep
-    the pace of management calls."""
-    return Door(lambda handler: guarded(front, at_pace(handler) if paced else handler, *scopes), *scopes)
+    the pace of management calls. `delegates`: also for those with a delegated token."""
+    return Door(
+        lambda handler: guarded(front, at_pace(handler) if paced else handler, *scopes, delegates=delegates), *scopes
+    )
 
 
 def known(front: Front, *scopes: str) -> Door[Guarded]:

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+from broker import tokens
 from broker.errors import (
     AlreadyExists,
     BadRequest,
@@ -29,9 +30,10 @@ from broker.model import ALL_RESOURCES, Account, Key, Principal
 from broker.ports import Broker
 from broker.revisions import edit
 
+INVOKE = "invoke_function"
 # What a key may do unless it was made for less.
 ACCOUNT_SCOPES = (
-    "invoke_function",
+    INVOKE,
     "list_functions",
     "list_functions_details",
     "register_function",
@@ -68,18 +70,49 @@ _RESOURCE = re.compile(rf"(?:account|authorized)-functions/\*|function/{_UUID}/(
 
 class Authenticator:
     """Tokens to principals. A verdict is kept for two seconds, so a key that was deleted, suspended or changed is
-    what it now is within that."""
+    what it now is within that, and so are the tokens that were delegated with it."""
 
     def __init__(self, broker: Broker, *, admin_key: str = "", admin_account: str = "default") -> None:
         self._broker = broker
+        self._secret = broker.settings.secret_key.get_secret_value().encode()
         self._admin_hash = hash_token(admin_key) if admin_key else ""
+        self._admin_name = tokens.pseudonym(self._secret, self._admin_hash) if admin_key else ""
         self._admin = Principal(account=admin_account, subject="admin", scopes=frozenset(SCOPES))
         self._verdicts: dict[str, tuple[Principal | None, float]] = {}
 
     async def authenticate(self, token: str) -> Principal:
         """Raises Unauthenticated, or StoreUnavailable when the verdict cannot be known."""
-        token_hash = hash_token(token)
-        if self._admin_hash and hmac.compare_digest(token_hash, self._admin_hash):
+        if not token.startswith(tokens.PREFIX):
+            return await self._authenticate(hash_token(token))
+        delegation = tokens.verify(self._secret, token)
+        if delegation is None or delegation.expires_at <= time.time():
+            raise Unauthenticated(_REFUSED)
+        if self._admin_name and delegation.parent == self._admin_name:
+            return _delegated(self._admin, delegation)
+        return _delegated(await self._authenticate(delegation.parent), delegation)
+
+    async def delegate(
+        self, token: str, *, client_id: str, functions: Collection[str], ttl_s: float
+    ) -> tuple[str, float]:
+        """A token with which `client_id` may invoke these functions, spelled as a key's resources are, as far as the
+        key `token` may; and for how many seconds: `ttl_s`, or until the key expires. Raises Unauthenticated."""
+        now, key_hash = time.time(), hash_token(token)
+        expires_at = now + ttl_s
+        if not self._is_admin(key_hash):
+            row = await self._broker.catalog.keys.get(key_hash)
+            if row is None or status(row.item) != "ACTIVE":
+                raise Unauthenticated(_REFUSED)
+            expires_at = min(expires_at, row.item.expires_at or expires_at)
+        delegation = tokens.Delegation(
+            parent=self._admin_name if self._is_admin(key_hash) else key_hash,
+            client_id=client_id,
+            functions=tuple(functions),
+            expires_at=expires_at,
+        )
+        return tokens.sign(self._secret, delegation), expires_at - now
+
+    async def _authenticate(self, token_hash: str) -> Principal:
+        if self._is_admin(token_hash):
             return self._admin
         principal, until = self._verdicts.get(token_hash, (None, 0.0))
         if until < time.monotonic():
@@ -92,6 +125,9 @@ class Authenticator:
             raise Unauthenticated(_REFUSED)
         return principal
 
+    def _is_admin(self, token_hash: str) -> bool:
+        return bool(self._admin_hash) and hmac.compare_digest(token_hash, self._admin_hash)
+
     async def _look_up(self, token_hash: str) -> Principal | None:
         row = await self._broker.catalog.keys.get(token_hash)
         if row is None or status(row.item) != "ACTIVE":
@@ -103,6 +139,21 @@ class Authenticator:
             scopes=frozenset(key.scopes),
             resources=frozenset(key.resources),
         )
+
+
+def _delegated(parent: Principal, delegation: tokens.Delegation) -> Principal:
+    return replace(
+        parent,
+        subject=f"{parent.subject}/{delegation.client_id}",
+        scopes=parent.scopes & {INVOKE},
+        functions=frozenset(delegation.functions),
+    )
+
+
+def require_key(principal: Principal) -> None:
+    """Raises Forbidden for who comes with a delegated token."""
+    if principal.functions is not None:
+        raise Forbidden("a delegated token is good for invoking functions and for the requests that come of it only")
 
 
 def require(principal: Principal, *scopes: str) -> None:

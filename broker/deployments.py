@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict, Unavailable
-from broker.model import Deployment, FunctionStatus, Gpu, GpuSpecification, HealthInfo, Principal, Version
+from broker.model import Deployment, FunctionStatus, Gpu, GpuSpecification, HealthInfo, Place, Principal, Version
 from broker.ports import Broker, Row
 from broker.revisions import TRIES, edit
 from broker.visibility import UNKNOWN_VERSION, find_version
@@ -275,6 +275,7 @@ def _place(specification: GpuSpecification, gpus: Sequence[Gpu], at: str) -> Gpu
     if not gpus:
         raise Unavailable("no GPU is on offer now: no controller is running, or it has just been started")
     rows = _matching(gpus, "backend", specification.backend, f"{at}.backend")
+    rows = _admitting(rows, specification, at)
     rows = _matching(rows, "name", specification.gpu, f"{at}.gpu", required=True)
     rows = _matching(rows, "instance_type", specification.instance_type, f"{at}.instanceType")
     gpu = rows[0]
@@ -286,6 +287,34 @@ def _place(specification: GpuSpecification, gpus: Sequence[Gpu], at: str) -> Gpu
         backend=gpu.backend,
         facts=facts(gpu),
     )
+
+
+def left_out(specification: GpuSpecification, place: Place) -> str:
+    """The first of `clusters`, `regions` and `attributes` that keeps the specification from a place; '' if none."""
+    if specification.clusters and place.cluster.lower() not in _folded(specification.clusters):
+        return "clusters"
+    if specification.regions and place.region.lower() not in _folded(specification.regions):
+        return "regions"
+    return "" if _folded(specification.attributes) <= _folded(place.attributes) else "attributes"
+
+
+def _admitting(gpus: Sequence[Gpu], specification: GpuSpecification, at: str) -> Sequence[Gpu]:
+    """Those in places where the specification may be. Raises BadRequest that names the field that none satisfies."""
+    for field in ("clusters", "regions", "attributes"):
+        admitting = [gpu for gpu in gpus if left_out(specification, gpu.place) != field]
+        if not admitting:
+            known = ", ".join(sorted({name for gpu in gpus for name in _names(gpu.place, field) if name})) or "none"
+            raise BadRequest(f"{at}.{field}: nothing is on offer there; on offer: {known}", field=f"{at}.{field}")
+        gpus = admitting
+    return gpus
+
+
+def _names(place: Place, field: str) -> tuple[str, ...]:
+    return {"clusters": (place.cluster,), "regions": (place.region,), "attributes": place.attributes}[field]
+
+
+def _folded(names: Iterable[str]) -> set[str]:
+    return {name.lower() for name in names}
 
 
 def facts(gpu: Gpu) -> tuple[tuple[str, str], ...]:

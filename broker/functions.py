@@ -6,12 +6,12 @@ A function is an id and its versions; it exists as long as it has one (contract/
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from broker import rollouts
 from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
 from broker.model import (
     EVERYONE,
@@ -207,10 +207,10 @@ async def delete_version(broker: Broker, principal: Principal, function_id: str,
 
 
 async def pick_callable(broker: Broker, principal: Principal, function_id: str, version_id: str = "") -> Version:
-    """A version to send an invocation to: the named one, or any that is callable, uniformly at random.
+    """A version to send an invocation to: the named one, or any that is callable, at random by their weights.
 
     Raises:
-        NotFound: none that the caller sees, or none that is deployed.
+        NotFound: none that the caller sees, or none that is deployed and may be drawn.
         Forbidden: the key's resources leave it out.
         StateConflict: not deployed well enough: one of them has lost all its instances.
     """
@@ -236,8 +236,9 @@ class CallableVersions:
         family, until = self._found.get(function_id, (None, 0.0))
         if family and until > self._now():
             candidates = [version for version in _candidates(principal, family, version_id) if version.status.invocable]
-            if candidates:
-                return _any(candidates)
+            version = candidates and _pick(family, candidates, version_id)
+            if version:
+                return version
         asked_at = self._now()
         family = await find_family(self._broker, function_id)
         version = _choose(principal, family, version_id)
@@ -376,7 +377,10 @@ def _choose(principal: Principal, family: Family, version_id: str) -> Version:
     candidates = select(principal, family, version_id)
     callable_now = [version for version in candidates if version.status.invocable]
     if callable_now:
-        return _any(callable_now)
+        version = _pick(family, callable_now, version_id)
+        if version is None:
+            raise NotFound("no version of the function gets calls that name the function only: their weights are 0")
+        return version
     if any(version.status is FunctionStatus.DEGRADED for version in candidates):
         raise StateConflict("the function is DEGRADED: all its instances are lost and are being replaced")
     raise NotFound(f"no version of the function can be invoked: status {', '.join(_statuses(candidates))}")
@@ -389,8 +393,8 @@ def _candidates(principal: Principal, family: Family, version_id: str) -> list[V
         return []
 
 
-def _any(versions: Sequence[Version]) -> Version:
-    return versions[0] if len(versions) == 1 else secrets.choice(versions)
+def _pick(family: Family, callable_now: Sequence[Version], version_id: str) -> Version | None:
+    return callable_now[0] if version_id else rollouts.draw(family, callable_now)
 
 
 def _statuses(versions: Sequence[Version]) -> list[str]:

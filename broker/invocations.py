@@ -178,26 +178,19 @@ async def status(broker: Broker, principal: Principal, request_id: str, *, wait_
 async def poll(broker: Broker, principal: Principal, request_id: str, *, wait_s: float) -> Record:
     """As `status`, and a streamed answer is left where it is. Raises as `status`, but for StreamNotKept."""
     _own_id(broker, principal, request_id)
-    record = await wait(broker, request_id, wait_s=wait_s)
-    if record is None:
-        return await _missing(broker, principal, request_id)
-    return await _own(broker, principal, record)
+    return await _known(broker, principal, request_id, await wait(broker, request_id, wait_s=wait_s))
 
 
 async def find(broker: Broker, principal: Principal, request_id: str) -> Record:
     """The caller's request as it stands; takes no progress from polls. Raises as `poll`."""
     _own_id(broker, principal, request_id)
-    record = await broker.results.read(request_id)
-    if record is None:
-        return await _missing(broker, principal, request_id)
-    return await _own(broker, principal, record)
+    return await _known(broker, principal, request_id, await broker.results.read(request_id))
 
 
 async def receipt(broker: Broker, principal: Principal, request_id: str) -> Record:
     """The caller's request as it stands, without its outcome. Raises as `status`."""
     _own_id(broker, principal, request_id)
-    record = await broker.results.glance(request_id)
-    return await (_own(broker, principal, record) if record else _missing(broker, principal, request_id))
+    return await _known(broker, principal, request_id, await broker.results.glance(request_id))
 
 
 async def page(
@@ -350,6 +343,10 @@ def _until_read_s(record: Record) -> float:
         return safety_s
     due_s = record.due_at - time.time()
     return min(safety_s, due_s if due_s > 0 else _DUE_AGAIN_S)
+
+
+async def _known(broker: Broker, principal: Principal, request_id: str, record: Record | None) -> Record:
+    return await (_own(broker, principal, record) if record else _missing(broker, principal, request_id))
 
 
 async def _missing(broker: Broker, principal: Principal, request_id: str) -> Record:

@@ -113,8 +113,9 @@ class Telemetries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """One immutable definition of a function. After creation only `status`, `tags`, `rate_limit`, `priority` and the
-    token limits and routing of `models` change.
+    """One immutable definition of a function. After creation only `status`, `tags`, `rate_limit`, `priority`, the
+    token limits and routing of `models` change, and `weight`: its per cent of the calls that name the function only,
+    None for an even part of what the others leave.
 
     `queue_timeout_s` and `run_timeout_s` hold for requests that bring no limit of their own; 0 is none.
     """
@@ -144,6 +145,7 @@ class Version:
     priority: Priority | None = None
     queue_timeout_s: float = 0.0
     run_timeout_s: float = 0.0
+    weight: float | None = None
 
 
 EVERYONE = "*"
@@ -207,8 +209,9 @@ class Autoscaling:
 class GpuSpecification:
     """How many instances of one kind a deployment keeps: `min_instances` to `max_instances`.
 
-    `clusters`, `regions`, `attributes` and `availability_zones` are where it may be placed. `facts` is what the
-    inventory told of the machine (`cpu_arch`, `os`, …), shown and read by nothing.
+    It may be placed in any of the `clusters` and `regions`, where there are all of the `attributes`; empty ones are no
+    bound. `facts` is what the inventory told of the machine (`cpu_arch`, `os`, …); they and `availability_zones` are
+    shown and read by nothing.
     """
 
     id: str
@@ -287,6 +290,15 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a controller's instances run, in its operator's words."""
+
+    cluster: str = ""
+    region: str = ""
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One instance type on offer. Of one GPU, the first type on offer is its default.
 
@@ -306,6 +318,7 @@ class Gpu:
     cpu_arch: str = ""
     os: str = ""
     driver_version: str = ""
+    place: Place = Place()
 
 
 # -- clusters ----------------------------------------------------------------------------------
@@ -867,13 +880,15 @@ class Key:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
     """Who is calling. `subject` is stable per credential and reaches the container as NVCF-SUB.
-    `super_admin` acts for `account` without being of it."""
+    `super_admin` acts for `account` without being of it. `functions` is set for a delegated token, whose `subject` ends
+    with its client: of what `resources` cover, it is good for these only, spelled in the same way."""
 
     account: str
     subject: str
     scopes: frozenset[str]
     resources: frozenset[str] = frozenset(ALL_RESOURCES)
     super_admin: bool = False
+    functions: frozenset[str] | None = None
 
 
 # -- limits ------------------------------------------------------------------------------------

@@ -230,6 +230,12 @@ class ApiSettings(SecretSettings):
     result_url_ttl_s: float = Field(
         86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."
     )
+    invocation_token_ttl_s: float = Field(
+        3600,
+        ge=1,
+        le=7 * 86_400,
+        description="Seconds a delegated invocation token works, or less: never longer than the key that asked for it.",
+    )
     account_calls_per_s: int = Field(
         200,
         ge=0,
@@ -357,6 +363,21 @@ class ControllerSettings(SecretSettings):
         description="Folder on the engine's machine with `models/<name>/<version>` and `resources/<name>/<version>`, "
         "which containers see, read-only, as `/config/models/<name>` and `/config/resources/<name>`.",
     )
+    cluster: str = Field(
+        "local",
+        max_length=256,
+        description="The cluster that this controller's instances run in, as deployments have it in `clusters`.",
+    )
+    region: str = Field(
+        "local",
+        max_length=256,
+        description="Their region, as deployments have it in `regions` and containers in `NVCF_REGION`.",
+    )
+    attributes: str = Field(
+        "",
+        description="What else deployments may ask for in `attributes`, separated by commas. One that asks for another "
+        "cluster, region or attribute is not placed here.",
+    )
     reconcile_s: float = Field(1, gt=0, le=60, description="Seconds between two looks at desired and actual instances.")
     sweep_s: float = Field(10, gt=0, le=600, description="Seconds between two sweeps for overdue requests.")
     deploy_timeout_s: float = Field(
@@ -364,6 +385,12 @@ class ControllerSettings(SecretSettings):
     )
     drain_s: float = Field(
         120, ge=0, le=7200, description="Seconds an instance may take to finish its work when it is stopped."
+    )
+    idle_s: float = Field(
+        1800,
+        gt=0,
+        le=30 * 86_400,
+        description="Seconds without a request after which a version is left with its minimum of instances.",
     )
     error_ttl_s: float = Field(
         7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."

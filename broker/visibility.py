@@ -51,15 +51,16 @@ def standing(principal: Principal, version: Version, sharing: Sharing | None) ->
 
 
 def covers(principal: Principal, version: Version) -> bool:
-    """Whether the credential's resources hold a version that the account sees."""
+    """Whether the credential is good for a version that the account sees."""
+    if not _within(principal.functions, version.function_id, version.id):
+        return False
     everything = OWN if version.account == principal.account else SHARED
     return everything in principal.resources or names(principal, version.function_id, version.id)
 
 
 def names(principal: Principal, function_id: str, version_id: str = "") -> bool:
     """Whether the resources name this very version, or all versions of the function."""
-    one = f"function/{function_id}/{version_id or '*'}"
-    return one in principal.resources or f"function/{function_id}/*" in principal.resources
+    return _within(principal.resources, function_id, version_id)
 
 
 def is_public(family: Family) -> bool:
@@ -117,14 +118,16 @@ async def find_version(
     return version
 
 
-async def find_function(broker: Broker, principal: Principal, function_id: str) -> Family:
-    """A function of the caller's own account, to change it as a whole. Raises as `find_version`."""
+async def find_function(broker: Broker, principal: Principal, function_id: str, *, changing: bool = True) -> Family:
+    """A function of the caller's own account, to change it as a whole unless told otherwise. Raises as
+    `find_version`."""
     family = await find_family(broker, function_id)
     if not _own(principal, family).versions:
         raise NotFound(UNKNOWN_FUNCTION)
     if OWN not in principal.resources and not names(principal, function_id):
         raise Forbidden(NOT_COVERED)
-    refuse_public(principal, family)
+    if changing:
+        refuse_public(principal, family)
     return family
 
 
@@ -139,6 +142,8 @@ async def check_request(broker: Broker, principal: Principal, record: Record) ->
 
     A function that is gone belongs to nobody any more: then any key that covers functions at large is good enough.
     """
+    if not _within(principal.functions, record.function_id, record.version_id):
+        raise Forbidden(NOT_COVERED)
     whole = principal.resources.intersection(ALL_RESOURCES)
     if len(whole) == len(ALL_RESOURCES) or names(principal, record.function_id, record.version_id):
         return
@@ -146,6 +151,13 @@ async def check_request(broker: Broker, principal: Principal, record: Record) ->
     if whole and (row is None or covers(principal, row.item)):
         return
     raise Forbidden(NOT_COVERED)
+
+
+def _within(named: frozenset[str] | None, function_id: str, version_id: str) -> bool:
+    """None is no bound."""
+    return (
+        named is None or f"function/{function_id}/{version_id or '*'}" in named or f"function/{function_id}/*" in named
+    )
 
 
 async def _find_one(broker: Broker, function_id: str, version_id: str) -> Family:

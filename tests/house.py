@@ -122,6 +122,7 @@ class Caller:
         *,
         inference_url: str = "/",
         instances: int = 1,
+        most: int | None = None,
         concurrency: int = 1,
         environment: Mapping[str, str] | None = None,
         **definition: Any,
@@ -143,7 +144,7 @@ class Caller:
         )  # fmt: skip
         assert made.status == 200, made
         function = Function(self, made.json["function"]["id"], made.json["function"]["versionId"])
-        await function.deploy(instances=instances, concurrency=concurrency)
+        await function.deploy(instances=instances, most=most, concurrency=concurrency)
         return function
 
 
@@ -157,12 +158,13 @@ class Function:
     def deployment_path(self) -> str:
         return f"/v2/nvcf/deployments/functions/{self.id}/versions/{self.version_id}"
 
-    async def deploy(self, *, instances: int, concurrency: int) -> None:
+    async def deploy(self, *, instances: int, concurrency: int = 1, most: int | None = None) -> None:
+        """`instances`, and up to `most` where there may be more."""
         specification = {
             "gpu": "CPU",
             "instanceType": "CPU",
             "minInstances": instances,
-            "maxInstances": max(1, instances),
+            "maxInstances": most or max(1, instances),
             "maxRequestConcurrency": concurrency,
         }
         # Until the controller has made its first offer, there is nothing to place it on.
@@ -204,7 +206,7 @@ class Record:
 
 
 class House:
-    """Front ends, a controller and its instances over servers that are given."""
+    """Front ends, controllers and their instances over servers that are given."""
 
     def __init__(self, folder: Path, servers: Mapping[str, str], *, fronts: int = 1, **settings: str) -> None:
         self.folder = folder
@@ -230,15 +232,26 @@ class House:
             **settings,
         }
         self.fronts = [self._front(number, shared) for number in range(fronts)]
-        self.controller = _program("controller", folder, "controller", shared)
+        self._shared = shared
+        self.controllers: list[Program] = []
+        self.add_controller()
+
+    @property
+    def controller(self) -> Program:
+        return self.controllers[0]
+
+    def add_controller(self) -> None:
+        """One more over the same data folder, from the next start on."""
+        name = f"controller-{len(self.controllers)}"
+        self.controllers.append(_program(name, self.folder, "controller", self._shared))
 
     def start(self) -> None:
-        for program in (*self.fronts, self.controller):
+        for program in (*self.fronts, *self.controllers):
             program.start()
 
     def stop(self) -> None:
         """Everything, what a killed controller left behind included."""
-        for program in (*self.fronts, self.controller):
+        for program in (*self.fronts, *self.controllers):
             program.stop()
         for process in [*self.sidecars(), *self.containers()]:
             with contextlib.suppress(psutil.NoSuchProcess):

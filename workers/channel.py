@@ -125,6 +125,8 @@ class Line:
         self._session = session
         self._socket: aiohttp.ClientWebSocketResponse[bool] | None = None
         self._said_all = False
+        self.answered_bytes = 0
+        """Of the container's body or messages, as far as they were handed on."""
 
     @property
     def channel(self) -> Channel:
@@ -173,6 +175,8 @@ class Line:
             await asyncio.sleep(_LAST_WORDS_S)  # who receives is told more: what was sent before, why it ended
             raise FrontEndGone(self.job) from exc
         self._said_all = kind in (Kind.END, Kind.CLOSE, Kind.FAIL)
+        if kind in (Kind.DATA, Kind.TEXT, Kind.BINARY):
+            self.answered_bytes += len(payload)
 
     async def fail(self, outcome: Outcome, *, code: CloseCode = CloseCode.INTERNAL_ERROR) -> None:
         """Tell the front end, if it can be told, that there is nothing but this."""

@@ -371,7 +371,10 @@ class Sidecar:
                         run.job, headers, body=body, budget_s=run.left_s(), attempt=lease.attempt
                     ) as response,
                 ):
-                    return await feed.carry(response)
+                    try:
+                        return await feed.carry(response)
+                    finally:
+                        run.size_bytes = feed.size_bytes
 
     async def _converse(self, run: _Run, lease: Lease) -> tuple[RequestState, Outcome]:
         """Run the job over its channel while its lease is kept. There is no other attempt, so nothing is handed back.
@@ -405,7 +408,10 @@ class Sidecar:
             await line.open()
             headers = container_headers(run.job, room, self._headers_for_all, run.left_s())
             with self._calling(run):
-                return await converse(line, self._inference, settings, headers, budget_s=run.left_s())
+                try:
+                    return await converse(line, self._inference, settings, headers, budget_s=run.left_s())
+                finally:
+                    run.size_bytes = line.answered_bytes
 
     async def _cancel(self, job: Job, reason: str) -> None:
         async def cancel() -> object:

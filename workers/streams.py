@@ -20,6 +20,9 @@ CUT = "The stream was lost together with the data of the store"
 ABANDONED = "its client left the stream and did not come back"
 # How often the writer of a silent stream looks whether it is still wanted.
 LOOK_S = 2.0
+# Servers send the head by itself and the body right behind it. Both in one append are there sooner than the second of
+# two, and a short answer that is whole by then is no stream.
+SOON_S = 0.001
 
 
 class LeaseLost(Exception):
@@ -43,6 +46,8 @@ class Feed:
         self._settings = settings
         self._job = job
         self._begun = False
+        self.size_bytes = 0
+        """Of the body, as far as it was handed on."""
         self._most_unread = settings.stream_bytes // 2
 
     async def attend(self) -> None:
@@ -64,8 +69,12 @@ class Feed:
         """
         head = Outcome(status=response.status, headers=response.headers, streamed=True)
         cutter: Cutter = (Events if head.event_stream else Pieces)(limit_bytes=self._most_unread)
+        if not response.whole:
+            await asyncio.sleep(SOON_S)
         if isinstance(cutter, Pieces) and (response.whole or self._can_keep(response)):
-            return Outcome(status=head.status, headers=head.headers, body=await response.read())
+            body = await response.read()
+            self.size_bytes = len(body)
+            return Outcome(status=head.status, headers=head.headers, body=body)
         try:
             await self._append(cutter.feed(response.arrived()), head=head)
             async for piece in response.chunks():
@@ -91,6 +100,7 @@ class Feed:
         for portion in _portions(chunks, self._most_unread):
             self._begun = True
             flow = await self._exchange(portion, head)
+            self.size_bytes += sum(len(chunk.data) for chunk in portion)
             while flow.unread_bytes > self._most_unread:
                 await self._writer.drained(LOOK_S)
                 flow = await self._exchange()

@@ -28,7 +28,9 @@ class BlobRoutes:
         key = request.match_info["key"]
         content_type, description = request.headers.get("Content-Type", ""), request.headers.get(DESCRIPTION, "")
         self._blobs.verify_upload(key, request.query, content_type=content_type, description=description)
-        if (request.content_length or 0) > MAX_UPLOAD_BYTES:
+        if request.content_length is None:
+            raise BadRequest("an upload tells its length (Content-Length), as S3 wants it", field="Content-Length")
+        if request.content_length > MAX_UPLOAD_BYTES:
             raise PayloadTooLarge(f"an upload may have {MAX_UPLOAD_BYTES} bytes", limit_bytes=MAX_UPLOAD_BYTES)
         await self._blobs.receive(
             key,

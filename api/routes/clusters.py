@@ -14,7 +14,7 @@ from broker.accounts import acting_for, require_for
 from broker.clusters import Group, Usage
 from broker.deployments import facts
 from broker.errors import BadRequest
-from broker.model import EVERYONE, Cluster, ClusterGpu, ClusterState, ClusterType, Gpu, Principal
+from broker.model import EVERYONE, Cluster, ClusterGpu, ClusterState, ClusterType, Gpu, Place, Principal
 from fnqueue import wire
 
 USAGE = "list_cluster_groups"
@@ -79,8 +79,17 @@ def _group(group: Group, owner: str) -> wire.ClusterGroup:
             wire.GroupCluster(id=each.id, name=each.name, k8s_version=each.kubernetes_version or None)
             for each in group.clusters
         ]
-        or [wire.GroupCluster(id=group.id, name=group.name)],  # the controller's own machine
+        + [wire.GroupCluster(id=clusters.group_id(name), name=name) for name in _unregistered(group)],
     )
+
+
+def _unregistered(group: Group) -> list[str]:
+    """Where controllers run instances without having registered it: a cluster of that name, or of its group's."""
+    registered = {cluster.name.lower() for cluster in group.clusters}
+    offering = dict.fromkeys(gpu.place.cluster for gpu in group.gpus if gpu.place.cluster)
+    if not offering and not registered:
+        return [group.name]
+    return [name for name in offering if name.lower() not in registered]
 
 
 def _type(gpu: Gpu, *, default: bool) -> wire.InstanceType:
@@ -92,6 +101,9 @@ def _type(gpu: Gpu, *, default: bool) -> wire.InstanceType:
         capacity=gpu.capacity,
         gpu_count=gpu.gpu_count,
         cpu_cores=gpu.cpu_cores or None,
+        clusters=[gpu.place.cluster] if gpu.place.cluster else None,
+        regions=[gpu.place.region] if gpu.place.region else None,
+        attributes=list(gpu.place.attributes) or None,
         **dict(facts(gpu)),
     )
 
@@ -99,14 +111,15 @@ def _type(gpu: Gpu, *, default: bool) -> wire.InstanceType:
 def _placement(part: Usage, group: Group | None) -> wire.GpuPlacement:
     """Which of a group's clusters takes an instance is not known before it is there: the first stands for all."""
     cluster = group.clusters[0] if group and group.clusters else None
-    identity = clusters.group_id(part.backend)
+    place = group.gpus[0].place if group else Place()
+    name = place.cluster or part.backend
     return wire.GpuPlacement(
-        cluster_id=cluster.id if cluster else identity,
-        cluster=cluster.name if cluster else part.backend,
-        cluster_group_id=identity,
+        cluster_id=cluster.id if cluster else clusters.group_id(name),
+        cluster=cluster.name if cluster else name,
+        cluster_group_id=clusters.group_id(part.backend),
         cluster_group=part.backend,
         cloud_provider=cluster.cloud_provider if cluster else None,
-        region=cluster.region if cluster else None,
+        region=cluster.region if cluster else place.region or None,
         current_min_usage=part.minimum,
         current_max_usage=part.maximum,
     )

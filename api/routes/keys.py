@@ -17,7 +17,7 @@ from api import headers, payloads
 from api.definitions import instant
 from api.front import Front
 from broker import accounts
-from broker.accounts import MAX_KEY_TTL_S, require_for, require_grantable
+from broker.accounts import MAX_KEY_TTL_S, require_for, require_grantable, require_key
 from broker.errors import BadRequest, NotFound, Unauthenticated
 from broker.model import ALL_RESOURCES, Key, Principal
 from fnqueue import wire
@@ -131,6 +131,7 @@ async def caller_info(front: Front, request: web.Request) -> web.Response:
     if not credentials:
         raise Unauthenticated("the form has no credentials; send credentials=<API key>")
     principal = await front.authenticator.authenticate(credentials)
+    require_key(principal)
     return payloads.answer(wire.CallerInfo(org_name=principal.account, key_id=principal.subject, products=[PRODUCT]))
 
 

@@ -122,7 +122,9 @@ from fnqueue.wire.requests import (
     RequestSummary,
     RequestTimings,
 )
+from fnqueue.wire.rollouts import SetWeights, VersionShare, VersionWeight, Weights
 from fnqueue.wire.secrets import PutSecrets, Secret
+from fnqueue.wire.tokens import CreateToken, CreateTokenForFunctions, InvocationToken, NamedFunction
 
 __all__ = [
     "Account",
@@ -160,6 +162,8 @@ __all__ = [
     "CreateFunction",
     "CreateKey",
     "CreateRegistryCredential",
+    "CreateToken",
+    "CreateTokenForFunctions",
     "Credentials",
     "Deployment",
     "DeploymentAnswer",
@@ -193,6 +197,7 @@ __all__ = [
     "InstanceType",
     "Introspect",
     "Introspected",
+    "InvocationToken",
     "KeyAuthorizations",
     "KeyPolicy",
     "KeyResource",
@@ -201,6 +206,7 @@ __all__ = [
     "LlmInvocationConfig",
     "Model",
     "ModelUpdate",
+    "NamedFunction",
     "OfferedGpu",
     "Position",
     "Priority",
@@ -229,6 +235,7 @@ __all__ = [
     "Scaling",
     "Secret",
     "SetRateLimit",
+    "SetWeights",
     "Snake",
     "Stickiness",
     "SupportedGpu",
@@ -243,7 +250,10 @@ __all__ = [
     "UpdateKeyStatus",
     "UpdateMetadata",
     "UpdateRegistryCredential",
+    "VersionShare",
+    "VersionWeight",
     "Wanted",
+    "Weights",
     "Wire",
     "seconds",
 ]

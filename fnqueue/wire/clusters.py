@@ -39,6 +39,9 @@ class InstanceType(Wire):
     cpu_arch: str | None = None
     os: str | None = None
     driver_version: str | None = None
+    clusters: list[str] | None = None
+    regions: list[str] | None = None
+    attributes: list[str] | None = None
 
 
 class OfferedGpu(Wire):

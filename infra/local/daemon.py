@@ -17,6 +17,7 @@ from infra.local.process import MEMBER, Server, ServerFailed
 from infra.local.supervisor import Report, Supervisor, end, members
 
 LOCK_S = 2.0  # who asks whether a supervisor runs holds its lock for a moment, too
+SWEEPS = 5
 LAUNCH_S = 15.0
 STOP_S = 240.0  # more than all children may take, one after the other
 POLL_S = 0.1
@@ -83,10 +84,16 @@ class Daemon:
         return self._sweep() or supervisor is not None
 
     def _sweep(self) -> bool:
-        """End what a supervisor that was itself killed has left running; whether there was anything."""
-        leftovers = members(self.folder)
-        end(leftovers)
-        return bool(leftovers)
+        """End what a supervisor that was itself killed has left running; whether there was anything. Again, because
+        whoever was being started while they were listed is seen only afterwards."""
+        found = False
+        for _ in range(SWEEPS):
+            leftovers = members(self.folder)
+            if not leftovers:
+                break
+            end(leftovers)
+            found = True
+        return found
 
     @contextlib.contextmanager
     def _only_one(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from api.server import serving
 from broker.accounts import ACCOUNT_SCOPES
 from broker.connect import open_broker
-from broker.model import FunctionStatus, Gpu, Version
+from broker.model import FunctionStatus, Gpu, Place, Version
 from broker.ports import Broker
 from broker.revisions import edit
 from broker.settings import ApiSettings, SidecarSettings
@@ -149,7 +149,9 @@ async def in_memory(folder: Path) -> AsyncIterator[Stage]:
         **cast("dict[str, Any]", SETTINGS),
     )
     async with open_broker(settings) as broker:
-        await broker.catalog.offer([Gpu(name=GPU, instance_type="CPU", backend="local", capacity=8)], ttl_s=3600)
+        place = Place(region="east", attributes=("a",))
+        offered = Gpu(name=GPU, instance_type="CPU", backend="local", capacity=8, place=place)
+        await broker.catalog.offer([offered], ttl_s=3600)
 
         async def set_status(version_id: str, status: FunctionStatus) -> None:
             def change(version: Version) -> Version:

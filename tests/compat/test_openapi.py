@@ -279,6 +279,11 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     assert put["deploymentSpecifications"] == [specification | {"maxInstances": 2, "maxRequestConcurrency": 4}]
     (used,) = call("clusters_usage", ncaId="default")["gpus"]
     assert (used["currentMinUsage"], used["currentMaxUsage"], used["placements"][0]["cluster"]) == (0, 2, "local")
+    # All calls of the function for it
+    weight = {"functionVersionId": version, "weight": 100}
+    shared = call("rollouts_put", {"weights": [weight]}, functionId=function)["weights"]
+    assert [each["share"] for each in shared if each["functionVersionId"] == version] == [100]
+    assert call("rollouts_get", functionId=function)["weights"] == shared
     # Invoked
     now = {"Prefer": "respond-async"}
     (request,) = call("invocations_invoke_version", {"any": "thing"}, headers=now, **of)["nvcf-reqid"]
@@ -293,6 +298,11 @@ def test_a_script_by_operation_ids_gets_what_the_document_says(server: Server, c
     waits = call("envelopes_invoke_version", envelope, headers=now, **of)
     assert call("envelopes_poll", headers=now, requestId=waits["reqId"]) == waits
     call("envelopes_invoke", envelope, headers=now, functionId=function)
+    # By somebody else, for a while
+    token = call("tokens_create_for_functions", {"clientId": "c", "functions": [{"functionId": function}]})
+    for operation, named in (("tokens_create", {"functionId": function}), ("tokens_create_for_version", of)):
+        delegated = call(operation, {"clientId": "c"}, **named)
+        assert (delegated.keys(), delegated["expires_in"]) == (token.keys(), 3600)
     # With an asset
     asset = call("assets_create", {"contentType": "text/plain", "description": "d"})
     signed = {"Content-Type": "text/plain", "x-amz-meta-nvcf-asset-description": "d"}

@@ -30,6 +30,7 @@ from broker.model import (
     Key,
     LlmConfig,
     Model,
+    Place,
     Priority,
     Rate,
     RateLimit,
@@ -339,6 +340,7 @@ async def test_the_inventory_is_the_last_offer(catalog: Catalog) -> None:
             cpu_arch="x86_64",
             os="linux",
             driver_version="550.90.07",
+            place=Place(cluster="east-1", region="east", attributes=("hipaa",)),
         ),
         Gpu(name="CPU", instance_type="CPU", backend="local", capacity=2),
     ]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from broker import accounts, authorizations, functions
 from broker.accounts import Authenticator
@@ -28,7 +29,7 @@ WITHIN_S = 5.0
 
 @pytest.fixture
 async def replicas(redis_server: Redis, tmp_path: Path) -> AsyncIterator[tuple[Broker, Broker]]:
-    settings = Settings(store_url=redis_server.url, data_dir=tmp_path)
+    settings = Settings(store_url=redis_server.url, data_dir=tmp_path, secret_key=SecretStr("s" * 32))
     async with open_broker(settings) as first, open_broker(settings) as second:
         yield first, second
 
@@ -61,6 +62,26 @@ async def test_a_suspended_key_is_refused_everywhere_and_comes_back(replicas: tu
     await eventually(lambda: known(authenticators, token), lambda seen: seen == [None, None], within_s=WITHIN_S)
     await accounts.suspend_key(first, key.id, suspended=False, account=key.account)
     await eventually(lambda: known(authenticators, token), lambda seen: None not in seen, within_s=WITHIN_S)
+
+
+@pytest.mark.parametrize("way", ["suspended", "deleted", "left without rights"])
+async def test_a_delegated_token_ends_everywhere_with_its_key(replicas: tuple[Broker, Broker], way: str) -> None:
+    first, second = replicas
+    authenticators = (Authenticator(first), Authenticator(second))
+    key_text, key = await accounts.create_key(first, account=uuid.uuid4().hex)
+    token, _ = await authenticators[0].delegate(key_text, client_id="c", functions=["function/f/*"], ttl_s=60)
+    assert [seen and seen.subject for seen in await known(authenticators, token)] == [f"{key.id}/c"] * 2
+    if way == "suspended":
+        await accounts.suspend_key(second, key.id, suspended=True, account=key.account)
+    elif way == "deleted":
+        await accounts.delete_key(second, key.id, account=key.account)
+    else:
+        await accounts.authorize_key(second, key, scopes=["queue_details"], resources=key.resources)
+
+    def ended(seen: list[Principal | None]) -> bool:
+        return all(each is None or not each.scopes for each in seen)
+
+    await eventually(lambda: known(authenticators, token), ended, within_s=WITHIN_S)
 
 
 async def test_changed_scopes_and_resources_hold_everywhere(replicas: tuple[Broker, Broker]) -> None:

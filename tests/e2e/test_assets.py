@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
+from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -29,7 +30,7 @@ class Upload:
     content_type: str
     description: str
 
-    async def put(self, content: bytes, **changed: str) -> int:
+    async def put(self, content: bytes | AsyncIterable[bytes], **changed: str) -> int:
         """The status; `changed` headers are sent in place of the right ones."""
         headers = {"Content-Type": self.content_type, DESCRIPTION: self.description}
         headers |= {name.replace("_", "-"): value for name, value in changed.items()}
@@ -147,6 +148,13 @@ async def test_a_reference_that_is_no_id_is_400(mirror: Mirror, references: str)
 
 
 # -- what the upload URL is for ----------------------------------------------------------------
+
+
+async def test_an_upload_without_a_length_is_refused(caller: Caller) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"cat"
+
+    assert await (await create(caller)).put(pieces()) in (400, 411)  # ours, S3's
 
 
 async def test_an_upload_that_is_not_as_it_was_signed_is_403(caller: Caller) -> None:

@@ -50,7 +50,7 @@ async def downloaded(reply: Reply, path: Path) -> None:
 async def test_a_large_result_unpacks_with_the_standard_tools(
     mirror: Mirror, tmp_path: Path, unpack: Callable[[Path, Path], None]
 ) -> None:
-    files = {"a.txt": "A" * 1000, "deep/er/ünï.txt": "B", "empty": "", "progress": "{}", "half.partial": "no"}
+    files = {"a.txt": "A" * 1000, "deep/er/ünï.txt": "B", "empty": "", "progress": "no report", "half.partial": "no"}
     reply = await mirror.post(b"{}", {"files": files, "size_bytes": 25 * MIB, "seed": 1})
     archive, folder = tmp_path / "result.zip", tmp_path / "unpacked"
     await downloaded(reply, archive)

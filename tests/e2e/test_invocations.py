@@ -135,7 +135,7 @@ async def test_the_function_is_told_who_asks_for_what_and_nothing_of_the_caller_
         "NVCF-NSPECTID": "",
         "NVCF-BACKEND": "local",
         "NVCF-INSTANCETYPE": "CPU",
-        "NVCF-REGION": "local",
+        "NVCF-REGION": "here",
         "NVCF-ENV": "local",
         "NVCF-INVOCATION-REGION": "here",
     }

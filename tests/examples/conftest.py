@@ -39,9 +39,10 @@ StartSample = Callable[[str], AbstractAsyncContextManager[Sample]]
 
 @asynccontextmanager
 async def running(name: str) -> AsyncIterator[Sample]:
-    """The sample on a free port of the loopback, told by the environment as the launcher does."""
+    """The sample on a free port of the loopback, told by the environment as the launcher does. `name` is its folder,
+    or its file where that is not called server.py."""
     environment = os.environ | {"HOST": "127.0.0.1", "PORT": "0", "PYTHONUNBUFFERED": "1"}
-    server = str(EXAMPLES / name / "server.py")
+    server = str(EXAMPLES / name if name.endswith(".py") else EXAMPLES / name / "server.py")
     process = await asyncio.create_subprocess_exec(
         sys.executable, server, env=environment, stdout=asyncio.subprocess.PIPE
     )

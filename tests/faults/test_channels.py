@@ -23,7 +23,7 @@ GONE = "The front end that held the caller's connection has gone"
 
 @pytest.fixture(scope="module")
 def shared(
-    rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
+    product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("channels")
     images = folder / "talker.toml"
@@ -32,7 +32,7 @@ def shared(
     store_url = f"{redis_server.url.rpartition('/')[0]}/8"
     with redis.Redis.from_url(store_url) as store:
         store.flushdb()  # no deployment of an earlier test is this controller's to keep
-    servers = {"FNQUEUE_QUEUE_URL": rabbitmq.url, "FNQUEUE_STORE_URL": store_url, "FNQUEUE_BLOBS_URL": s3.url}
+    servers = {"FNQUEUE_QUEUE_URL": product_rabbitmq.url, "FNQUEUE_STORE_URL": store_url, "FNQUEUE_BLOBS_URL": s3.url}
     settings = {"FNQUEUE_IMAGES_FILE": str(images), "FNQUEUE_CHANNEL_DRAIN_S": "1", "FNQUEUE_DRAIN_S": "3"}
     with running(House(folder, servers, fronts=2, **settings)) as found:
         yield found

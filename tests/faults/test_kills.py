@@ -452,11 +452,11 @@ async def in_batches(work: Callable[[int], Awaitable[T]], numbers: range, *, at_
 async def connected(pid: int, count: int) -> None:
     """The process serves at least so many clients."""
     process = psutil.Process(pid)
-    [port] = {seen.laddr.port for seen in process.net_connections("tcp") if seen.status == psutil.CONN_LISTEN}
+    ports = {seen.laddr.port for seen in process.net_connections("tcp") if seen.status == psutil.CONN_LISTEN}
 
     async def clients() -> int:
         return sum(
-            seen.status == psutil.CONN_ESTABLISHED and seen.laddr.port == port
+            seen.status == psutil.CONN_ESTABLISHED and seen.laddr.port in ports
             for seen in process.net_connections("tcp")
         )
 

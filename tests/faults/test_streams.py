@@ -31,11 +31,11 @@ MIB = 1024 * 1024
 
 @pytest.fixture(scope="module")
 def product(
-    rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
+    product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[House]:
     """Two front ends."""
     servers = {
-        "FNQUEUE_QUEUE_URL": rabbitmq.url,
+        "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
         "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/8",
         "FNQUEUE_BLOBS_URL": s3.url,
         "FNQUEUE_STREAM_GRACE_S": str(GRACE_S),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import pynvml
 import pytest
 
 from broker.errors import NoCapacity
-from broker.model import GpuSpecification, Version
+from broker.model import GpuSpecification, Place, Version
 from broker.settings import ControllerSettings, SidecarSettings, load
+from tests.eventually import eventually
 from workers.launchers.cards import GIB, Cards, Nvml, gpu_name, inventory
 from workers.launchers.children import Child
 from workers.launchers.process import ProcessLauncher
@@ -157,39 +160,56 @@ async def launching(settings: ControllerSettings, nvml: Nvml) -> AsyncIterator[P
         await launcher.close()
 
 
-async def start(launcher: ProcessLauncher, instance_type: str) -> str:
+class Filters(TypedDict, total=False):
+    clusters: tuple[str, ...]
+    regions: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+async def start(launcher: ProcessLauncher, instance_type: str, **filters: Unpack[Filters]) -> str:
     version = Version(
         id="v", function_id="f", account="a", name="n", inference_url="/", container_image="sleeper:1", created_at=0.0
     )
     gpu = "CPU" if instance_type == "CPU" else "H100"
     wanted = GpuSpecification(id="s", gpu=gpu, instance_type=instance_type, min_instances=1, max_instances=1)
-    await launcher.start(instance_id := str(uuid.uuid4()), version, wanted)
+    await launcher.start(instance_id := str(uuid.uuid4()), version, replace(wanted, **filters))
     return instance_id
 
 
-def shown(settings: ControllerSettings, instance_id: str) -> str:
+async def shown(settings: ControllerSettings, instance_id: str) -> str:
     """CUDA_VISIBLE_DEVICES of the container of an instance that runs."""
-    state = json.loads((settings.data_dir / "instances" / instance_id / "state.json").read_text())
-    environment = Path(f"/proc/{state['container']['pid']}/environ").read_bytes().decode().split("\0")
+    environment = await environment_of(settings, instance_id)
     return next(line.partition("=")[2] for line in environment if line.startswith("CUDA_VISIBLE_DEVICES="))
+
+
+async def environment_of(settings: ControllerSettings, instance_id: str) -> list[str]:
+    state = json.loads((settings.data_dir / "instances" / instance_id / "state.json").read_text())
+
+    environ = Path(f"/proc/{state['container']['pid']}/environ")
+
+    async def read() -> list[str]:
+        return (await asyncio.to_thread(environ.read_bytes)).decode().split("\0")
+
+    # A process counts as started when its program replaces ours, and its environment is there some moments later.
+    return await eventually(read, any)
 
 
 async def test_instances_have_their_cards_to_themselves(settings: ControllerSettings) -> None:
     async with launching(settings, FakeNvml([H100] * 4)) as launcher:
         single = await start(launcher, "NCP.GPU.H100_1x")
         pair = await start(launcher, "NCP.GPU.H100_2x")
-        assert (shown(settings, single), shown(settings, pair)) == ("0", "1,2")
+        assert (await shown(settings, single), await shown(settings, pair)) == ("0", "1,2")
         with pytest.raises(NoCapacity, match="1 of 4"):
             await start(launcher, "NCP.GPU.H100_2x")
         await launcher.stop(single, grace_s=0.0)
-        assert shown(settings, await start(launcher, "NCP.GPU.H100_2x")) == "0,3"
+        assert await shown(settings, await start(launcher, "NCP.GPU.H100_2x")) == "0,3"
 
 
 async def test_processor_instances_see_no_card_and_are_not_counted(settings: ControllerSettings) -> None:
     async with launching(settings, FakeNvml([H100])) as launcher:
         ids = [await start(launcher, "CPU") for _ in range(2)]
-        assert [shown(settings, each) for each in ids] == ["", ""]
-        assert shown(settings, await start(launcher, "NCP.GPU.H100_1x")) == "0"
+        assert [await shown(settings, each) for each in ids] == ["", ""]
+        assert await shown(settings, await start(launcher, "NCP.GPU.H100_1x")) == "0"
 
 
 async def test_cards_of_instances_that_are_found_again_are_still_taken(settings: ControllerSettings) -> None:
@@ -203,3 +223,24 @@ async def test_cards_of_instances_that_are_found_again_are_still_taken(settings:
         with pytest.raises(NoCapacity):
             await start(second, "NCP.GPU.H100_1x")
     assert not any(instance.alive for instance in lost)  # and reaped: this process is the parent
+
+
+# -- where ---------------------------------------------------------------------------------------
+
+
+async def test_an_instance_is_started_only_where_it_may_be(settings: ControllerSettings) -> None:
+    """Its deployment may have been placed by a controller of another region, which led before this one."""
+    here = settings.model_copy(update={"cluster": "east-1", "region": "east", "attributes": " hipaa, fast "})
+    async with launching(here, FakeNvml()) as launcher:
+        [gpu] = await launcher.gpus()
+        assert gpu.place == Place(cluster="east-1", region="east", attributes=("hipaa", "fast"))
+        instance_id = await start(launcher, "CPU", clusters=("East-1",), regions=("west", "east"), attributes=("fast",))
+        assert "NVCF_REGION=east" in await environment_of(settings, instance_id)
+        elsewhere: list[Filters] = [
+            {"clusters": ("west-1",)},
+            {"regions": ("west",)},
+            {"attributes": ("fast", "green")},
+        ]
+        for filters in elsewhere:
+            with pytest.raises(NoCapacity, match=next(iter(filters))):
+                await start(launcher, "CPU", **filters)

@@ -335,6 +335,16 @@ async def test_a_body_keeps_its_length_and_its_bytes(rig: Rig) -> None:
             assert await answer.read() == b"bye"
 
 
+async def test_a_channel_is_billed_by_what_the_container_said(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with rig.sidecar():
+        async with rig.client.get("/talk") as answer:
+            assert await answer.read() == b"bye"
+        await rig.ended()
+    [line] = [vars(found) for found in caplog.records if vars(found).get("event_type") == "NVCF_Invocation"]
+    assert (line["response_type"], line["size"]) == ("FULFILLED", 3)
+
+
 async def test_an_answer_that_comes_before_the_body_was_read_is_delivered_whole(rig: Rig) -> None:
     never = asyncio.Event()
     async with rig.sidecar():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,7 @@ from broker import deployments, functions
 from broker.deployments import Sight, next_status
 from broker.errors import BadRequest, NotFound, RevisionConflict, StateConflict, Unavailable
 from broker.functions import Definition
-from broker.model import Deployment, FunctionStatus, Gpu, GpuSpecification, Principal, Version
+from broker.model import Deployment, FunctionStatus, Gpu, GpuSpecification, Place, Principal, Version
 from broker.ports import Broker
 from broker.revisions import edit
 
@@ -23,6 +23,12 @@ GPUS = [
     Gpu(name="CPU", instance_type="CPU", backend="local", capacity=4),
     Gpu(name="H100", instance_type="H100_1x", backend="local", capacity=1),
     Gpu(name="H100", instance_type="H100_2x", backend="far", capacity=1),
+]
+EAST = Place(cluster="east-1", region="east", attributes=("hipaa",))
+WEST = Place(cluster="west-1", region="west", attributes=("hipaa", "greenpower"))
+PLACED = [
+    Gpu(name="CPU", instance_type="CPU", backend="east", capacity=4, place=EAST),
+    Gpu(name="CPU", instance_type="CPU", backend="west", capacity=4, place=WEST),
 ]
 S = FunctionStatus
 
@@ -84,6 +90,52 @@ def test_names_compare_in_any_case_and_are_stored_as_offered() -> None:
     (placed,) = deployments.place([wanted("h100", "h100_2X", backend="FAR")], GPUS)
     assert (placed.gpu, placed.instance_type, placed.backend) == ("H100", "H100_2x", "far")
     assert placed.id
+
+
+def placed_in(filters: Mapping[str, Sequence[str]]) -> str:
+    named = {field: tuple(filters.get(field, ())) for field in ("clusters", "regions", "attributes")}
+    asked = replace(wanted(), clusters=named["clusters"], regions=named["regions"], attributes=named["attributes"])
+    (placed,) = deployments.place([asked], PLACED)
+    return placed.backend
+
+
+@pytest.mark.parametrize(
+    ("filters", "backend"),
+    [
+        ({"clusters": ["WEST-1"]}, "west"),
+        ({"clusters": ["moon", "west-1", "east-1"]}, "east"),
+        ({"regions": ["West"]}, "west"),
+        ({"attributes": ["hipaa", "GreenPower"]}, "west"),
+        ({"clusters": ["west-1"], "regions": ["west"], "attributes": ["greenpower"]}, "west"),
+        ({"attributes": ["hipaa"]}, "east"),
+        ({}, "east"),
+    ],
+)
+def test_a_specification_goes_only_where_its_filters_let_it(filters: dict[str, list[str]], backend: str) -> None:
+    assert placed_in(filters) == backend
+
+
+@pytest.mark.parametrize(
+    ("filters", "field", "on_offer"),
+    [
+        ({"clusters": ["moon"]}, "clusters", "east-1, west-1"),
+        ({"regions": ["moon"]}, "regions", "east, west"),
+        ({"clusters": ["east-1"], "regions": ["west"]}, "regions", "east"),
+        ({"attributes": ["hipaa", "moonlight"]}, "attributes", "greenpower, hipaa"),
+        ({"regions": ["east"], "attributes": ["greenpower"]}, "attributes", "hipaa"),
+    ],
+)
+def test_what_cannot_be_placed_as_asked_is_refused_with_what_is_on_offer(
+    filters: dict[str, list[str]], field: str, on_offer: str
+) -> None:
+    with pytest.raises(BadRequest, match=f"on offer: {on_offer}$") as refused:
+        placed_in(filters)
+    assert refused.value.field == f"deploymentSpecifications[0].{field}"
+
+
+def test_where_no_place_is_told_none_can_be_asked_for() -> None:
+    with pytest.raises(BadRequest, match="on offer: none"):
+        deployments.place([replace(wanted(), regions=("local",))], GPUS)
 
 
 def test_an_instance_type_that_is_not_given_is_the_gpus_default() -> None:

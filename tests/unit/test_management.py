@@ -13,12 +13,21 @@ import pytest
 from pydantic import SecretStr
 
 from api.definitions import present
-from broker.model import Gpu, HealthInfo, Instance, InstanceStatus, Principal
+from broker.model import Gpu, HealthInfo, Instance, InstanceStatus, Place, Principal
 from broker.revisions import edit
 from tests.unit.test_server import NOBODYS, NVCF, House, caller, opened
 
 ID = "65721e80-9b32-4396-9bec-8c08256297cf"
-CPU = Gpu(name="CPU", instance_type="CPU", backend="local", capacity=4, cpu_arch="amd64", system_memory_bytes=2**33)
+PLACE = Place(cluster="c", region="R", attributes=("a", "b"))
+CPU = Gpu(
+    name="CPU",
+    instance_type="CPU",
+    backend="local",
+    capacity=4,
+    cpu_arch="amd64",
+    system_memory_bytes=2**33,
+    place=PLACE,
+)
 PLAIN: dict[str, Any] = {"name": "f", "inferenceUrl": "/echo", "containerImage": "fnqueue/echo:latest"}
 WHOLE: dict[str, Any] = {
     **PLAIN,
@@ -391,6 +400,16 @@ async def test_a_deployment_is_shown_whole_and_found_in_both_ways(house: House) 
     assert (deployment["functionStatus"], deployment["functionName"], deployment["ncaId"]) == ("ACTIVE", "f", "default")
 
 
+async def test_what_is_on_offer_says_where_it_is(house: House) -> None:
+    (group,) = (await call(house, "GET", "/clusterGroups"))["clusterGroups"]
+    assert [cluster["name"] for cluster in group["clusters"]] == ["c"]
+    (shown,) = group["gpus"][0]["instanceTypes"]
+    assert (shown["clusters"], shown["regions"], shown["attributes"]) == (["c"], ["R"], ["a", "b"])
+    await deploy(house)
+    (used,) = (await call(house, "GET", "/accounts/default/usage/gpus"))["gpus"]
+    assert (used["placements"][0]["cluster"], used["placements"][0]["region"]) == ("c", "R")
+
+
 async def test_health_carries_the_request_under_both_names(house: House) -> None:
     where, deployment = await deploy(house)
     told = [
@@ -520,3 +539,53 @@ async def test_each_route_asks_for_its_scope(house: House, method: str, where: s
         assert refused.status == 403
     async with caller(house, "default", scope) as holder, holder.request(method, NVCF + where) as passed:
         assert passed.status in (204, 400, 404)
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+async def test_a_canary_is_one_call(house: House) -> None:
+    stable = await create(house)
+    canary = (await call(house, "POST", f"/functions/{stable['id']}/versions", PLAIN))["function"]
+    for version in (stable, canary):
+        await call(house, "POST", f"/deployments{path(version)}", {"deploymentSpecifications": [SPECIFICATION]})
+    weights = f"/functions/{stable['id']}/weights"
+    body = {"weights": [{"functionVersionId": canary["versionId"].upper(), "weight": 5}]}
+    told = await call(house, "PUT", weights, body)
+    assert told == {
+        "functionId": stable["id"],
+        "weights": [
+            {"functionVersionId": stable["versionId"], "functionStatus": "ACTIVE", "share": 95.0},
+            {"functionVersionId": canary["versionId"], "functionStatus": "ACTIVE", "weight": 5.0, "share": 5.0},
+        ],
+    }
+    assert await call(house, "GET", weights) == told
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        None,
+        [{"functionVersionId": ID, "weight": 1}],
+        [{"functionVersionId": "none", "weight": 1}],
+        [{"weight": 1}],
+        [{"functionVersionId": "own"}],
+        [{"functionVersionId": "own", "weight": -1}],
+        [{"functionVersionId": "own", "weight": 101}],
+        [{"functionVersionId": "own", "weight": "NaN"}],
+        [{"functionVersionId": "own", "weight": 1}, {"functionVersionId": "own", "weight": 2}],
+    ],
+)
+async def test_weights_that_say_nothing_good_are_400(house: House, weights: list[dict[str, Any]] | None) -> None:
+    function = await create(house)
+    own = [
+        {**each, "functionVersionId": function["versionId"]} if "own" in each.values() else each
+        for each in weights or []
+    ]
+    sent = {} if weights is None else {"weights": own}
+    await call(house, "PUT", f"/functions/{function['id']}/weights", sent, status=400)
+
+
+async def test_weights_of_an_unknown_function_are_404(house: House) -> None:
+    await call(house, "GET", f"/functions/{ID}/weights", status=404)
+    await call(house, "PUT", f"/functions/{ID}/weights", {"weights": []}, status=404)

@@ -22,6 +22,7 @@ from broker.model import (
     Instance,
     InstanceStatus,
     Job,
+    Load,
     Principal,
     RequestState,
     Version,
@@ -43,11 +44,13 @@ from workers.controller.reconcile import (
     UNDEPLOY_GRACE_S,
     Reconciler,
     Streak,
+    View,
 )
 
 OURS = Principal(account="ours", subject="me", scopes=frozenset())
 SERVER = Definition(name="server", inference_url="/echo", container_image=KNOWN_IMAGE)
 S = FunctionStatus
+LOOK_S = 10.0
 
 
 class Controller:
@@ -59,7 +62,8 @@ class Controller:
         self.settings = ControllerSettings(drain_s=33.0)
         self.clock = 1000.0
         self.chores = chores
-        self._reconciler = Reconciler(broker, self.settings, self.launcher, chores, lambda: self.clock)
+        self.leads = True
+        self.start_over()
 
     async def step(self, *, after_s: float = 0.0) -> None:
         self.clock += after_s
@@ -71,13 +75,17 @@ class Controller:
 
     def start_over(self) -> None:
         """As another controller with the same launcher."""
-        self._reconciler = Reconciler(self.broker, self.settings, self.launcher, self.chores, lambda: self.clock)
+        self._reconciler = Reconciler(
+            self.broker, self.settings, self.launcher, self.chores, lambda: self.clock, lambda: self.leads
+        )
 
     @property
     def alive(self) -> list[str]:
         return [instance.instance_id for instance in self.launcher.instances.values() if instance.alive]
 
-    async def beat(self, instance_id: str, status: InstanceStatus = InstanceStatus.RUNNING, error: str = "") -> None:
+    async def beat(
+        self, instance_id: str, status: InstanceStatus = InstanceStatus.RUNNING, error: str = "", *, busy: int = 0
+    ) -> None:
         report = Instance(
             id=instance_id,
             function_id="f",
@@ -89,14 +97,20 @@ class Controller:
             status=status,
             created_at=0.0,
             updated_at=0.0,
+            busy=busy,
             error=error,
             specification_id=self.launcher.instances[instance_id].specification_id,
         )
         await self.broker.catalog.beat(report, ttl_s=60)
 
-    async def all_run(self) -> None:
+    async def all_run(self, *busy: str) -> None:
         for instance_id in self.alive:
-            await self.beat(instance_id)
+            await self.beat(instance_id, busy=instance_id in busy)
+
+    async def pass_time(self, s: float) -> None:
+        """A pass every few seconds, as often as it needs to miss nothing."""
+        for _ in range(int(s / LOOK_S) + 1):
+            await self.step(after_s=LOOK_S)
 
 
 @pytest.fixture
@@ -300,13 +314,88 @@ async def test_nothing_is_started_from_zero_until_a_request_waits(controller: Co
     assert await status(controller.broker, version) is S.ACTIVE
 
 
-async def test_an_instance_from_zero_stays(controller: Controller) -> None:
+async def test_a_burst_gets_instances_up_to_the_maximum_and_the_first_at_once(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(0, 4))
+    for _ in range(10):
+        await submit(controller.broker, version)
+    counts = []
+    for _ in range(6):
+        await controller.step(after_s=1.0)
+        counts.append(len(controller.alive))
+    assert counts == [1, 1, 4, 4, 4, 4]
+
+
+async def test_idle_instances_go_after_the_idle_limit_and_the_version_stays_active(controller: Controller) -> None:
     version = await deployed(controller.broker, wanted(0, 1))
     await submit(controller.broker, version)
     await controller.step()
+    await controller.all_run()
     await finish(controller.broker, version)
-    await controller.step(after_s=3600)
+    await controller.pass_time(controller.settings.idle_s - 2 * LOOK_S)
     assert len(controller.alive) == 1
+    await controller.pass_time(3 * LOOK_S)
+    assert controller.alive == []
+    assert [grace_s for _, grace_s in controller.launcher.stopped] == [33.0]
+    await controller.step()
+    assert await status(controller.broker, version) is S.ACTIVE
+    await submit(controller.broker, version)
+    await controller.step()
+    assert len(controller.alive) == 1
+
+
+async def test_only_idle_instances_are_scaled_away(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(4, 4))
+    await controller.step()
+    await change(controller, version, Change(min_instances=1))
+    busy = {controller.alive[0], controller.alive[2]}
+    await controller.all_run(*busy)
+    await controller.pass_time(controller.settings.idle_s + 2 * LOOK_S)
+    assert busy <= set(controller.alive)
+    assert len(controller.alive) < 4
+    await controller.all_run()
+    await controller.pass_time(controller.settings.idle_s + 2 * LOOK_S)
+    assert len(controller.alive) == 1
+
+
+@pytest.mark.parametrize(("running", "idle"), [(0, 3), (1, 3), (2, 2), (3, 1), (9, 0)])
+async def test_a_claim_that_no_instance_has_reported_may_run_in_any(
+    controller: Controller, running: int, idle: int
+) -> None:
+    """Reports are seconds old: some of those that say that they are idle may not be."""
+    version = await deployed(controller.broker, wanted(4, 4))
+    await controller.step()
+    await controller.all_run(controller.alive[0])
+    deployment, launched = await row(controller.broker, version), await controller.launcher.launched()
+    assert deployment is not None
+    view = View(
+        deployment=deployment,
+        version=version,
+        reports={report.id: report for report in await controller.broker.catalog.instances(version.id)},
+        launched=launched,
+        alive=launched,
+        load=Load(queued=0, running=running, oldest_age_s=0.0),
+    )
+    assert len(view.idle()) == idle
+    assert controller.alive[0] not in {instance.instance_id for instance in view.idle()}
+
+
+async def test_an_instance_without_a_report_keeps_all_of_them(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(2, 2))
+    await controller.step()
+    await change(controller, version, Change(min_instances=0))
+    await controller.beat(controller.alive[0])
+    await controller.pass_time(2 * controller.settings.idle_s)
+    assert len(controller.alive) == 2
+
+
+async def test_a_leader_whose_lease_lapsed_within_a_pass_starts_and_stops_nothing(controller: Controller) -> None:
+    await deployed(controller.broker, wanted(2))
+    controller.leads = False
+    await controller.step()
+    assert controller.alive == []
+    controller.leads = True
+    await controller.step()
+    assert len(controller.alive) == 2
 
 
 async def test_work_of_a_worker_that_died_brings_an_instance_back(controller: Controller) -> None:

@@ -1090,8 +1090,7 @@ async def test_the_instance_itself_is_metered_from_before_it_is_ready(
     await rig.run()
     lines = metered(caplog, "NVCF_Infrastructure")
     assert [line["status"] for line in lines] == ["initializing", "initializing", "ready"]
-    assert lines[0]["duration"] == 0
-    assert lines[-1]["duration"] > 0
+    assert lines[0]["duration"] < lines[-1]["duration"]
     assert {line["nca_id"] for line in lines} == {rig.settings.account}
 
 

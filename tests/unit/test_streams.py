@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -93,6 +94,14 @@ async def test_an_answer_arrives_as_it_was_sent(rig: Rig) -> None:
     assert (excerpt.head.status, dict(excerpt.head.headers)["X-Own"]) == (200, "1")
     assert [chunk.data for chunk in excerpt.chunks] == [b"data: 1\n\n", b"data: 2\n\n"]
     await rig.nothing_left()
+
+
+async def test_a_stream_is_billed_by_what_was_handed_on(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rig.box.handler = streaming(b"data: 1\n\nda", b"ta: 2\n\n")
+    await run(rig)
+    [line] = [vars(found) for found in caplog.records if vars(found).get("event_type") == "NVCF_Invocation"]
+    assert (line["response_type"], line["size"]) == ("FULFILLED", 18)
 
 
 async def test_an_event_is_there_before_the_answer_ends(rig: Rig) -> None:

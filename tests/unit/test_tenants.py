@@ -61,6 +61,8 @@ CASES = [
     Case("GET", f"{NVCF}/queues/{VERSION_AT}", 200, 200),
     Case("POST", f"{NVCF}/pexec/functions/{{f}}", 202, 202, {}),
     Case("POST", f"{NVCF}/pexec/{VERSION_AT}", 202, 202, {}),
+    Case("POST", f"{NVCF}/tokens/functions/{{f}}", 200, 200, {"clientId": "c"}),
+    Case("POST", f"{NVCF}/tokens/{VERSION_AT}", 200, 200, {"clientId": "c"}),
     Case("GET", f"{NVCF}/authorizations/functions/{{f}}", 200, 404),
     Case("GET", f"{NVCF}/authorizations/{VERSION_AT}", 200, 404),
     Case("POST", f"{NVCF}/authorizations/functions/{{f}}", 200, 404, PARTIES),

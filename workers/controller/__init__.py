@@ -90,7 +90,7 @@ async def _lead(
         logger.info("leadership_won", extra={"holder": leadership.holder})
         async with asyncio.TaskGroup() as group:
             chores = Chores(group)
-            reconciler = Reconciler(broker, settings, launcher, chores)
+            reconciler = Reconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
             refresher = Refresher(broker, launcher)
             async with beside(
                 every(OFFER_S, leadership.only(offer), name="offer"),

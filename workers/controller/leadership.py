@@ -9,10 +9,12 @@ from collections.abc import Awaitable, Callable
 from broker.errors import FnqueueError
 from broker.ports import Catalog
 
-LEASE_S = 15.0
-RENEW_S = 5.0
+# Another controller asks at the end of a lease at the earliest and RENEW_S and its jitter later at the latest: within
+# 15 s of the last renewal it leads and has looked at everything once.
+LEASE_S = 10.0
+RENEW_S = 3.0
 # The lease is taken for lapsed this long before another controller may have it.
-_MARGIN_S = 4.0
+_MARGIN_S = 3.0
 
 
 class Leadership:

@@ -1,8 +1,8 @@
 """Desired against actual: one pass looks at every deployment, starts what is missing and stops what is too much.
 
 Deaths are remembered by GPU specification. A first death is replaced at once, further quick ones after 1, 2, 4 … 60
-seconds. How many instances are wanted between a specification's minimum and maximum is the autoscaler's business;
-here a version without any instance gets one as soon as a request waits for it.
+seconds. How many instances are wanted between a specification's minimum and maximum, `autoscale` decides; which ones
+go is decided here: never one that is busy, as far as anybody knows, and one that takes a job in that moment drains.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import inf
 
@@ -21,7 +21,8 @@ from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity, R
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
 from broker.ports import Broker, Launched, Launcher
 from broker.settings import ControllerSettings
-from workers.controller import undertaker
+from workers.controller import autoscale, undertaker
+from workers.controller.autoscale import Decision, History, Reading
 from workers.controller.chores import Chores
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ UNDEPLOY_GRACE_S = 5.0
 # Longer than a front end may still pick a version that was undeployed, and take to write the request down.
 QUIET_S = 3.0
 STRAY_S = 60.0
+# Of one specification in one pass, so that a burst of one version does not hold up the others.
+MOST_STARTS = 16
 
 
 @dataclass(slots=True)
@@ -97,17 +100,33 @@ class View:
         report = self.reports.get(instance.instance_id)
         return report is None or report.status is InstanceStatus.STARTING
 
+    def idle(self) -> list[Launched]:
+        """Those that reported that nothing runs in them. What is claimed and no instance has reported yet may run in
+        any of these: so many are left out."""
+        reported = sum(report.busy for report in self.reports.values())
+        idle = [item for item in self.alive if item.instance_id in self.reports and not self.busy(item)]
+        unseen = max(0, self.load.running - reported)
+        return idle[: len(idle) - unseen] if unseen < len(idle) else []
+
+    def busy(self, instance: Launched) -> bool:
+        report = self.reports.get(instance.instance_id)
+        return report is not None and report.busy > 0
+
 
 @dataclass(slots=True)
 class Reconciler:
     """`step` is one pass; it never waits for an instance. What it remembers between passes it can do without: a
-    new leader starts with nothing. `now` is a monotonic clock."""
+    new leader starts with nothing. `now` is a monotonic clock, and `leads` says whether this controller may still act:
+    its process may be stopped and go on anywhere in a pass."""
 
     broker: Broker
     settings: ControllerSettings
     launcher: Launcher
     chores: Chores
     now: Callable[[], float] = time.monotonic
+    leads: Callable[[], bool] = lambda: True
+    _histories: dict[str, History] = field(default_factory=dict)
+    _decisions: dict[str, Decision] = field(default_factory=dict)
     _streaks: dict[str, Streak] = field(default_factory=dict)
     _started_at: dict[str, float] = field(default_factory=dict)
     _buried: set[str] = field(default_factory=set)
@@ -186,16 +205,55 @@ class Reconciler:
         ids = {specification.id for specification in view.deployment.specifications}
         unwanted = [item for item in view.alive if item.specification_id not in ids]
         self._stop(view, unwanted, grace_s=self.settings.drain_s)
-        for specification in view.deployment.specifications:
+        counts = self._decide(view).counts
+        for specification, count in zip(view.deployment.specifications, counts, strict=True):
             alive = view.of(specification)
             streak = self._streaks.setdefault(specification.id, Streak())
             if any(view.runs(instance) for instance in alive):
                 streak.runs()
-            surplus = len(alive) - specification.max_instances
-            if surplus > 0:
-                self._stop(view, self._least_useful_first(view, alive)[:surplus], grace_s=self.settings.drain_s)
-            for _ in range(self._missing(view, specification, streak)):
-                await self._start(view, version, specification, streak)
+            self._stop(view, self._surplus(view, specification, count), grace_s=self.settings.drain_s)
+            for _ in range(min(count - len(alive), MOST_STARTS)):
+                if not await self._start(view, version, specification, streak):
+                    break
+
+    def _decide(self, view: View) -> Decision:
+        deployment, now = view.deployment, self.now()
+        history = self._histories.setdefault(
+            deployment.id, History(gap_s=max(autoscale.GAP_S, 3 * self.settings.reconcile_s))
+        )
+        history.keep_s = autoscale.history_s(deployment.specifications[0].autoscaling)
+        history.add(
+            Reading(
+                at=now,
+                queued=view.load.queued,
+                running=view.load.running,
+                counts=tuple(len(view.of(specification)) for specification in deployment.specifications),
+                slots=sum(view.reports[item.instance_id].slots for item in view.alive if view.runs(item)),
+                complete=all(item.instance_id in view.reports for item in view.alive),
+            )
+        )
+        decision = autoscale.decide(history, deployment.specifications, now=now, idle_s=self.settings.idle_s)
+        if decision.reason and decision != self._decisions.get(deployment.id):
+            logger.info(
+                "scaling",
+                extra={
+                    "version_id": deployment.version_id,
+                    "before": sum(history.last.counts) if history.last else 0,
+                    "wanted": sum(decision.counts),
+                    "reason": decision.reason,
+                },
+            )
+        self._decisions[deployment.id] = decision
+        return decision
+
+    def _surplus(self, view: View, specification: GpuSpecification, count: int) -> list[Launched]:
+        """Which to stop: all above the maximum, and of those above `count` the idle ones."""
+        alive = view.of(specification)
+        idle = {instance.instance_id for instance in view.idle()}
+        order = self._least_useful_first(view, alive, idle)
+        over = max(0, len(alive) - specification.max_instances)
+        more = [item for item in order[over:] if item.instance_id in idle]
+        return order[:over] + more[: max(0, len(alive) - over - count)]
 
     async def _evict(self, view: View) -> None:
         evicted = [item for item in view.alive if item.instance_id in view.deployment.evicted]
@@ -206,34 +264,28 @@ class Reconciler:
         if not there.issuperset(view.deployment.evicted):
             await deployments.forget_evicted(self.broker, view.deployment, there)
 
-    def _missing(self, view: View, specification: GpuSpecification, streak: Streak) -> int:
+    async def _start(self, view: View, version: Version, specification: GpuSpecification, streak: Streak) -> bool:
+        """Whether it was started; if not, another one cannot be either, in this pass."""
         if streak.next_start_at > self.now():
-            return 0
-        missing = specification.min_instances - len(view.of(specification))
-        if missing > 0:
-            return missing
-        # Claimed requests count too: the worker that claimed them may have been the last one.
-        somebody_waits = view.load.queued + view.load.running > 0
-        return int(somebody_waits and not view.alive and not _has_minimum(view.deployment))
-
-    async def _start(self, view: View, version: Version, specification: GpuSpecification, streak: Streak) -> None:
-        if streak.next_start_at > self.now():
-            return
+            return False
         instance_id = str(uuid.uuid4())
         try:
             row = await self.broker.catalog.secrets.get(version.id)
             content = secrets.reveal(self.broker, row.item) if row else None
             login = await registries.credential_for(self.broker, version.account, version.container_image)
+            if not self.leads():
+                return False
             await self.launcher.start(instance_id, version, specification, secrets=content, login=login)
         except NoCapacity as exc:
             streak.waits(str(exc))
-            return
+            return False
         except (ConfigurationError, LauncherUnavailable, OSError) as exc:
             streak.cannot_start(str(exc), hopeless=isinstance(exc, ConfigurationError), now=self.now())
             logger.warning("instance_cannot_start", extra={"version_id": version.id, "cause": str(exc)})
-            return
+            return False
         self._started_at[instance_id] = self.now()
         view.alive.append(_Started(instance_id, version.id, specification.id))
+        return True
 
     async def _observe(self, view: View, version: Version) -> None:
         sights = [self._sight(view, specification) for specification in view.deployment.specifications]
@@ -333,11 +385,17 @@ class Reconciler:
             if report is not None:
                 await self.broker.catalog.retire(report)
 
-        self.chores.begin(_stopping(instance), stop)
+        if self.leads():
+            self.chores.begin(_stopping(instance), stop)
 
-    def _least_useful_first(self, view: View, instances: Sequence[Launched]) -> list[Launched]:
-        """Starting ones before running ones, the older first (contract/management.md §2.6)."""
-        return sorted(instances, key=lambda item: (view.runs(item), self._started_at.get(item.instance_id, 0.0)))
+    def _least_useful_first(self, view: View, instances: Sequence[Launched], idle: Set[str]) -> list[Launched]:
+        """Starting ones before running ones, idle ones before busy ones, the older first (contract/management.md
+        §2.6)."""
+
+        def use(item: Launched) -> tuple[bool, bool, float]:
+            return view.runs(item), item.instance_id not in idle, self._started_at.get(item.instance_id, 0.0)
+
+        return sorted(instances, key=use)
 
     # -- removing ----------------------------------------------------------------------------------
 
@@ -389,6 +447,8 @@ class Reconciler:
             item.instance_id for view in views for item in view.alive
         }
         self._streaks = {key: kept for key, kept in self._streaks.items() if key in specifications}
+        self._histories = {key: kept for key, kept in self._histories.items() if key in ids}
+        self._decisions = {key: kept for key, kept in self._decisions.items() if key in ids}
         self._started_at = {key: kept for key, kept in self._started_at.items() if key in instances}
         self._undeployed_at = {key: kept for key, kept in self._undeployed_at.items() if key in ids}
         self._busy_at = {key: kept for key, kept in self._busy_at.items() if key in ids}
@@ -413,7 +473,3 @@ def _stopping(instance: Launched) -> str:
 
 def _first_error(reports: Iterable[Instance], status: InstanceStatus) -> str:
     return next((report.error for report in reports if report.status is status and report.error), "")
-
-
-def _has_minimum(deployment: Deployment) -> bool:
-    return any(specification.min_instances > 0 for specification in deployment.specifications)

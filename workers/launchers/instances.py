@@ -8,13 +8,31 @@ from typing import Any
 
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
-from broker.errors import ConfigurationError
-from broker.model import GpuSpecification, Version
+from broker.deployments import left_out
+from broker.errors import ConfigurationError, NoCapacity
+from broker.model import GpuSpecification, Place, Version
 from broker.settings import ControllerSettings, Settings, SidecarSettings, load
 
 ERROR_BYTES = 4096
 
 _DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
+
+
+def place_of(settings: ControllerSettings) -> Place:
+    """Where this controller's instances run."""
+    attributes = (name.strip() for name in settings.attributes.split(","))
+    return Place(
+        cluster=settings.cluster, region=settings.region, attributes=tuple(name for name in attributes if name)
+    )
+
+
+def refuse_elsewhere(specification: GpuSpecification, place: Place) -> None:
+    """Raises NoCapacity for what was placed by a controller somewhere else."""
+    if field := left_out(specification, place):
+        raise NoCapacity(
+            f"{field}: {', '.join(getattr(specification, field))}: no controller runs there now, only in "
+            f"{place.cluster} of {place.region}"
+        )
 
 
 def sidecar_settings(
@@ -40,7 +58,7 @@ def sidecar_settings(
         "gpu": specification.gpu,
         "instance_type": specification.instance_type,
         "backend": specification.backend or backend,
-        "region": backend,
+        "region": controller.region,
         "environment": backend,
         "inference_url": version.inference_url,
         "health_protocol": version.health.protocol,

@@ -30,7 +30,7 @@ import socket
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -50,6 +50,8 @@ from workers.launchers.instances import (
     ERROR_BYTES,
     container_arguments,
     container_variables,
+    place_of,
+    refuse_elsewhere,
     sidecar_settings,
     sidecar_variables,
     told,
@@ -182,10 +184,12 @@ class ProcessLauncher:
         self._lock: IO[bytes] | None = None
         self._cards = Cards(nvml, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
         self._secrets_lock = asyncio.Lock()
+        self._place = place_of(settings)
 
     async def gpus(self) -> list[Gpu]:
         """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
-        return inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
+        gpus = inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
+        return [replace(gpu, place=self._place) for gpu in gpus]
 
     async def start(
         self,
@@ -265,6 +269,7 @@ class ProcessLauncher:
 
     async def _choose(self, specification: GpuSpecification) -> tuple[Card, ...]:
         """The cards for one more instance. Raises NoCapacity."""
+        refuse_elsewhere(specification, self._place)
         if specification.gpu == CPU:
             return ()
         cards = self._cards.seen or await asyncio.to_thread(self._cards.read)

@@ -16,6 +16,7 @@ from aiormq import exceptions as amqp
 from aiormq.abc import AbstractChannel, AbstractConnection
 from pamqp.common import FieldValue
 from pamqp.exceptions import PAMQPException
+from yarl import URL
 
 from broker.errors import ConfigurationError, Unavailable
 
@@ -117,8 +118,7 @@ class Line:
                 raise Unavailable(str(self._refusal)) from self._refusal.__cause__
             try:
                 async with answering(self.answer_s, Unavailable, self.away):
-                    name: dict[str, FieldValue] = {"connection_name": f"fnqueue {self._purpose}"}
-                    self._connection = await aio_pika.connect(self._url, client_properties=name)
+                    self._connection = await self._connect()
             except Unavailable as exc:
                 if self._refusal is None:
                     logger.warning("queue_away", extra={"at": self._place, "cause": repr(exc.__cause__ or exc)})
@@ -126,6 +126,20 @@ class Line:
                 raise
             self._refusal = None
             return self._connection
+
+    async def _connect(self) -> PikaConnection:
+        """What is lost, or came to nothing, is closed here: aio-pika would do it at its garbage collection, which may
+        be when no loop runs."""
+        if self._connection is not None:
+            self.close_soon(self._connection)
+        name: dict[str, FieldValue] = {"connection_name": f"fnqueue {self._purpose}"}
+        connection = aio_pika.Connection(URL(self._url), client_properties=name)
+        try:
+            await connection.connect()
+        except BaseException:
+            self.close_soon(connection)
+            raise
+        return connection
 
 
 class answering:  # noqa: N801  reads like the context manager it is; a generator would cost a tenth of a publish

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
 import pynvml
@@ -34,7 +34,7 @@ from workers.launchers.cards import CPU, Card, Cards, Nvml, choose, inventory
 from workers.launchers.docker import plans
 from workers.launchers.docker.engine import Absent, Engine, Found, archive_of
 from workers.launchers.docker.plans import Plan
-from workers.launchers.instances import ERROR_BYTES, last, sidecar_settings, told
+from workers.launchers.instances import ERROR_BYTES, last, place_of, refuse_elsewhere, sidecar_settings, told
 from workers.launchers.secrets import FILE
 from workers.loops import Fault, beside, every, guard, together
 
@@ -118,10 +118,12 @@ class DockerLauncher:
         self._errors: dict[str, str] = {}
         self._pulls: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._orphans: set[str] = set()
+        self._place = place_of(settings)
 
     async def gpus(self) -> list[Gpu]:
         """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
-        return inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
+        gpus = inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
+        return [replace(gpu, place=self._place) for gpu in gpus]
 
     async def start(
         self,
@@ -217,6 +219,7 @@ class DockerLauncher:
 
     async def _choose(self, specification: GpuSpecification) -> tuple[Card, ...]:
         """The cards for one more instance. Raises NoCapacity."""
+        refuse_elsewhere(specification, self._place)
         if specification.gpu == CPU:
             return ()
         cards = self._cards.seen or await asyncio.to_thread(self._cards.read)
