@@ -90,7 +90,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     engine = Podman(tmp_path_factory.mktemp("podman"), insecure=[images.REGISTRY])
     try:
         engine.start()
-        images.build(engine, tmp_path_factory.mktemp("images"))
+        images.build_all(engine, tmp_path_factory.mktemp("images"))
         yield engine
     finally:
         engine.discard()

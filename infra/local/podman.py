@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,10 @@ from infra.local import binaries
 from infra.local.process import PROBE_S, Server, ServerFailed, bare_environment
 
 RUNTIME = "runc"
-CTL_S = 120.0
+# Of containers, where this machine restricts those of its own processes.
+ULIMITS = "nofile=1024:1024,nproc=1024:1024"
+CTL_S = 600.0  # an image of some hundred megabytes is imported by then
+SOCKET_PATH_BYTES = 100  # the kernel takes 107
 
 
 class Podman(Server):
@@ -25,8 +29,11 @@ class Podman(Server):
 
     def __init__(self, folder: Path, *, insecure: Sequence[str] = ()) -> None:
         super().__init__(folder)
-        # The path of a socket has 107 bytes at most, and that of a folder of tests is long.
-        self._sockets = Path(tempfile.mkdtemp(prefix="fnqueue-"))
+        self._socket = self.folder / "podman.sock"
+        self._elsewhere: Path | None = None
+        if len(os.fsencode(self._socket)) > SOCKET_PATH_BYTES:
+            self._elsewhere = Path(tempfile.mkdtemp(prefix="fnqueue-"))
+            self._socket = self._elsewhere / self._socket.name
         self._registries = self.folder / "registries.conf"
         self._registries.write_text(
             "".join(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n' for host in insecure)
@@ -59,16 +66,25 @@ class Podman(Server):
         except OSError:
             return False
 
-    def discard(self) -> None:
-        """Remove every container, network and image, and end the service."""
-        self.control("rm", "--all", "--force", "--time", "0")
+    def clear(self) -> None:
+        """Remove every container, volume and network; images stay. The service need not run."""
+        self.control("rm", "--all", "--force", "--volumes", "--time", "0")
+        self.control("volume", "prune", "--force")
         self.control("network", "prune", "--force")
+
+    def has_image(self, reference: str) -> bool:
+        return reference in self.control("images", "--format", "{{.Repository}}:{{.Tag}}").split()
+
+    def discard(self) -> None:
+        """Remove everything, and end the service."""
+        self.clear()
         self.control("rmi", "--all", "--force")
         self.kill()
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # it leaves its store mounted upon itself
             store = str(self.folder / "root" / "overlay")
             subprocess.run(["umount", store], stderr=subprocess.DEVNULL, timeout=CTL_S, check=False)
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        if self._elsewhere is not None:
+            shutil.rmtree(self._elsewhere, ignore_errors=True)
 
     def control(self, *arguments: str) -> str:
         """What `podman <arguments>` prints. Raises ServerFailed."""
@@ -84,10 +100,6 @@ class Podman(Server):
         if done.returncode != 0:
             raise ServerFailed(f"podman {arguments[0]} failed:\n{done.stderr[-2000:]}")
         return done.stdout
-
-    @property
-    def _socket(self) -> Path:
-        return self._sockets / "podman.sock"
 
     def _podman(self) -> list[str]:
         return [

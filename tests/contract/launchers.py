@@ -18,7 +18,7 @@ from typing import Any, Literal
 from broker.model import GpuSpecification, Version
 from broker.ports import Launched, Launcher
 from broker.settings import ControllerSettings, load
-from infra.local.podman import RUNTIME, Podman
+from infra.local.podman import RUNTIME, ULIMITS, Podman
 from tests import images
 from tests.eventually import eventually
 from workers.launchers import open_launcher
@@ -28,7 +28,6 @@ CONTAINERS = Path(__file__).parents[1] / "containers"
 SERVING = str(CONTAINERS / "serving.py")
 DEADLINE_S = 30.0
 # Where containers may have no more than the machine's own limits.
-ULIMITS = "nofile=1024:1024,nproc=1024:1024"
 
 VERSION = Version(
     id=str(uuid.uuid4()),

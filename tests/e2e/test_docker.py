@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from infra.local.podman import RUNTIME, Podman
+from infra.local.images import REPOSITORY
+from infra.local.podman import RUNTIME, ULIMITS, Podman
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests import images
-from tests.contract.launchers import ULIMITS
 from tests.eventually import eventually
 from tests.house import House, running
 
-ECHO = str(images.REPOSITORY / "examples" / "echo" / "server.py")
+ECHO = str(REPOSITORY / "examples" / "echo" / "server.py")
 PROJECT = "end-to-end"
 
 
@@ -26,7 +26,7 @@ async def house(
     servers = {
         "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
         # What other tests store there is not deployed here.
-        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/12",
+        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/13",
         "FNQUEUE_BLOBS_URL": s3.url,
         "FNQUEUE_LAUNCHER_URL": podman.url,
         "FNQUEUE_DOCKER_PROJECT": PROJECT,
