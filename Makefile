@@ -22,8 +22,8 @@ run: $(VENV)/.run ## Start fnqueue in one process, with a sample function, on no
 demo: $(VENV)/.ocr ## Register, deploy and invoke a text recognition function on a picture
 	$(PY) examples/demo.py
 
-stack: $(VENV)/.run ## Start the production shape: RabbitMQ, Redis, S3, api and controller
-	$(PY) -m infra.local.stack up
+stack: $(VENV)/.run ## Start the production shape: RabbitMQ, Redis, S3, api and controller; ENGINE=podman: with containers
+	ENGINE=$(ENGINE) $(PY) -m infra.local.stack up
 
 stack-down: $(VENV)/.run ## Stop the stack; its data stays in .fnqueue/stack
 	$(PY) -m infra.local.stack down

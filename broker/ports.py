@@ -473,11 +473,23 @@ class Launcher(Protocol):
     async def gpus(self) -> list[Gpu]: ...
 
     async def start(
-        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+        self,
+        instance_id: str,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        secrets: bytes | None = None,
+        login: Login | None = None,
     ) -> None:
-        """Begin to start an instance; its sidecar reports when it is ready. `secrets` is the content of its secrets
-        file, there before the container starts; None for a version without. Raises ConfigurationError when it can
-        never start (an unknown image, say), NoCapacity when only room is missing."""
+        """Begin to start an instance, and return soon; its sidecar reports when it is ready, and what goes wrong
+        meanwhile is its `error`. `secrets` is the content of its secrets file, there before the container starts;
+        None for a version without. `login` is for the registry of its image, None for one that needs none.
+
+        Raises:
+            ConfigurationError: it can never start (an unknown image, say).
+            NoCapacity: only room is missing.
+            LauncherUnavailable: what runs instances is away.
+        """
 
     async def deliver(self, instance_id: str, secrets: bytes) -> None:
         """Replace an instance's secrets file in one step. Nothing, if the instance is gone or started without."""

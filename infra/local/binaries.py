@@ -18,6 +18,9 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/
 POLICY = Path("/usr/sbin/policy-rc.d")
 INSTALL_S = 900.0
 PROGRAMS = ("rabbitmq-server", "redis-server", "rclone")  # the first two are Debian packages of the same name
+# A container engine, for the tests of `docker://`: podman's service speaks Docker's API. Packages of the same names.
+ENGINE = ("podman", "runc", "netavark", "aardvark-dns", "iptables")
+PODMAN_HELPERS = Path("/usr/lib/podman")
 
 
 class MissingPrograms(ServerFailed):
@@ -68,6 +71,8 @@ def _find(name: str) -> Path | None:
     ours = Path(sys.executable).parent / name  # rclone comes as a wheel
     if ours.exists():
         return ours
+    if (PODMAN_HELPERS / name).exists():
+        return PODMAN_HELPERS / name
     found = shutil.which(name, path=SEARCH_PATH)
     return None if found is None else Path(found)
 
@@ -119,5 +124,6 @@ def _no_service_starts() -> Iterator[None]:
 
 def _leave_services_off(packages: list[str]) -> None:
     """Nor at the next boot: we start our own, on private ports."""
-    if Path("/run/systemd/system").exists():
-        _run(["systemctl", "disable", *packages])
+    services = [name for name in packages if name not in ENGINE]
+    if services and Path("/run/systemd/system").exists():
+        _run(["systemctl", "disable", *services])

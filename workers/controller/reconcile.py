@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import inf
 
-from broker import deployments, secrets
+from broker import deployments, registries, secrets
 from broker.deployments import Sight
-from broker.errors import ConfigurationError, NoCapacity, RevisionConflict
+from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity, RevisionConflict
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
 from broker.ports import Broker, Launched, Launcher
 from broker.settings import ControllerSettings
@@ -273,13 +273,14 @@ class Reconciler:
         try:
             row = await self.broker.catalog.secrets.get(version.id)
             content = secrets.reveal(self.broker, row.item) if row else None
+            login = await registries.credential_for(self.broker, version.account, version.container_image)
             if not self.leads():
                 return False
-            await self.launcher.start(instance_id, version, specification, secrets=content)
+            await self.launcher.start(instance_id, version, specification, secrets=content, login=login)
         except NoCapacity as exc:
             streak.waits(str(exc))
             return False
-        except (ConfigurationError, OSError) as exc:
+        except (ConfigurationError, LauncherUnavailable, OSError) as exc:
             streak.cannot_start(str(exc), hopeless=isinstance(exc, ConfigurationError), now=self.now())
             logger.warning("instance_cannot_start", extra={"version_id": version.id, "cause": str(exc)})
             return False
