@@ -1,10 +1,9 @@
-"""What `infra/kubernetes` installs, as `kubectl kustomize` renders it. Without kubectl the files alone are checked."""
+"""What `infra/kubernetes` installs, as `kubectl kustomize` renders it."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from pydantic_settings import BaseSettings
 
 from broker.settings import ApiSettings, ControllerSettings
+from infra.local import binaries
 from tests.eventually import eventually
 from tests.kubernetes_api import SCHEMAS, KubernetesApi, kubernetes_api
 from tests.unit import test_kubernetes_launcher as launcher
@@ -24,8 +24,6 @@ from workers.launchers.kubernetes.objects import read_place
 ROOT = Path(__file__).parents[2] / "infra" / "kubernetes"
 INFRA = ROOT.parent
 OVERLAYS = ("dev", "production")
-KUBECTL = shutil.which("kubectl")
-needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed")
 both = pytest.mark.parametrize("overlay", OVERLAYS)
 
 Object = dict[str, Any]
@@ -41,8 +39,8 @@ _OPERATORS = {
 
 @cache
 def rendered(overlay: str) -> tuple[Object, ...]:
-    assert KUBECTL is not None
-    command = [KUBECTL, "kustomize", str(ROOT / "overlays" / overlay)]
+    binaries.ensure(["kubectl"])
+    command = [str(binaries.program("kubectl")), "kustomize", str(ROOT / "overlays" / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))
@@ -77,7 +75,6 @@ def test_every_file_is_named_by_a_kustomization(file: Path) -> None:
         assert file.name in (file.parent / "kustomization.yaml").read_text(encoding="utf-8")
 
 
-@needs_kubectl
 @both
 def test_every_object_is_valid(overlay: str) -> None:
     for item in rendered(overlay):
@@ -87,7 +84,6 @@ def test_every_object_is_valid(overlay: str) -> None:
             kubernetes_validate.validate(item, SCHEMAS, strict=True)
 
 
-@needs_kubectl
 @both
 def test_every_object_is_in_a_namespace_that_is_made(overlay: str) -> None:
     made = {item["metadata"]["name"] for item in rendered(overlay) if item["kind"] == "Namespace"}
@@ -96,7 +92,6 @@ def test_every_object_is_in_a_namespace_that_is_made(overlay: str) -> None:
     assert {item["metadata"].get("namespace") for item in rendered(overlay) if item["kind"] not in unbound} == made
 
 
-@needs_kubectl
 @both
 def test_no_secret_is_in_the_files_and_every_other_reference_is(overlay: str) -> None:
     assert [item for item in rendered(overlay) if item["kind"] == "Secret"] == []
@@ -105,7 +100,6 @@ def test_no_secret_is_in_the_files_and_every_other_reference_is(overlay: str) ->
     assert asked == maps
 
 
-@needs_kubectl
 @both
 def test_every_service_selects_pods(overlay: str) -> None:
     templates = [item["spec"]["template"] for item in rendered(overlay) if "template" in item.get("spec", {})]
@@ -118,7 +112,6 @@ def test_every_service_selects_pods(overlay: str) -> None:
             assert {port.get("targetPort", port["name"]) for port in item["spec"]["ports"]} <= ports
 
 
-@needs_kubectl
 @both
 def test_nobody_is_root_and_only_the_controller_may_call_kubernetes(overlay: str) -> None:
     for name, pod in pods(overlay):
@@ -129,7 +122,6 @@ def test_nobody_is_root_and_only_the_controller_may_call_kubernetes(overlay: str
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
 
 
-@needs_kubectl
 @both
 def test_settings_are_ours_and_read(overlay: str) -> None:
     kinds: dict[str, type[BaseSettings]] = {"api": ApiSettings, "controller": ControllerSettings}
@@ -144,7 +136,6 @@ def test_settings_are_ours_and_read(overlay: str) -> None:
             kinds[name].model_validate({key: value for key, value in fields.items() if key in kinds[name].model_fields})
 
 
-@needs_kubectl
 @both
 def test_the_launcher_finds_namespace_image_and_load(overlay: str) -> None:
     place = read_place(one(overlay, "ConfigMap", "fnqueue-settings")["data"]["FNQUEUE_LAUNCHER_URL"])
@@ -155,7 +146,6 @@ def test_the_launcher_finds_namespace_image_and_load(overlay: str) -> None:
     assert place.load_url == f"http://controller.fnqueue.svc:{port}"
 
 
-@needs_kubectl
 @both
 def test_each_process_is_given_the_time_that_it_takes_to_stop(overlay: str) -> None:
     pod = one(overlay, "Deployment", "api")["spec"]["template"]["spec"]
@@ -166,7 +156,6 @@ def test_each_process_is_given_the_time_that_it_takes_to_stop(overlay: str) -> N
     assert pod["terminationGracePeriodSeconds"] > longest_s
 
 
-@needs_kubectl
 @both
 def test_rabbitmq_is_told_what_every_other_node_is_told(overlay: str) -> None:
     (policy,) = json.loads((INFRA / "rabbitmq" / "definitions.json").read_text(encoding="utf-8"))["policies"]
@@ -180,7 +169,6 @@ def test_rabbitmq_is_told_what_every_other_node_is_told(overlay: str) -> None:
     assert {fact for fact in facts if not fact.startswith("log.")} <= set(conf.split("\n"))
 
 
-@needs_kubectl
 def test_redis_is_told_what_every_other_node_is_told() -> None:
     facts = _facts(INFRA / "redis" / "redis.conf")
     script = (ROOT / "overlays" / "production" / "configure.sh").read_text(encoding="utf-8")
@@ -190,7 +178,6 @@ def test_redis_is_told_what_every_other_node_is_told() -> None:
     assert all(f"--{fact}" in started for fact in facts)
 
 
-@needs_kubectl
 async def test_the_controller_may_do_what_its_launcher_does_and_nothing_more() -> None:
     granted = {
         (group, resource): set(rule["verbs"])
