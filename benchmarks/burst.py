@@ -90,7 +90,7 @@ async def _burst(
     client: aiohttp.ClientSession, function_id: str, version: str, count: int, idle_s: float
 ) -> dict[str, Any]:
     async with asyncio.timeout(READY_S):
-        while await _instances(client, version) is None:
+        while await _instances(client, version) is None:  # noqa: ASYNC110  nobody announces it
             await asyncio.sleep(SAMPLE_S)
     watched = Watched()
     picture = PICTURE.read_bytes()
@@ -98,7 +98,7 @@ async def _burst(
     answers = await asyncio.gather(*(_invoke(client, function_id, picture) for _ in range(count)))
     answered_s = time.monotonic() - watched.began_at
     async with asyncio.timeout(idle_s):
-        while watched.changes[-1][1]:
+        while watched.changes[-1][1]:  # noqa: ASYNC110  `_watch` sees it
             await asyncio.sleep(SAMPLE_S)
     watching.cancel()
     return {

@@ -20,8 +20,8 @@ from lightkube.resources.networking_v1 import NetworkPolicy
 from lightkube.types import PatchType
 from pydantic import SecretStr
 
-from broker.errors import ConfigurationError, LauncherUnavailable
-from broker.model import Autoscaling, GpuSpecification, Login, Scaling, Stickiness, Version
+from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity
+from broker.model import Autoscaling, GpuSpecification, Login, Model, Resource, Scaling, Stickiness, Version
 from broker.ports import Fleet, Replica
 from broker.settings import ControllerSettings
 from tests.eventually import eventually
@@ -206,15 +206,42 @@ def test_an_instance_type_of_the_cloud_is_a_node_selector() -> None:
     assert pod["containers"][0]["resources"] == {"limits": {"nvidia.com/gpu": "8"}}
 
 
-def test_zones_and_regions_are_honoured() -> None:
-    placed = replace(CPU, availability_zones=("z1", "z2"), regions=("r",))
+def test_zones_are_honoured() -> None:
+    placed = replace(CPU, availability_zones=("z1", "z2"))
     pod = render(placed)[f"Deployment {NAME}"]["spec"]["template"]["spec"]
 
     (term,) = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert {each["key"]: each["values"] for each in term["matchExpressions"]} == {
         "topology.kubernetes.io/zone": ["z1", "z2"],
-        "topology.kubernetes.io/region": ["r"],
     }
+
+
+async def test_what_is_placed_elsewhere_is_not_kept(api: KubernetesApi) -> None:
+    async with opened(api) as fleet:
+        with pytest.raises(NoCapacity, match=r"regions: elsewhere"):
+            await fleet.keep(VERSION, replace(CPU, regions=("elsewhere",)))
+        assert api.all("Deployment") == []
+        places = {(gpu.place.cluster, gpu.place.region) for gpu in await fleet.gpus()}
+        assert places == {(SETTINGS.cluster, SETTINGS.region)}
+
+
+def test_models_and_resources_are_mounted_from_the_claim() -> None:
+    version = replace(
+        VERSION,
+        models=(Model(name="bert", version="2", uri="u"),),
+        resources=(Resource(name="words", version="1", uri="u"),),
+    )
+    with pytest.raises(ConfigurationError, match="artifacts_claim"):
+        render(version=version)
+    pod = render(version=version, url=f"{URL}&artifacts_claim=models")[f"Deployment {NAME}"]["spec"]["template"]["spec"]
+    claim = {"claimName": "models", "readOnly": True}
+    assert {"name": "artifacts", "persistentVolumeClaim": claim} in pod["volumes"]
+    mounts = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "artifacts"]
+    assert {(each["mountPath"], each["subPath"], each["readOnly"]) for each in mounts} == {
+        ("/config/models/bert", "models/bert/2", True),
+        ("/config/resources/words", "resources/words/1", True),
+    }
+    assert "artifacts" not in str(pod["initContainers"])
 
 
 def test_the_status_port_keeps_out_of_the_containers_way() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from broker import deployments, registries, secrets
 from broker.deployments import Sight
-from broker.errors import ConfigurationError, LauncherUnavailable, RevisionConflict
+from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity, RevisionConflict
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
 from broker.ports import Broker, Fleet, Replica
 from broker.settings import ControllerSettings
@@ -139,7 +139,7 @@ class FleetReconciler:
                 content = secrets.reveal(self.broker, row.item) if row else None
                 login = await registries.credential_for(self.broker, version.account, version.container_image)
                 await self.fleet.keep(version, specification, secrets=content, login=login)
-            except (ConfigurationError, LauncherUnavailable) as exc:
+            except (ConfigurationError, LauncherUnavailable, NoCapacity) as exc:
                 self._note(specification, version, exc)
             else:
                 self._faults.pop(specification.id, None)

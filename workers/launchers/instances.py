@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import posixpath
 import shlex
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -97,6 +99,29 @@ def container_arguments(version: Version) -> list[str]:
         raise ConfigurationError(f"containerArgs cannot be split into words: {exc}") from exc
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A model or resource of a version: where it is kept, below a root, and where its container sees it."""
+
+    kind: str
+    name: str
+    folder: str
+
+    @property
+    def target(self) -> str:
+        return posixpath.join("/config", self.kind, self.name)
+
+
+def artifacts(version: Version) -> list[Artifact]:
+    """Raises ConfigurationError for a name that is no folder's."""
+    wanted = [("models", model.name, model.version) for model in version.models if model.llm is None]
+    wanted += [("resources", resource.name, resource.version) for resource in version.resources]
+    return [
+        Artifact(kind=kind, name=_step(name), folder=posixpath.join(kind, name, _step(number)))
+        for kind, name, number in wanted
+    ]
+
+
 def told(what: str, container_log: str, sidecar_log: str = "") -> str:
     """Why an instance is dead, with the ends of its logs: at most ERROR_BYTES."""
     sidecar_log = last(sidecar_log, ERROR_BYTES // 4)
@@ -116,6 +141,13 @@ def _seconds(duration: str) -> float:
         return min(max(_DURATION.validate_python(duration).total_seconds(), 0.1), 600.0)
     except ValidationError as exc:
         raise ConfigurationError(f"health.timeout: {duration!r} is not an ISO-8601 duration") from exc
+
+
+def _step(name: str) -> str:
+    """One step of a path."""
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise ConfigurationError(f"a model or resource named {name!r} is no folder's name")
+    return name
 
 
 def _as_text(value: object) -> str:

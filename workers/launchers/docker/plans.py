@@ -19,7 +19,7 @@ from broker.model import Gpu, Login, Version
 from broker.registries import registry_host
 from broker.settings import ControllerSettings, SidecarSettings
 from workers.launchers.cards import CPU, Card
-from workers.launchers.instances import container_arguments, container_variables, sidecar_variables
+from workers.launchers.instances import artifacts, container_arguments, container_variables, sidecar_variables
 from workers.launchers.secrets import FILE, PATH_VARIABLE
 
 PROJECT = "fnqueue.project"
@@ -138,21 +138,14 @@ class Plan:
 
     def _artifacts(self) -> list[dict[str, Any]]:
         """Raises ConfigurationError."""
-        wanted = [("models", model.name, model.version) for model in self.version.models if model.llm is None]
-        wanted += [("resources", resource.name, resource.version) for resource in self.version.resources]
-        folder = self.settings.docker_artifacts_dir
-        if wanted and not folder:
+        wanted, root = artifacts(self.version), self.settings.docker_artifacts_dir
+        if wanted and not root:
             raise ConfigurationError(
-                f"the version has {wanted[0][0]}: FNQUEUE_DOCKER_ARTIFACTS_DIR must name the folder that holds them"
+                f"the version has {wanted[0].kind}: FNQUEUE_DOCKER_ARTIFACTS_DIR must name the folder that holds them"
             )
         return [
-            {
-                "Type": "bind",
-                "Source": posixpath.join(folder, kind, _part(name), _part(version)),
-                "Target": posixpath.join("/config", kind, _part(name)),
-                "ReadOnly": True,
-            }
-            for kind, name, version in wanted
+            {"Type": "bind", "Source": posixpath.join(root, each.folder), "Target": each.target, "ReadOnly": True}
+            for each in wanted
         ]
 
     def _limits(self) -> dict[str, Any]:
@@ -249,10 +242,3 @@ def _volume(name: str, folder: str, *, read_only: bool = False) -> dict[str, Any
 
 def _pairs(environment: Mapping[str, str]) -> Sequence[str]:
     return [f"{name}={value}" for name, value in environment.items()]
-
-
-def _part(name: str) -> str:
-    """One step of a path. Raises ConfigurationError."""
-    if not name or "/" in name or "\0" in name or name in (".", ".."):
-        raise ConfigurationError(f"a model or resource named {name!r} is no folder's name")
-    return name

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx2
 from lightkube import ApiError, AsyncClient
@@ -29,6 +29,7 @@ from broker.errors import ConfigurationError, LauncherUnavailable
 from broker.model import Gpu, GpuSpecification, Login, Version
 from broker.ports import Replica
 from broker.settings import ControllerSettings
+from workers.launchers.instances import place_of, refuse_elsewhere
 from workers.launchers.kubernetes import objects
 from workers.launchers.kubernetes.inventory import inventory, products_of
 from workers.launchers.kubernetes.mirror import Kept, Mirror, Seen
@@ -117,7 +118,8 @@ class KubernetesFleet:
         with _translated():
             nodes = [node async for node in self._client.list(Node)]
         self._products = products_of(nodes)
-        return inventory(nodes, backend=self._place.cluster)
+        here = place_of(self._settings)
+        return [replace(gpu, place=here) for gpu in inventory(nodes, backend=self._place.cluster)]
 
     async def keep(
         self,
@@ -127,6 +129,7 @@ class KubernetesFleet:
         secrets: bytes | None = None,
         login: Login | None = None,
     ) -> None:
+        refuse_elsewhere(specification, place_of(self._settings))
         there = (await self._mirror.deployments()).get(specification.id)
         products = await self._products_for(specification, there)
         manifests = objects.render(

@@ -12,7 +12,6 @@ import base64
 import json
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,8 +22,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, T
 
 from broker.errors import ConfigurationError
 from broker.model import GpuSpecification, Login, Version
-from broker.settings import ControllerSettings, Settings, SidecarSettings, load
+from broker.settings import ControllerSettings, SidecarSettings
 from workers.launchers.cards import CPU, card_count, instance_type
+from workers.launchers.instances import artifacts, container_arguments, container_variables, sidecar_settings
 
 Manifest = dict[str, Any]
 
@@ -49,7 +49,6 @@ _STATUS_PORTS = (28_090, 28_091, 28_092)
 _UID = 10_001
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,50}[A-Za-z0-9])?")
 _DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
-_HEALTH_TIMEOUT_S = (0.1, 600.0)
 _POLL_S = 5
 _COOLDOWN_S = 300
 _UP_STABLE_S, _DOWN_STABLE_S = 0, 120
@@ -63,6 +62,7 @@ _NOT_TOLD = _OURS | {"secret_key", "instance_id", "data_dir", "launcher_url"}
 class Place(BaseModel):
     """Where instances run, as the URL says. `image` is that of the sidecar, `load_url` where KEDA asks for a version's
     load; `cluster` is the name under which its GPUs are offered, `pull_secret` one for the sidecar's image;
+    `artifacts_claim` is a PersistentVolumeClaim with `models/<name>/<version>` and `resources/<name>/<version>`;
     functions do not reach the networks `egress_except`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,6 +73,7 @@ class Place(BaseModel):
     cluster: str = "kubernetes"
     runtime_class: str = ""
     pull_secret: str = ""
+    artifacts_claim: str = ""
     egress_except: Annotated[tuple[str, ...], BeforeValidator(lambda text: text.split(","))] = ("169.254.0.0/16",)
     cooldown_s: int = Field(_COOLDOWN_S, ge=0)
 
@@ -196,6 +197,9 @@ class _Rendering:
                 {"name": "secrets", "secret": {"secretName": self._name("secrets"), "optional": True}},
             ],
         }
+        if self._artifacts():
+            claim = {"claimName": self.place.artifacts_claim, "readOnly": True}
+            pod["volumes"].append({"name": "artifacts", "persistentVolumeClaim": claim})
         if self.place.runtime_class and self._cards:
             pod["runtimeClassName"] = self.place.runtime_class
         return pod | self._placement()
@@ -239,10 +243,7 @@ class _Rendering:
         }
 
     def _container(self) -> Manifest:
-        try:
-            arguments = shlex.split(self.version.container_args)
-        except ValueError as exc:
-            raise ConfigurationError(f"containerArgs cannot be split into words: {exc}") from exc
+        arguments = container_arguments(self.version)
         container: Manifest = {
             "name": "inference",
             "image": self.version.container_image.partition("://")[2] or self.version.container_image,
@@ -254,6 +255,7 @@ class _Rendering:
                 {"name": "requests", "mountPath": "/var/inf"},
                 {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108  a volume of its own
                 {"name": "secrets", "mountPath": "/var/secrets", "readOnly": True},
+                *self._artifacts(),
             ],
         }
         if arguments:
@@ -264,28 +266,28 @@ class _Rendering:
         return container
 
     def _container_environment(self) -> dict[str, str]:
-        """What contract/management.md §7.2 promises, over the user's own."""
-        version, specification = self.version, self.specification
         return {
-            **dict(version.container_environment),
-            "PORT": str(version.inference_port),
-            "NVCF_BACKEND": specification.backend or self.place.cluster,
-            "NVCF_ENV": self.place.cluster,
-            "NVCF_FUNCTION_ID": version.function_id,
-            "NVCF_FUNCTION_NAME": version.name,
-            "NVCF_FUNCTION_VERSION_ID": version.id,
-            "NVCF_INSTANCETYPE": specification.instance_type,
-            "NVCF_NCA_ID": version.account,
-            "NVCF_REGION": self.place.cluster,
+            **dict(self.version.container_environment),
+            "PORT": str(self.version.inference_port),
+            **container_variables(self.version, self._sidecar_settings()),
         }
+
+    def _artifacts(self) -> list[Manifest]:
+        """Folders of the claim, in the container: of each model and resource."""
+        wanted = artifacts(self.version)
+        if wanted and not self.place.artifacts_claim:
+            raise ConfigurationError(
+                f"the version has {wanted[0].kind}: `artifacts_claim` in FNQUEUE_LAUNCHER_URL must name the "
+                "PersistentVolumeClaim that holds them"
+            )
+        return [
+            {"name": "artifacts", "mountPath": each.target, "subPath": each.folder, "readOnly": True} for each in wanted
+        ]
 
     def _placement(self) -> Manifest:
         """Where pods may run: on nodes with the right cards, or of the instance type that the cloud names so."""
         specification = self.specification
-        terms = [
-            ("topology.kubernetes.io/zone", specification.availability_zones),
-            ("topology.kubernetes.io/region", specification.regions),
-        ]
+        terms = [("topology.kubernetes.io/zone", specification.availability_zones)]
         placement: Manifest = {"nodeSelector": {"kubernetes.io/os": "linux"}}
         if self._cards:
             placement["tolerations"] = [{"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}]
@@ -304,31 +306,16 @@ class _Rendering:
     # -- the sidecar's settings --------------------------------------------------------------------
 
     def _sidecar_settings(self) -> SidecarSettings:
-        shared = {name: getattr(self.settings, name) for name in Settings.model_fields}
-        version, specification = self.version, self.specification
-        return load(
-            SidecarSettings,
-            **shared | {"drain_s": self.settings.drain_s},
-            function_id=version.function_id,
-            function_version_id=version.id,
-            function_name=version.name,
-            account=version.account,
-            specification_id=specification.id,
-            gpu=specification.gpu,
-            instance_type=specification.instance_type,
+        return sidecar_settings(
+            self.settings,
+            "",
+            self.version,
+            self.specification,
+            backend=self.place.cluster,
             gpu_count=self._cards,
-            backend=specification.backend or self.place.cluster,
-            region=self.place.cluster,
-            environment=self.place.cluster,
             inference_host="127.0.0.1",
-            inference_port=version.inference_port,
-            inference_url=version.inference_url,
-            health_protocol=version.health.protocol,
-            health_uri=version.health.uri,
+            inference_port=self.version.inference_port,
             health_port=self._health_port,
-            health_timeout_s=self._health_timeout_s(),
-            health_expected_status=version.health.expected_status,
-            max_request_concurrency=specification.max_request_concurrency,
             status_port=self._status_port,
         )
 
@@ -344,14 +331,6 @@ class _Rendering:
     def _hidden_settings(self) -> dict[str, bytes]:
         values: dict[str, SecretStr] = {name: getattr(self.settings, name) for name in sorted(_OURS)}
         return {f"FNQUEUE_{name.upper()}": value.get_secret_value().encode() for name, value in values.items()}
-
-    def _health_timeout_s(self) -> float:
-        timeout = self.version.health.timeout
-        try:
-            wanted = _DURATION.validate_python(timeout).total_seconds()
-        except ValidationError as exc:
-            raise ConfigurationError(f"health.timeout: {timeout!r} is not an ISO-8601 duration") from exc
-        return min(max(wanted, _HEALTH_TIMEOUT_S[0]), _HEALTH_TIMEOUT_S[1])
 
     @property
     def _health_port(self) -> int:
