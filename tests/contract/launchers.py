@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from broker.model import GpuSpecification, Version
+from broker.model import GpuSpecification, Login, Version
 from broker.ports import Launched, Launcher
 from broker.settings import ControllerSettings, load
 from infra.local.podman import RUNTIME, ULIMITS, Podman
@@ -163,9 +163,11 @@ class Containers(Kind):
         return f"{self.project}-{instance_id}" + ("" if part == "container" else "-sidecar")
 
 
-async def started(launcher: Launcher, version: Version, *, secrets: bytes | None = None) -> str:
+async def started(
+    launcher: Launcher, version: Version, *, secrets: bytes | None = None, login: Login | None = None
+) -> str:
     instance_id = str(uuid.uuid4())
-    await launcher.start(instance_id, version, SPECIFICATION, secrets=secrets)
+    await launcher.start(instance_id, version, SPECIFICATION, secrets=secrets, login=login)
     return instance_id
 
 

@@ -28,7 +28,6 @@ from tests.unit.launchers import KNOWN_IMAGE, FakeLauncher
 from workers.launchers import open_launcher
 from workers.launchers.children import Child
 from workers.launchers.images import find_image, read_images
-from workers.launchers.instances import ERROR_BYTES
 from workers.launchers.process import ProcessLauncher, sidecar_environment
 
 # Tells what it was given, starts a child of its own, and serves.
@@ -437,21 +436,6 @@ def test_a_sidecar_process_is_given_no_key(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 # -- life and death ----------------------------------------------------------------------------------
-
-
-async def test_a_crash_is_told_with_the_tail_of_the_log(launcher: Launcher) -> None:
-    instance = await started(launcher, replace(VERSION, container_image="test/crash:1"))
-    await until(lambda: not instance.alive)
-    assert instance.error.startswith("container exited with status 3\n")
-    assert instance.error.endswith("the reason")
-    assert len(instance.error.encode()) <= ERROR_BYTES
-
-
-async def test_an_instance_whose_sidecar_died_is_dead(launcher: Launcher, settings: ControllerSettings) -> None:
-    instance = await started(launcher)
-    os.kill(pids(instance, settings)[1], signal.SIGKILL)
-    await until(lambda: not instance.alive)
-    assert instance.error.startswith("sidecar was killed by signal 9")
 
 
 async def test_stopping_drains_the_sidecar_and_ends_the_whole_group(
