@@ -39,7 +39,7 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts, and the tests that
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not servers" tests/unit tests/contract
 
 test: $(VENV)/.dev ## All tests, against real servers (installed if missing: needs root, or says what to install)
-	$(PY) -m infra.local.servers ensure
+	$(PY) -m infra.local.servers ensure-all
 	$(PY) -m pytest $(ALONE)
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore $(ALONE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
@@ -18,7 +19,7 @@ RUNTIME = "runc"
 # Of containers, where this machine restricts those of its own processes.
 ULIMITS = "nofile=1024:1024,nproc=1024:1024"
 CTL_S = 600.0  # an image of some hundred megabytes is imported by then
-SOCKET_PATH_BYTES = 100  # the kernel takes 107
+RUN_PATH_BYTES = 50  # podman takes no longer one for what it keeps while it runs
 
 
 class Podman(Server):
@@ -29,11 +30,7 @@ class Podman(Server):
 
     def __init__(self, folder: Path, *, insecure: Sequence[str] = ()) -> None:
         super().__init__(folder)
-        self._socket = self.folder / "podman.sock"
-        self._elsewhere: Path | None = None
-        if len(os.fsencode(self._socket)) > SOCKET_PATH_BYTES:
-            self._elsewhere = Path(tempfile.mkdtemp(prefix="fnqueue-"))
-            self._socket = self._elsewhere / self._socket.name
+        self._run = self._short_folder()
         self._registries = self.folder / "registries.conf"
         self._registries.write_text(
             "".join(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n' for host in insecure)
@@ -83,8 +80,7 @@ class Podman(Server):
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # it leaves its store mounted upon itself
             store = str(self.folder / "root" / "overlay")
             subprocess.run(["umount", store], stderr=subprocess.DEVNULL, timeout=CTL_S, check=False)
-        if self._elsewhere is not None:
-            shutil.rmtree(self._elsewhere, ignore_errors=True)
+        shutil.rmtree(self._run, ignore_errors=True)
 
     def control(self, *arguments: str) -> str:
         """What `podman <arguments>` prints. Raises ServerFailed."""
@@ -101,11 +97,26 @@ class Podman(Server):
             raise ServerFailed(f"podman {arguments[0]} failed:\n{done.stderr[-2000:]}")
         return done.stdout
 
+    @property
+    def _socket(self) -> Path:
+        return self._run / "podman.sock"
+
+    def _short_folder(self) -> Path:
+        """Of ours alone, and the same for whoever names the same folder."""
+        run = self.folder / "run"
+        if len(os.fsencode(run)) > RUN_PATH_BYTES:
+            name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]
+            run = Path(tempfile.gettempdir()) / f"fnqueue-{name}"
+        run.mkdir(mode=0o700, exist_ok=True)
+        if run.is_symlink() or run.stat().st_uid != os.geteuid():
+            raise ServerFailed(f"{run} is somebody else's; remove it")
+        return run
+
     def _podman(self) -> list[str]:
         return [
             str(binaries.program("podman")),
             "--root", str(self.folder / "root"),
-            "--runroot", str(self.folder / "run"),
+            "--runroot", str(self._run),
             "--tmpdir", str(self.folder / "tmp"),
             "--runtime", RUNTIME,
             "--cgroup-manager", "cgroupfs",
