@@ -313,6 +313,26 @@ class ControllerSettings(SecretSettings):
     )
     reconcile_s: float = Field(1, gt=0, le=60, description="Seconds between two looks at desired and actual instances.")
     sweep_s: float = Field(10, gt=0, le=600, description="Seconds between two sweeps for overdue requests.")
+    audit_s: float = Field(
+        60,
+        gt=0,
+        le=86_400,
+        description="Seconds between two passes of the auditor through all records, and through the queues of all "
+        "versions. A pass looks at 4,000 keys a second at most.",
+    )
+    audit_objects_s: float = Field(
+        3600,
+        gt=0,
+        le=30 * 86_400,
+        description="Seconds between its passes through the bodies and results in the blob store.",
+    )
+    status_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port of `/v1/health/live`, and of `/v1/conservation`: what the auditor counted and mended, as "
+        "JSON; 0 serves none.",
+    )
     deploy_timeout_s: float = Field(
         1800, ge=1, description="Seconds a deployment may take to become ACTIVE before it is ERROR."
     )

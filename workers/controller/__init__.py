@@ -17,6 +17,8 @@ from broker.ports import Broker, Launcher
 from broker.secrets import sweep as sweep_secrets
 from broker.settings import ControllerSettings
 from workers.controller import undertaker
+from workers.controller.auditor import Auditor
+from workers.controller.board import Board
 from workers.controller.chores import Chores
 from workers.controller.leadership import RENEW_S, Leadership
 from workers.controller.reconcile import Reconciler
@@ -47,9 +49,13 @@ async def serve(
     """
     holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     leadership = Leadership(broker.catalog, holder)
-    async with beside(
-        every(RENEW_S, leadership.renew, name="leadership"),
-        _lead(broker, settings, launcher, leadership, offered or asyncio.Event()),
+    board = Board()
+    async with (
+        board.shown(settings.status_port),
+        beside(
+            every(RENEW_S, leadership.renew, name="leadership"),
+            _lead(broker, settings, launcher, leadership, board, offered or asyncio.Event()),
+        ),
     ):
         await stop.wait()
     # First, so that another controller's instances take over while ours drain.
@@ -77,6 +83,7 @@ async def _lead(
     settings: ControllerSettings,
     launcher: Launcher,
     leadership: Leadership,
+    board: Board,
     offered: asyncio.Event,
 ) -> None:
     """One term after another."""
@@ -92,6 +99,7 @@ async def _lead(
             chores = Chores(group)
             reconciler = Reconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
             refresher = Refresher(broker, launcher)
+            auditor = board.auditor = Auditor(broker, settings, leads=lambda: leadership.held)
             async with beside(
                 every(OFFER_S, leadership.only(offer), name="offer"),
                 every(settings.reconcile_s, leadership.only(reconciler.step), name="reconcile"),
@@ -100,8 +108,12 @@ async def _lead(
                 every(settings.sweep_s, leadership.only(reconciler.ensure_queues), name="queues"),
                 every(settings.sweep_s, leadership.only(lambda: undertaker.sweep(broker)), name="sweep"),
                 every(1.0, leadership.only(lambda: undertaker.serve(broker)), name="undertaker"),
+                every(auditor.records.pause_s, leadership.only(auditor.records.step), name="audit_records"),
+                every(auditor.versions.pause_s, leadership.only(auditor.versions.step), name="audit_versions"),
+                every(auditor.objects.pause_s, leadership.only(auditor.objects.step), name="audit_objects"),
             ):
                 await leadership.lost()
+            board.auditor = None
             chores.cancel()
         logger.warning("leadership_lost", extra={"holder": leadership.holder})
 
