@@ -326,7 +326,7 @@ class ControllerSettings(SecretSettings):
         le=30 * 86_400,
         description="Seconds between its passes through the bodies and results in the blob store.",
     )
-    status_port: int = Field(
+    controller_status_port: int = Field(
         0,
         ge=0,
         le=65_535,

@@ -155,7 +155,7 @@ async def test_records_that_cannot_be_read_show_in_the_balance(broker: Broker) -
     assert (auditor.conservation.accepted, auditor.conservation.balanced) == (5, False)
 
 
-async def test_a_pass_goes_on_where_a_store_that_was_away_broke_it_off(broker: Broker, version_id: str) -> None:
+async def test_a_pass_that_was_broken_off_begins_anew_and_counts_nothing_twice(broker: Broker, version_id: str) -> None:
     for _ in range(450):
         await accept(broker, version_id)
 
@@ -369,6 +369,6 @@ async def test_the_board_shows_what_was_counted_and_mended(broker: Broker, versi
         assert (shown["accepted"], shown["queued"], shown["balanced"]) == (1, 1, True)
         async with client.get("/v1/health/live") as answer:
             assert answer.status == 200
-        with pytest.raises(ConfigurationError, match="FNQUEUE_STATUS_PORT"):
+        with pytest.raises(ConfigurationError, match="FNQUEUE_CONTROLLER_STATUS_PORT"):
             async with Board().shown(port):
                 pass

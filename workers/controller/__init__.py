@@ -51,7 +51,7 @@ async def serve(
     leadership = Leadership(broker.catalog, holder)
     board = Board()
     async with (
-        board.shown(settings.status_port),
+        board.shown(settings.controller_status_port),
         beside(
             every(RENEW_S, leadership.renew, name="leadership"),
             _lead(broker, settings, launcher, leadership, board, offered or asyncio.Event()),

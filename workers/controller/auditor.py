@@ -129,11 +129,8 @@ class Auditor:
             messages=sum(look.messages for look in looks),
             dead_letters=self.versions.dead_letters,
         )
-        logger.log(
-            logging.INFO if self.conservation.balanced else logging.ERROR,
-            "audited",
-            extra=asdict(self.conservation) | {"balanced": self.conservation.balanced} | asdict(self.mended),
-        )
+        level = logging.DEBUG if self.conservation.balanced else logging.ERROR
+        logger.log(level, "audited", extra=asdict(self.conservation) | asdict(self.mended))
 
 
 class Walk(ABC):
@@ -168,8 +165,12 @@ class Records(Walk):
         self._unreadable = 0
 
     async def step(self) -> None:
-        """The next part. Raises StoreUnavailable; the part is seen by the next step then."""
-        seen = await self._upkeep.survey(self._cursor, limit=RECORDS_AT_ONCE)
+        """The next part. Raises StoreUnavailable; then the pass begins anew, since the cursor of a store that was
+        started again leads anywhere."""
+        at, self._cursor = self._cursor, 0
+        if at == 0:
+            self._states, self._unreadable = Counter(), 0
+        seen = await self._upkeep.survey(at, limit=RECORDS_AT_ONCE)
         self._cursor = seen.cursor
         self._states.update(seen.states)
         self._unreadable += seen.unreadable
@@ -177,9 +178,7 @@ class Records(Walk):
         self._mended.placed += seen.placed
         self._resting = seen.cursor == 0
         if self._resting:
-            states, unreadable = self._states, self._unreadable
-            self._states, self._unreadable = Counter(), 0
-            self._counted(states, unreadable)
+            self._counted(self._states, self._unreadable)
 
 
 @dataclass(slots=True, kw_only=True)

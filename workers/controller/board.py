@@ -36,7 +36,9 @@ class Board:
             try:
                 await web.TCPSite(runner, port=port).start()
             except OSError as exc:
-                raise ConfigurationError(f"FNQUEUE_STATUS_PORT: {port} cannot be listened on: {exc.strerror}") from exc
+                raise ConfigurationError(
+                    f"FNQUEUE_CONTROLLER_STATUS_PORT: {port} cannot be listened on: {exc.strerror}"
+                ) from exc
             yield
         finally:
             await runner.cleanup()
