@@ -179,6 +179,18 @@ class S3Blobs:
                 await self._call(self._client.abort_multipart_upload, Key=upload["Key"], UploadId=upload["UploadId"])
         return len(old)
 
+    @property
+    def endpoint(self) -> str:
+        """Where the server is, without credentials."""
+        return self._client.meta.endpoint_url
+
+    async def look(self) -> tuple[str, float | None]:
+        """What the server calls itself, and how far its clock is ahead of ours, to the second."""
+        answer = await self._call(self._client.head_bucket)
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        told = headers.get("date")
+        return headers.get("server", ""), parsedate_to_datetime(told).timestamp() - time.time() if told else None
+
     async def ping(self) -> None:
         await self._within(self._timeout_s, self._make_bucket)
 

@@ -324,7 +324,11 @@ async def test_without_a_record_objects_are_kept_until_nothing_can_name_them(bro
     settings = broker.settings
     body_s = settings.request_deadline_s + OBJECT_MARGIN_S
     result_s = body_s + settings.result_ttl_s
-    ages = {"inputs/a/b/{}": body_s, "results/a/{}/" + str(uuid.uuid4()) + ".zip": result_s}
+    ages = {
+        "inputs/a/b/{}": body_s,
+        "results/a/{}/" + str(uuid.uuid4()) + ".zip": result_s,
+        "doctor/{}": OBJECT_MARGIN_S,
+    }
     for form, age_s in ages.items():
         old = await put(broker, form.format(uuid.uuid4()), at=clock.now - age_s - 1)
         young = await put(broker, form.format(uuid.uuid4()), at=clock.now - age_s + 60)

@@ -47,6 +47,7 @@ UNFINISHED_S = 86_400.0
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _BODY = re.compile(rf"inputs/.+/({_UUID})")
 _RESULT = re.compile(rf"results/.+/({_UUID})/{_UUID}\.zip")
+_PROBE = re.compile(rf"doctor/({_UUID})")
 # A dead or an expired request may be started once more, with its body.
 _BODY_SPENT = (
     RequestState.FULFILLED,
@@ -304,6 +305,7 @@ class Objects(Walk):
         self._kinds = (
             Kind("inputs/", _BODY, bodies_s, self._body_is_spent),
             Kind("results/", _RESULT, bodies_s + broker.settings.result_ttl_s, self._result_is_spent),
+            Kind("doctor/", _PROBE, OBJECT_MARGIN_S, self._body_is_spent),
         )
         self._at = 0
         self._after = ""

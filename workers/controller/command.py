@@ -10,6 +10,7 @@ import click
 
 from broker.connect import open_broker
 from broker.errors import ConfigurationError
+from broker.examination import profile_kept
 from broker.settings import ControllerSettings, load, refuse_memory
 from broker.telemetry import logs
 from workers.controller import serve
@@ -44,5 +45,9 @@ async def _run(settings: ControllerSettings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
-    async with open_broker(settings) as broker, open_launcher(settings) as launcher:
+    async with (
+        profile_kept(settings, stop),
+        open_broker(settings) as broker,
+        open_launcher(settings) as launcher,
+    ):
         await serve(broker, settings, launcher, stop)
