@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 from broker import profiles
 from broker.backends import files, s3
 from broker.backends.rabbitmq import facts as rabbitmq
 from broker.backends.redis import facts as redis
-from broker.errors import BlobsUnavailable, ConfigurationError, FnqueueError
+from broker.errors import BlobsUnavailable, ConfigurationError, NotFound
 from broker.facts import BlobFacts, Facts, QueueFacts, StoreFacts
 from broker.ports import Blobs
 from broker.settings import SecretSettings, Settings, SidecarSettings
@@ -127,21 +129,24 @@ async def _blobs(settings: Settings, *, probe: bool, ask: bool = True) -> BlobFa
     if not ask:
         return BlobFacts(kind=kind, address="" if kind == "s3" else url)
     if kind == "s3":
-        async with s3.open_blobs(url, settings) as bucket:
+        async with s3.open_blobs(url, settings, make=False) as bucket:
             return await _bucket(bucket, probe=probe)
-    try:
-        async with files.open_blobs(url, settings) as folder:
-            place = folder.path("x").parent
-            free = await asyncio.to_thread(shutil.disk_usage, place)
-            return BlobFacts(kind=kind, address=str(place.parent), free_bytes=free.free)
-    except ConfigurationError as exc:
-        return BlobFacts(kind=kind, fault=str(exc))
+    return await asyncio.to_thread(_folder, files.folder_of(url, settings))
+
+
+def _folder(folder: Path) -> BlobFacts:
+    if not folder.is_dir():
+        return BlobFacts(kind="file", address=str(folder), missing=True)
+    fault = "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else f"{folder} may not be written"
+    return BlobFacts(kind="file", address=str(folder), fault=fault, free_bytes=shutil.disk_usage(folder).free)
 
 
 async def _bucket(bucket: s3.S3Blobs, *, probe: bool) -> BlobFacts:
     try:
         server, skew_s = await bucket.look()
-    except FnqueueError as exc:
+    except NotFound:
+        return BlobFacts(kind="s3", address=bucket.endpoint, missing=True)
+    except BlobsUnavailable as exc:
         return BlobFacts(kind="s3", address=bucket.endpoint, fault=str(exc))
     signed_url = await _signed_url(bucket) if probe else None
     return BlobFacts(kind="s3", address=bucket.endpoint, server=server, skew_s=skew_s, signed_url=signed_url)

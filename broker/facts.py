@@ -88,12 +88,14 @@ class QueueFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobFacts:
-    """Of the blob store. `signed_url` is "" when an upload and a download by signed URL worked, else what went wrong;
-    None when it was not tried. `free_bytes` is of the disk behind a folder."""
+    """Of the blob store. `missing`: the bucket or folder is not there yet. `signed_url` is "" when an upload and a
+    download by signed URL worked, else what went wrong; None when it was not tried. `free_bytes` is of the disk behind
+    a folder."""
 
     kind: str
     address: str = ""
     fault: str = ""
+    missing: bool = False
     server: str = ""
     skew_s: float | None = None
     signed_url: str | None = None

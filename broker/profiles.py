@@ -414,6 +414,9 @@ def blobs(facts: BlobFacts, settings: Settings) -> Iterator[Finding]:
     if facts.fault:
         yield _away("s3", facts.fault, f"curl -sS -o /dev/null -w '%{{http_code}}\\n' {facts.address}")
         return
+    if facts.missing:
+        yield _not_yet("s3", "bucket")
+        return
     yield Finding(server="s3", name="reachable", level=_OK, value=facts.server or "yes")
     skew = _skew("s3", facts.skew_s)
     if facts.skew_s is not None and abs(facts.skew_s) >= SKEW_SIGNED_S:
@@ -442,6 +445,8 @@ def _folder(facts: BlobFacts, settings: Settings) -> Iterator[Finding]:
         mend="FNQUEUE_BLOBS_URL=s3://…" if strict else "",
         needed=strict,
     )
+    if facts.missing:
+        yield _not_yet("blobs", "folder")
     if facts.free_bytes is not None:
         low = facts.free_bytes < LOW_DISK_BYTES
         yield Finding(
@@ -467,6 +472,10 @@ def _in_memory(server: str, settings: Settings) -> Finding:
         mend="FNQUEUE_QUEUE_URL=amqp://…" if server == "queue" else "FNQUEUE_STORE_URL=redis://…",
         needed=strict,
     )
+
+
+def _not_yet(server: str, name: str) -> Finding:
+    return Finding(server=server, name=name, level=_WARN, value="missing", advice="the first process that may makes it")
 
 
 def _away(server: str, fault: str, mend: str) -> Finding:

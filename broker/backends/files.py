@@ -304,10 +304,7 @@ async def open_blobs(url: str, settings: Settings) -> AsyncIterator[FileBlobs]:
     Raises:
         ConfigurationError: the URL is not one of ours, or its folder cannot be written.
     """
-    parts = urlsplit(url)
-    if parts.netloc or parts.query or parts.fragment:
-        raise ConfigurationError("a file URL is file:// or file:///an/absolute/folder")
-    folder = Path(unquote(parts.path)) if parts.path else settings.data_dir.absolute() / "blobs"
+    folder = folder_of(url, settings)
     secret = settings.secret_key.get_secret_value().encode() or secrets.token_bytes(32)
     blobs = FileBlobs(folder, secret=secret)
     try:
@@ -316,6 +313,14 @@ async def open_blobs(url: str, settings: Settings) -> AsyncIterator[FileBlobs]:
         raise ConfigurationError(f"the blob folder {folder} cannot be used: {exc}") from exc
     await blobs.sweep()
     yield blobs
+
+
+def folder_of(url: str, settings: Settings) -> Path:
+    """Raises ConfigurationError for a URL that is not one of ours."""
+    parts = urlsplit(url)
+    if parts.netloc or parts.query or parts.fragment:
+        raise ConfigurationError("a file URL is file:// or file:///an/absolute/folder")
+    return Path(unquote(parts.path)) if parts.path else settings.data_dir.absolute() / "blobs"
 
 
 def _checked(key: str) -> str:

@@ -185,8 +185,11 @@ class S3Blobs:
         return self._client.meta.endpoint_url
 
     async def look(self) -> tuple[str, float | None]:
-        """What the server calls itself, and how far its clock is ahead of ours, to the second."""
-        answer = await self._call(self._client.head_bucket)
+        """What the server calls itself, and how far its clock is ahead of ours, to the second. Makes no bucket.
+
+        Raises BlobsUnavailable, or NotFound when there is no bucket.
+        """
+        answer = await self._within(self._timeout_s, lambda: self._client.head_bucket(Bucket=self._bucket))
         headers = answer["ResponseMetadata"]["HTTPHeaders"]
         told = headers.get("date")
         return headers.get("server", ""), parsedate_to_datetime(told).timestamp() - time.time() if told else None
@@ -283,8 +286,8 @@ class S3Blobs:
 
 
 @contextlib.asynccontextmanager
-async def open_blobs(url: str, settings: Settings) -> AsyncIterator[S3Blobs]:
-    """Opens although the server is away: `ping` tells, and the bucket is made by the first call that can.
+async def open_blobs(url: str, settings: Settings, *, make: bool = True) -> AsyncIterator[S3Blobs]:
+    """Opens although the server is away: `ping` tells, and the bucket is made by the first call that can; `make`: now.
 
     Raises:
         ConfigurationError: the URL is not one of ours; its message never repeats it.
@@ -292,8 +295,9 @@ async def open_blobs(url: str, settings: Settings) -> AsyncIterator[S3Blobs]:
     place = _parse(url)
     blobs = await asyncio.to_thread(_open, place, settings.blobs_timeout_s)
     try:
-        with contextlib.suppress(BlobsUnavailable):
-            await blobs.ping()
+        if make:
+            with contextlib.suppress(BlobsUnavailable):
+                await blobs.ping()
         yield blobs
     finally:
         await blobs.aclose()

@@ -15,12 +15,13 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
-from api.commands import api, dev
+from api.commands import api
 from api.doctor import doctor
 from broker.errors import ConfigurationError
 from broker.examination import examine, profile_kept
 from broker.settings import DoctorSettings, Settings, SidecarSettings, load
 from infra.local.servers import S3, RabbitMQ, Redis
+from tests.e2e import dev as processes
 from tests.eventually import eventually
 from tests.unit.container import FUNCTION_ID, VERSION_ID
 from workers.commands import sidecar
@@ -152,6 +153,14 @@ async def test_servers_that_are_away_are_faults_and_no_secret_is_shown() -> None
     assert {each["name"] for each in findings(result).values() if each["level"] == "fail"} == {"reachable"}
 
 
+async def test_the_doctor_makes_no_bucket(environment: dict[str, str], s3: S3) -> None:
+    elsewhere = s3.url.replace(f"/{s3.bucket}?", "/nobodys-bucket?")
+    for _ in range(2):
+        result = await asyncio.to_thread(run_doctor, environment, "--json", FNQUEUE_BLOBS_URL=elsewhere)
+        assert findings(result)["s3 bucket"]["value"] == "missing"
+        assert result.exit_code == 0
+
+
 async def test_refused_credentials_are_told_from_a_server_that_is_away(
     managed_rabbitmq: RabbitMQ, new_redis: Callable[[], Redis]
 ) -> None:
@@ -220,10 +229,11 @@ def test_no_process_calls_itself_b_over_a_redis_that_flushes_every_second(
 
 
 def test_a_process_of_one_calls_itself_nothing_but_a(tmp_path: Path) -> None:
-    environment = {"FNQUEUE_PROFILE": "B", "FNQUEUE_DATA_DIR": str(tmp_path)}
-    result = CliRunner().invoke(dev, ["--port", "0"], env=environment)
-    assert result.exit_code == 2
-    assert "not profile B: store place is memory://" in result.output
+    """In a process of its own: at its end it kills its children, and those of the tests are the servers."""
+    environment = processes.environment(FNQUEUE_PROFILE="B", FNQUEUE_DATA_DIR=str(tmp_path))
+    done = processes.fnqueue("dev", "--port", "0", env=environment)
+    assert done.returncode == 2
+    assert "not profile B: store place is memory://" in done.stderr
 
 
 def settings_over(server: Redis, profile: str) -> Settings:

@@ -267,6 +267,20 @@ async def test_whoever_leads_no_more_mends_nothing(broker: Broker, version_id: s
     assert auditor.mended.set_aside == auditor.mended.objects_deleted == 0
 
 
+async def test_nothing_is_borrowed_from_the_queue_of_an_undeployed_version(broker: Broker, version_id: str) -> None:
+    await accept(broker, version_id)
+    results = MemoryResults(ControllerSettings())
+    broker = replace(broker, results=results, upkeep=MemoryUpkeep(results))
+    version = await broker.catalog.versions.get(version_id)
+    assert version is not None
+    await deployments.undeploy(broker, OURS, version.item.function_id, version_id, graceful=True)
+    auditor = auditor_of(broker)
+    for _ in range(3):
+        await a_pass(auditor.versions)
+    assert not auditor.versions.looks
+    assert await queued(broker, version_id) == 0
+
+
 async def test_versions_that_are_gone_are_forgotten(broker: Broker, version_id: str) -> None:
     auditor = auditor_of(broker)
     await a_pass(auditor.versions)

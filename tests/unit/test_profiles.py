@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from api.doctor import lines
 from broker import profiles
 from broker.errors import ConfigurationError
+from broker.examination import examine
 from broker.facts import BlobFacts, Facts, Finding, Level, Node, QueueFacts, QueueInfo, StoreFacts
 from broker.settings import Settings, load
 from infra.local.servers import INFRA
@@ -257,3 +260,13 @@ def test_each_finding_is_a_line_with_what_mends_it_below() -> None:
     assert text[at].split() == ["fail", "redis", "appendfsync", "everysec"]
     assert text[at + 1].strip() == "must be always"
     assert text[at + 2].strip().startswith("$ redis-cli -h redis -p 6379 CONFIG SET appendfsync always")
+
+
+async def test_looking_makes_nothing(tmp_path: Path) -> None:
+    settings = load(Settings, data_dir=tmp_path / "data")
+    facts = await examine(settings, probe=True)
+    assert facts.blobs.missing
+    assert (facts.store.kind, facts.queue.kind) == ("memory", "memory")
+    assert os.listdir(tmp_path) == []
+    findings = profiles.judge(facts, settings, run_timeout_s=3600)
+    assert {finding.level for finding in findings} == {OK, WARN}

@@ -229,7 +229,8 @@ class Versions(Walk):
 
     async def _begin(self) -> None:
         rows = await self._broker.catalog.deployments.list()
-        self._todo = [row.item.version_id for row in rows if not row.item.removing]
+        # Of an undeployed version nothing is to be kept: what its queue holds is cancelled, and must not be on loan.
+        self._todo = [row.item.version_id for row in rows if not row.item.undeployed]
         known = set(self._todo)
         self.looks = {version_id: look for version_id, look in self.looks.items() if version_id in known}
         dead = await self._broker.queue.depth("")
