@@ -357,7 +357,7 @@ class ControllerSettings(SecretSettings):
         gt=0,
         le=86_400,
         description="Seconds between two passes of the auditor through all records, and through the queues of all "
-        "versions. A pass looks at 4,000 keys a second at most.",
+        "versions. A pass looks at 2,000 keys a second at most.",
     )
     audit_objects_s: float = Field(
         3600,

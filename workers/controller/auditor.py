@@ -29,9 +29,9 @@ from broker.settings import ControllerSettings
 
 logger = logging.getLogger(__name__)
 
-# 4,000 keys a second at most: less than a hundredth of what Redis can do.
+# 2,000 keys a second at most.
 RECORDS_AT_ONCE = 200
-PAUSE_S = 0.05
+PAUSE_S = 0.1
 # A front end may take this many accept timeouts between record and message, until nobody waits for it any more.
 SUBMITTED_WITHIN = 6
 STRAY_AT_LEAST_S = 60.0

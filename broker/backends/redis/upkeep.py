@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from broker.backends.redis import keys, scripts
@@ -16,6 +17,10 @@ from broker.settings import Settings
 _RECORDS = keys.record("*")
 # An entry that has been there for less may be of a record that is being made.
 _STRAY_AFTER_S = 60.0
+# What reading a record raises that is none.
+_GARBLED = (ValueError, TypeError, AttributeError)
+_QUEUED = RequestState.QUEUED.encode()
+_RUNNING = RequestState.RUNNING.encode()
 
 
 class RedisUpkeep:
@@ -29,7 +34,7 @@ class RedisUpkeep:
     async def survey(self, cursor: int, *, limit: int) -> Survey:
         scan = ("SCAN", cursor, "MATCH", _RECORDS, "COUNT", limit, "TYPE", "hash")
         [[following, found]] = await self._connection.run(scan)
-        ids = [key.decode()[5:-3] for key in found]
+        ids = [key.decode(errors="replace")[5:-3] for key in found]
         (seconds, micros), *records = await self._connection.run(
             ("TIME",), *(("HMGET", key, "s", "v", "d", "Q", "n", "Z") for key in found)
         )
@@ -43,7 +48,7 @@ class RedisUpkeep:
                 if not state.terminal:
                     live.append(_Entry(request_id, fields))
                     continue
-            except (ValueError, TypeError, AttributeError):
+            except _GARBLED:
                 unreadable += 1
             else:
                 states[state] += 1
@@ -59,19 +64,20 @@ class RedisUpkeep:
         fresh_after = (int(seconds) - _STRAY_AFTER_S) * 1_000_000
         mending: list[Command] = []
         for entries, place, other, belongs in (
-            (queued, waiting, running, RequestState.QUEUED),
-            (taken, running, waiting, RequestState.RUNNING),
+            (queued, waiting, running, _QUEUED),
+            (taken, running, waiting, _RUNNING),
         ):
             members = _members(entries)
-            records = await asyncio.gather(*(self._results.glance(each) for each, _ in members))
-            for (request_id, score), record in zip(members, records, strict=True):
-                if record is None:
-                    if score < fresh_after:
-                        mending.append(("ZREM", place, request_id))
-                elif record.state.terminal:
-                    mending.append(("ZREM", place, request_id))
-                elif record.state is not belongs:
+            if not members:
+                continue
+            states = await self._connection.run(*(("HGET", keys.record(each), "s") for each, _ in members))
+            for (request_id, score), raw in zip(members, states, strict=True):
+                if raw == belongs or (raw is None and score >= fresh_after):
+                    continue
+                if raw in (_QUEUED, _RUNNING):
                     mending.append(scripts.MOVE.call((place, other), request_id))
+                else:
+                    mending.append(("ZREM", place, request_id))
         if mending:
             await self._connection.run(*mending)
         return len(mending), max(len(_members(queued)), len(_members(taken))) == limit
@@ -105,7 +111,9 @@ class RedisUpkeep:
         )
         commands: list[Command] = []
         for request_id, fields in zip(ids, found, strict=True):
-            if fields[0] == b"queued" and fields[5] is None:
+            if fields[0] != _QUEUED or fields[5] is not None:
+                continue
+            with suppress(*_GARBLED):
                 commands.append(("ZADD", keys.due(version_id), _Entry(request_id, fields).due_ms, request_id))
                 commands.append(("ZREM", place, request_id))
         if commands:
@@ -121,14 +129,9 @@ class RedisUpkeep:
         rest = [entry for entry in live if entry.id not in ended]
         if not rest:
             return len(ended), 0
-        scores = await self._connection.run(
-            *(
-                ("ZSCORE", place(entry.version_id), entry.id)
-                for entry in rest
-                for place in (keys.waiting, keys.running, keys.due)
-            )
-        )
-        lost = [entry for at, entry in enumerate(rest) if scores[3 * at : 3 * at + 3] == [None] * 3]
+        lost = rest  # nearly all are at the first place that is asked for
+        for place in (_own_place, _due_place, _other_place):
+            lost = await self._missing(place, lost)
         if lost:
             # By its end, and not among those that wait: whether anything waits for a worker, only the queue can tell.
             await self._connection.run(
@@ -136,9 +139,15 @@ class RedisUpkeep:
             )
         return len(ended), len(lost)
 
+    async def _missing(self, place: Callable[[_Entry], str], entries: Sequence[_Entry]) -> list[_Entry]:
+        if not entries:
+            return []
+        scores = await self._connection.run(*(("ZSCORE", place(entry), entry.id) for entry in entries))
+        return [entry for entry, score in zip(entries, scores, strict=True) if score is None]
+
 
 class _Entry:
-    """The fields of a record that is not terminal. Raises ValueError, TypeError or AttributeError for what is none."""
+    """The fields of a record that is not terminal. Raises _GARBLED."""
 
     __slots__ = ("due_ms", "id", "state", "version_id")
 
@@ -149,6 +158,18 @@ class _Entry:
         self.version_id: str = version_id.decode()
         waits = queue_deadline is not None and int(attempt) == 0 and postponed is None
         self.due_ms = min(int(deadline), int(queue_deadline)) if waits else int(deadline)
+
+
+def _own_place(entry: _Entry) -> str:
+    return (keys.running if entry.state is RequestState.RUNNING else keys.waiting)(entry.version_id)
+
+
+def _other_place(entry: _Entry) -> str:
+    return (keys.waiting if entry.state is RequestState.RUNNING else keys.running)(entry.version_id)
+
+
+def _due_place(entry: _Entry) -> str:
+    return keys.due(entry.version_id)
 
 
 def _members(entries: Sequence[Any]) -> list[tuple[str, float]]:
