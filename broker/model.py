@@ -5,6 +5,7 @@ Times that end in `_at` are unix seconds by the store's clock; durations end in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
@@ -706,6 +707,19 @@ class Load:
     queued: int
     running: int
     oldest_age_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What one look at a part of all records found. `states` counts those that can be read, by state; `unreadable`
+    the others. `expired` were overdue and are not any more, `placed` were missing from their version's books. `cursor`
+    is where the next look goes on; 0 when all were seen."""
+
+    cursor: int
+    states: Mapping[RequestState, int]
+    unreadable: int = 0
+    expired: int = 0
+    placed: int = 0
 
 
 # -- streams -----------------------------------------------------------------------------------

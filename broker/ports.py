@@ -44,6 +44,7 @@ from broker.model import (
     RequestState,
     Secrets,
     Sharing,
+    Survey,
     Taken,
     Timings,
     Version,
@@ -112,6 +113,10 @@ class Queue(Protocol):
 
     async def take(self, version_id: str) -> Delivery | None:
         """One delivery now, or None when the queue is empty or missing. Raises Unavailable."""
+
+    async def depth(self, version_id: str) -> int | None:
+        """How many messages wait in the version's queue, or with "" among the dead letters, those on loan left out;
+        None when there is no such queue. Raises Unavailable."""
 
     async def ping(self) -> None:
         """Return if a publish could work now. Raises Unavailable."""
@@ -243,6 +248,36 @@ class Results(Protocol):
         """The present life of the store's data, a few seconds old at most unless `fresh`."""
 
     async def ping(self) -> None: ...
+
+
+# -- Upkeep ------------------------------------------------------------------------------------
+
+
+class Upkeep(Protocol):
+    """Keeps the books of the store straight: records, and beside them the places of requests in their versions.
+
+    Every method looks at a bounded number of things and may be broken off anywhere. None ends a request that is not
+    overdue: a front end that was paused between record and publish may still answer 202 for it, so that only it may
+    abandon it (PROTOCOL §2.4). All raise StoreUnavailable.
+    """
+
+    async def survey(self, cursor: int, *, limit: int) -> Survey:
+        """Look at the records from `cursor` on, 0 for the first, about `limit` keys of the store: count them, expire
+        what is overdue, and give a place to what has none, so that it expires in time. While requests come and go, one
+        may be counted twice, or in the state before; one that exists all the time is seen."""
+
+    async def straighten(self, version_id: str, *, skip: int, limit: int) -> tuple[int, bool]:
+        """See that the places `skip` to `skip + limit` of the version's waiting and running requests are those of
+        requests that wait and run. Returns how many changed, and whether there are more places."""
+
+    async def restore(self, job: Job) -> RequestState:
+        """Make a lost record again from its message, see that the request has its place among those that wait or run,
+        and return its state."""
+
+    async def set_aside(self, version_id: str, *, older_than_s: float, limit: int) -> int:
+        """Take requests that were accepted longer ago than `older_than_s` and still wait out of the version's order, so
+        that nothing is kept running for them; not those that were postponed. They stay `queued`: a claim is granted as
+        ever, and they expire when they are due. Returns how many, of the oldest `limit`."""
 
 
 # -- Streams -----------------------------------------------------------------------------------
@@ -442,6 +477,13 @@ class Blobs(Protocol):
 
     async def delete(self, key: str) -> bool: ...
 
+    async def page(self, prefix: str, *, after: str, limit: int) -> tuple[Blob, ...]:
+        """As `list`, by key, at most `limit` (up to 1000) of those behind the key `after`, "" for the first ones. None
+        are there any more when it is empty."""
+
+    async def discard_unfinished(self, *, older_than_s: float) -> int:
+        """Remove what writes left behind that began so long ago and never ended; returns how many."""
+
     async def ping(self) -> None: ...
 
 
@@ -560,6 +602,7 @@ class Store(NamedTuple):
     catalog: Catalog
     counters: Counters
     streams: Streams
+    upkeep: Upkeep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -571,6 +614,7 @@ class Broker:
     streams: Streams
     catalog: Catalog
     counters: Counters
+    upkeep: Upkeep
     blobs: Blobs
     settings: Settings
     keyring: Keyring

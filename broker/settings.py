@@ -65,6 +65,17 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
     log_format: Literal["json", "text"] = Field("json", description="`json`: one object a line; `text`: for people.")
 
+    profile: Literal["A", "B", "C", "D"] = Field(
+        "A",
+        description="What the servers are to survive (docs/operations.md): `A` nothing for certain, `B` a crash of any "
+        "process or of the host, `C` the loss of any one host, `D` as C, with what is large in S3. A process does "
+        "not start, or stops, when a server is configured otherwise.",
+    )
+    profile_asserted: bool = Field(
+        False,
+        description="Take what a server does not let be read, as a managed one may, for what the profile needs: its "
+        "operator's word.",
+    )
     request_deadline_s: float = Field(
         86_400,
         ge=1,
@@ -103,7 +114,11 @@ class Settings(BaseSettings):
         description="Progress updates kept of one running request, in bytes; the oldest make way.",
     )
     durable_replicas: int = Field(
-        0, ge=0, le=5, description="Redis replicas that must hold a result before it is acknowledged or shown (WAIT)."
+        0,
+        ge=0,
+        le=5,
+        description="Redis replicas that must hold a result before it is acknowledged or shown (WAIT); 1 by default in "
+        "the profiles C and D.",
     )
     inline_body_bytes: int = Field(
         256 * 1024,
@@ -145,6 +160,18 @@ class Settings(BaseSettings):
         8, ge=1, le=10_000, description="Valid API keys that one owner in an account may have through `POST /v1/keys`."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _profiles_with_replicas_wait_for_one(cls, given: dict[str, Any]) -> dict[str, Any]:
+        replicated = given.get("profile") in ("C", "D")
+        return {"durable_replicas": 1, **given} if replicated else given
+
+    @model_validator(mode="after")
+    def _profiles_with_replicas_wait(self) -> Self:
+        if self.profile in ("C", "D") and not self.durable_replicas:
+            raise ValueError(f"durable_replicas must be at least 1 in profile {self.profile}")
+        return self
+
     @model_validator(mode="after")
     def _a_key_never_outlives_its_result(self) -> Self:
         if self.idempotency_ttl_s > self.result_ttl_s:
@@ -153,14 +180,26 @@ class Settings(BaseSettings):
 
 
 class SecretSettings(Settings):
-    """Of those that seal or open secrets: front ends and controllers. A sidecar runs beside its user's code and is
-    given no key."""
+    """Of front ends and controllers. A sidecar runs beside its user's code and is given neither keys nor the way to
+    administer RabbitMQ."""
 
     encryption_keys: SecretStr = Field(
         SecretStr(""),
         description="Keys for secrets and registry credentials at rest: `id:hex,id:hex`, 64 hex digits each. The first "
         "seals, all open; the same on every front end and controller. Empty: secrets are refused.",
     )
+
+    queue_management_url: SecretStr = Field(
+        SecretStr(""),
+        description="RabbitMQ's management API, `http://user:password@host:15672`, of a user with the tag "
+        "`monitoring`: for what AMQP does not tell when a profile is checked, and for `fnqueue doctor`.",
+    )
+
+
+class DoctorSettings(SecretSettings):
+    """`fnqueue doctor`."""
+
+    run_timeout_s: float = Field(3600, ge=1, le=7 * 86_400, description="That of the sidecars.")
 
 
 class ApiSettings(SecretSettings):
@@ -381,6 +420,19 @@ class ControllerSettings(SecretSettings):
     )
     reconcile_s: float = Field(1, gt=0, le=60, description="Seconds between two looks at desired and actual instances.")
     sweep_s: float = Field(10, gt=0, le=600, description="Seconds between two sweeps for overdue requests.")
+    audit_s: float = Field(
+        60,
+        gt=0,
+        le=86_400,
+        description="Seconds between two passes of the auditor through all records, and through the queues of all "
+        "versions. A pass looks at 2,000 keys a second at most.",
+    )
+    audit_objects_s: float = Field(
+        3600,
+        gt=0,
+        le=30 * 86_400,
+        description="Seconds between its passes through the bodies and results in the blob store.",
+    )
     deploy_timeout_s: float = Field(
         1800, ge=1, description="Seconds a deployment may take to become ACTIVE before it is ERROR."
     )
@@ -400,8 +452,8 @@ class ControllerSettings(SecretSettings):
         0,
         ge=0,
         le=65_535,
-        description="Port of `/v1/health/live`, `/v1/health/ready` and `/v1/versions/{id}/load` (for autoscalers); "
-        "0 serves none.",
+        description="Port of `/v1/health/live`, `/v1/health/ready`, `/v1/versions/{id}/load` (for autoscalers) and "
+        "`/v1/conservation` (what the auditor counted and mended, as JSON); 0 serves none.",
     )
 
 

@@ -526,8 +526,7 @@ class Sidecar:
             self._discard(job.body_key)
 
     def _discard(self, key: str) -> None:
-        """Delete an object in the background. Best effort: what a blob store that is away keeps is left to its own
-        expiry."""
+        """Delete an object in the background. Best effort: what is left there is the controller's auditor's to find."""
         if key and self._discarding < MOST_DISCARDED:
             self._discarding += 1
             self._jobs.create_task(self._delete(key))

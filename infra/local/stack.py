@@ -154,6 +154,8 @@ class Stack(Daemon):
             "FNQUEUE_SECRET_KEY": kept_secret(self.folder / "secret.key"),
             "FNQUEUE_ENCRYPTION_KEYS": f"stack:{kept_secret(self.folder / 'encryption.key')}",
             **{name: server.url for name, server in servers.items()},
+            # What infra/redis and infra/rabbitmq configure; of other servers their owner has to say it.
+            "FNQUEUE_PROFILE": os.environ.get("FNQUEUE_PROFILE", "B" if len(servers) == len(SERVERS) else "A"),
         }
         front = {
             "FNQUEUE_ADMIN_KEY": self.admin_key,

@@ -21,7 +21,7 @@ from workers.controller.chores import Chores
 from workers.controller.fleets import FleetReconciler
 from workers.controller.reconcile import STRAY_S
 from workers.controller.removal import QUIET_S
-from workers.controller.status import serve_status
+from workers.controller.status import Status
 from workers.launchers.kubernetes import KubernetesFleet, objects
 
 OURS = Principal(account="ours", subject="me", scopes=frozenset())
@@ -216,7 +216,7 @@ async def test_the_load_counts_what_runs_and_what_waits(memory_broker: Broker, u
     )
     await memory_broker.results.create(draft, queue_limit=10, watch=False)
     url = f"http://127.0.0.1:{unused_tcp_port}/v1"
-    async with serve_status(unused_tcp_port, memory_broker), aiohttp.ClientSession() as session:
+    async with Status(memory_broker).shown(unused_tcp_port), aiohttp.ClientSession() as session:
         async with session.get(f"{url}/versions/{version_id}/load") as response:
             told = await response.json()
         async with session.get(f"{url}/versions/none/load") as response:

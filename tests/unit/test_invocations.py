@@ -78,6 +78,9 @@ class UnreliableQueue:
     async def take(self, version_id: str) -> Delivery | None:
         return await self.inner.take(version_id)
 
+    async def depth(self, version_id: str) -> int | None:
+        return await self.inner.depth(version_id)
+
     async def ping(self) -> None:
         await self.inner.ping()
 

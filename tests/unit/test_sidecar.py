@@ -26,6 +26,7 @@ from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
+from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.keyring import Keyring
 from broker.model import (
@@ -125,6 +126,7 @@ class Rig:
             streams=MemoryStreams(self.results, self.settings),
             catalog=self.catalog,
             counters=MemoryCounters(),
+            upkeep=MemoryUpkeep(self.results),
             blobs=self.blobs,
             settings=self.settings,
             keyring=Keyring({}),

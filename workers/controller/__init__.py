@@ -17,11 +17,13 @@ from broker.ports import Broker, Fleet, Launcher
 from broker.secrets import sweep as sweep_secrets
 from broker.settings import ControllerSettings
 from workers.controller import undertaker
+from workers.controller.auditor import Auditor
 from workers.controller.chores import Chores
 from workers.controller.fleets import FleetReconciler
 from workers.controller.leadership import RENEW_S, Leadership
 from workers.controller.reconcile import Reconciler
 from workers.controller.secrets import REFRESH_S, SWEEP_S, Refresher
+from workers.controller.status import Status
 from workers.loops import beside, every
 
 logger = logging.getLogger(__name__)
@@ -48,9 +50,13 @@ async def serve(
     """
     holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     leadership = Leadership(broker.catalog, holder)
-    async with beside(
-        every(RENEW_S, leadership.renew, name="leadership"),
-        _lead(broker, settings, launcher, leadership, offered or asyncio.Event()),
+    status = Status(broker)
+    async with (
+        status.shown(settings.status_port),
+        beside(
+            every(RENEW_S, leadership.renew, name="leadership"),
+            _lead(broker, settings, launcher, leadership, status, offered or asyncio.Event()),
+        ),
     ):
         await stop.wait()
     # First, so that another controller's instances take over while ours drain.
@@ -78,6 +84,7 @@ async def _lead(
     settings: ControllerSettings,
     launcher: Launcher | Fleet,
     leadership: Leadership,
+    status: Status,
     offered: asyncio.Event,
 ) -> None:
     """One term after another."""
@@ -98,6 +105,7 @@ async def _lead(
             else:
                 reconciler = Reconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
                 also = [every(REFRESH_S, leadership.only(Refresher(broker, launcher).step), name="secrets")]
+            auditor = status.auditor = Auditor(broker, settings, leads=lambda: leadership.held)
             async with beside(
                 every(OFFER_S, leadership.only(offer), name="offer"),
                 every(settings.reconcile_s, leadership.only(reconciler.step), name="reconcile"),
@@ -106,8 +114,12 @@ async def _lead(
                 every(settings.sweep_s, leadership.only(reconciler.ensure_queues), name="queues"),
                 every(settings.sweep_s, leadership.only(lambda: undertaker.sweep(broker)), name="sweep"),
                 every(1.0, leadership.only(lambda: undertaker.serve(broker)), name="undertaker"),
+                every(auditor.records.pause_s, leadership.only(auditor.records.step), name="audit_records"),
+                every(auditor.versions.pause_s, leadership.only(auditor.versions.step), name="audit_versions"),
+                every(auditor.objects.pause_s, leadership.only(auditor.objects.step), name="audit_objects"),
             ):
                 await leadership.lost()
+            status.auditor = None
             chores.cancel()
         logger.warning("leadership_lost", extra={"holder": leadership.holder})
 

@@ -10,10 +10,10 @@ import click
 
 from broker.connect import open_broker
 from broker.errors import ConfigurationError
+from broker.examination import profile_kept
 from broker.settings import ControllerSettings, load, refuse_memory
 from broker.telemetry import logs
 from workers.controller import serve
-from workers.controller.status import serve_status
 from workers.launchers import open_platform
 
 
@@ -46,8 +46,8 @@ async def _run(settings: ControllerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
     async with (
+        profile_kept(settings, stop),
         open_broker(settings) as broker,
-        serve_status(settings.status_port, broker),
         open_platform(settings) as launcher,
     ):
         await serve(broker, settings, launcher, stop)
