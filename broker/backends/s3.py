@@ -59,7 +59,9 @@ STOP_S = 5.0
 LONGEST_URL_S = 7 * 86_400  # S3 signs for no longer
 # botocore takes this one for its own default and leaves it out of the signature.
 UNSIGNABLE = "application/x-www-form-urlencoded; charset=utf-8"
-MISSING = frozenset({"404", "NoSuchKey", "NoSuchUpload", "NotFound"})
+MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
+NO_UPLOAD = "NoSuchUpload"
+ABORTED = 100  # uploads of others that one call ends
 OURS_ALREADY = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 
 
@@ -166,18 +168,8 @@ class S3Blobs:
         return tuple(_blobs(found))
 
     async def discard_unfinished(self, *, older_than_s: float) -> int:
-        """Of the first thousand uploads in parts that S3 lists; a store that lists none has rules of its own."""
-        try:
-            listed = await self._call(self._client.list_multipart_uploads)
-        except NotFound:  # rclone's way to say that there are none
-            return 0
-        now = listed["ResponseMetadata"]["HTTPHeaders"].get("date")
-        before = (parsedate_to_datetime(now).timestamp() if now else time.time()) - older_than_s
-        old = [upload for upload in listed.get("Uploads", []) if upload["Initiated"].timestamp() <= before]
-        for upload in old:
-            with contextlib.suppress(NotFound):  # it ended meanwhile
-                await self._call(self._client.abort_multipart_upload, Key=upload["Key"], UploadId=upload["UploadId"])
-        return len(old)
+        """Of the first thousand uploads in parts that S3 lists, and ABORTED at most."""
+        return await self._call(self._abort_old, older_than_s=older_than_s)
 
     @property
     def endpoint(self) -> str:
@@ -252,6 +244,24 @@ class S3Blobs:
             if answer["ContentLength"] > limit_bytes:
                 raise PayloadTooLarge(f"the object is larger than {limit_bytes} bytes", limit_bytes=limit_bytes)
             return body.read()
+
+    def _abort_old(self, *, older_than_s: float, Bucket: str) -> int:  # noqa: N803  boto3's name
+        try:
+            listed = self._client.list_multipart_uploads(Bucket=Bucket)
+        except ClientError as exc:
+            if _code(exc) == NO_UPLOAD:  # rclone's way to say that there are none
+                return 0
+            raise
+        now = listed["ResponseMetadata"]["HTTPHeaders"].get("date")
+        before = (parsedate_to_datetime(now).timestamp() if now else time.time()) - older_than_s
+        old = [upload for upload in listed.get("Uploads", []) if upload["Initiated"].timestamp() <= before][:ABORTED]
+        for upload in old:
+            try:
+                self._client.abort_multipart_upload(Bucket=Bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            except ClientError as exc:
+                if _code(exc) != NO_UPLOAD:  # it ended meanwhile
+                    raise
+        return len(old)
 
     async def _await_bucket(self) -> None:
         if not self._bucket_exists:
