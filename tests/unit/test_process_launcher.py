@@ -297,6 +297,15 @@ async def test_the_sidecar_is_told_all_about_its_instance(
     assert given.response_dir.is_dir()
 
 
+async def test_the_controllers_own_status_port_is_no_sidecars(
+    launcher: Launcher, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FNQUEUE_STATUS_PORT", "8090")
+    await started(launcher)
+    (given,) = sidecars.settings
+    assert given.status_port == 0
+
+
 def test_a_sidecar_process_reads_back_the_settings_it_was_meant_to_have(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -305,6 +305,8 @@ class ProcessLauncher:
             asset_dir=folder / "assets",
             response_dir=folder / "responses",
             scratch_dir=str(folder / "scratch"),
+            # The controller may have one of its own in the environment; all are on one machine.
+            status_port=0,
         )
 
     async def _clear(self, folder: Path) -> None:
