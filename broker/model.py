@@ -813,6 +813,15 @@ class RegistryCredential:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Login:
+    """An opened registry credential, for whoever pulls an image. Never stored, never shown."""
+
+    hostname: str
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryCredentials:
     """All registry credentials of one account: one row, so that names are unique and limits exact."""
 

@@ -6,11 +6,11 @@ errors named here; vendor errors never pass.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from broker.keyring import Keyring
 from broker.model import (
@@ -33,6 +33,7 @@ from broker.model import (
     Key,
     Lease,
     Load,
+    Login,
     Outcome,
     Position,
     Progress,
@@ -514,11 +515,23 @@ class Launcher(Protocol):
     async def gpus(self) -> list[Gpu]: ...
 
     async def start(
-        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+        self,
+        instance_id: str,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        secrets: bytes | None = None,
+        login: Login | None = None,
     ) -> None:
-        """Begin to start an instance; its sidecar reports when it is ready. `secrets` is the content of its secrets
-        file, there before the container starts; None for a version without. Raises ConfigurationError when it can
-        never start (an unknown image, say), NoCapacity when only room is missing."""
+        """Begin to start an instance, and return soon; its sidecar reports when it is ready, and what goes wrong
+        meanwhile is its `error`. `secrets` is the content of its secrets file, there before the container starts;
+        None for a version without. `login` is for the registry of its image, None for one that needs none.
+
+        Raises:
+            ConfigurationError: it can never start (an unknown image, say).
+            NoCapacity: only room is missing.
+            LauncherUnavailable: what runs instances is away.
+        """
 
     async def deliver(self, instance_id: str, secrets: bytes) -> None:
         """Replace an instance's secrets file in one step. Nothing, if the instance is gone or started without."""
@@ -528,6 +541,58 @@ class Launcher(Protocol):
 
     async def launched(self) -> list[Launched]:
         """Every instance started here and not yet stopped, the dead ones included."""
+
+
+# -- Fleet -------------------------------------------------------------------------------------
+
+
+class Replica(Launched, Protocol):
+    """An instance that its platform started, and starts again in its place when its containers end. One that is being
+    ended is not alive, and stands here until it has gone."""
+
+    @property
+    def delay(self) -> str:
+        """What keeps it from being started, '' if nothing does: no room, most often."""
+
+    @property
+    def restarts(self) -> int:
+        """How often one of its containers was started again."""
+
+
+@runtime_checkable
+class Fleet(Protocol):
+    """Keeps whole GPU specifications running, where a platform starts and stops the instances by itself and chooses
+    their number between minimum and maximum. In the place of a Launcher. All methods raise LauncherUnavailable."""
+
+    async def gpus(self) -> list[Gpu]: ...
+
+    async def keep(
+        self,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        secrets: bytes | None = None,
+        login: Login | None = None,
+    ) -> None:
+        """Make the platform keep instances of `specification`, now as it is given here. Idempotent, and cheap while
+        nothing changes. `secrets` is the content of their secrets file, which running ones see replaced within about
+        a minute; `login` is for the registry of the image. Raises ConfigurationError when they can never start."""
+
+    async def drop(self, specification_id: str, *, grace_s: float) -> None:
+        """Begin to end the instances of a specification, and all that was made for it. Idempotent; it is over when
+        neither `kept` nor `replicas` shows it."""
+
+    async def evict(self, instance_id: str) -> None:
+        """Begin to drain and end one instance; the platform puts another one in its place. Idempotent."""
+
+    async def weigh(self, busy: Mapping[str, bool]) -> None:
+        """Tell which instances have work and which do not, so that of two the platform takes the idle one away."""
+
+    async def kept(self) -> Mapping[str, str]:
+        """The version's ID of each specification that is kept, or not yet wholly dropped."""
+
+    async def replicas(self) -> Sequence[Replica]:
+        """Every instance of the kept specifications."""
 
 
 class Store(NamedTuple):

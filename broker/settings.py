@@ -50,7 +50,12 @@ class Settings(BaseSettings):
         description="Where large bytes live: `file://` (under the data folder) or `file:///a/folder`, or "
         "`s3://access:secret@host:port/bucket?tls=false&region=us-east-1&public_endpoint=http://…`.",
     )
-    launcher_url: str = Field("process://", description="What starts instances: `process://`.")
+    launcher_url: str = Field(
+        "process://",
+        description="What starts instances: `process://`; a container engine: `docker://` (DOCKER_HOST, or the usual "
+        "socket), `docker:///run/podman/podman.sock`, `docker://host:port`; or "
+        "`kubernetes://namespace?image=…&load_url=http://…` (docs/kubernetes.md).",
+    )
     data_dir: Path = Field(Path(".fnqueue"), description="Folder for files, logs and state of local processes.")
     secret_key: SecretStr = Field(
         SecretStr(""),
@@ -335,6 +340,69 @@ class ControllerSettings(SecretSettings):
         None,
         description="TOML file that maps image references to commands for `process://`; added to the samples.",
     )
+    docker_project: str = Field(
+        "fnqueue",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,30}$",
+        description="With `docker://`, begins the name of everything that is created, and stands on its label "
+        "`fnqueue.project`: what carries it belongs to this controller. One for each installation on an engine.",
+    )
+    docker_sidecar_image: str = Field(
+        "fnqueue/fnqueue:local",
+        description="Image of the sidecars: infra/docker/Dockerfile. Pulled without credentials.",
+    )
+    docker_network: str = Field(
+        "host",
+        description="Network on which sidecars reach the queue, the store, the blobs and the front ends, by the URLs "
+        "that the controller has: a network of the engine, or `host` for that of its machine.",
+    )
+    docker_egress: bool = Field(
+        True, description="Whether containers of functions reach anything but their sidecar, such as the internet."
+    )
+    docker_pull: Literal["missing", "always", "never"] = Field(
+        "missing",
+        description="When images are pulled. `missing` also gives an account an image that another one's credentials "
+        "have pulled.",
+    )
+    docker_pull_timeout_s: float = Field(
+        1800, ge=1, le=86_400, description="Seconds that the pull of one image may take."
+    )
+    docker_runtime: str = Field(
+        "", description="OCI runtime of all containers, such as `runc`; empty: the engine's own."
+    )
+    docker_ulimits: str = Field(
+        "", description="Limits of all containers: `name=soft:hard`, separated by commas; empty: the engine's own."
+    )
+    docker_restarts: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Times that the engine starts a function's container again that ended with an error, before its "
+        "instance is replaced. Not with `docker_network=host`: a container's address may change.",
+    )
+    docker_cpus: float = Field(
+        0, ge=0, description="CPUs of one function's container; 0: its cards' share of the machine, or no limit."
+    )
+    docker_memory_bytes: int = Field(
+        0, ge=0, description="Memory of one function's container; 0: its cards' share of the machine, or no limit."
+    )
+    docker_shm_bytes: int = Field(
+        1024 * MIB,
+        ge=0,
+        description="Size of `/dev/shm` in it, which frameworks use between processes; 0: the engine's.",
+    )
+    docker_log_bytes: int = Field(
+        50 * MIB, ge=1024, description="Log that the engine keeps of one container while it runs."
+    )
+    docker_gpus: Literal["nvidia", "cdi"] = Field(
+        "nvidia",
+        description="How cards are asked for: `nvidia`, of NVIDIA's container toolkit, or `cdi`, as "
+        "`nvidia.com/gpu=<UUID>`.",
+    )
+    docker_artifacts_dir: str = Field(
+        "",
+        description="Folder on the engine's machine with `models/<name>/<version>` and `resources/<name>/<version>`, "
+        "which containers see, read-only, as `/config/models/<name>` and `/config/resources/<name>`.",
+    )
     cluster: str = Field(
         "local",
         max_length=256,
@@ -365,13 +433,6 @@ class ControllerSettings(SecretSettings):
         le=30 * 86_400,
         description="Seconds between its passes through the bodies and results in the blob store.",
     )
-    controller_status_port: int = Field(
-        0,
-        ge=0,
-        le=65_535,
-        description="Port of `/v1/health/live`, and of `/v1/conservation`: what the auditor counted and mended, as "
-        "JSON; 0 serves none.",
-    )
     deploy_timeout_s: float = Field(
         1800, ge=1, description="Seconds a deployment may take to become ACTIVE before it is ERROR."
     )
@@ -386,6 +447,14 @@ class ControllerSettings(SecretSettings):
     )
     error_ttl_s: float = Field(
         7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
+    )
+    status_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port of `/v1/health/live`, `/v1/health/ready`, `/v1/versions/{id}/load` (for autoscalers) and "
+        "`/v1/conservation` (what the auditor counted and mended); "
+        "0 serves none.",
     )
 
 

@@ -1,6 +1,6 @@
 """RabbitMQ, Redis and an S3 server on private loopback ports: one code for `make stack`, tests and CI.
 
-`python -m infra.local.servers ensure` installs what is missing.
+`python -m infra.local.servers ensure` installs what is missing; `ensure-all`, what the tests need beside the servers.
 """
 
 from __future__ import annotations
@@ -240,11 +240,12 @@ def _password_hash(password: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if list(arguments) != ["ensure"]:
-        print("usage: python -m infra.local.servers ensure", file=sys.stderr)
+    wanted = {"ensure": binaries.PROGRAMS, "ensure-all": binaries.FOR_TESTS}.get(" ".join(arguments))
+    if wanted is None:
+        print("usage: python -m infra.local.servers ensure | ensure-all", file=sys.stderr)
         return 2
     try:
-        binaries.ensure()
+        binaries.ensure(wanted)
     except ServerFailed as error:
         print(error, file=sys.stderr)
         return 1

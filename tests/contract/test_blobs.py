@@ -824,6 +824,6 @@ async def silent_server() -> AsyncIterator[int]:
 
 async def until(true: Callable[[], Awaitable[bool]]) -> None:
     """Look again until it is so, for ten seconds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while not await true():  # noqa: ASYNC110  a server's clock tells nobody when it moves on
             await asyncio.sleep(0.01)

@@ -107,7 +107,7 @@ async def test_lost_records_of_a_version_without_instances_bring_one_back(
 ) -> None:
     """Nobody claims what no instance is started for, and no instance is started for what is not on the books."""
     port = free_port()
-    house = await asyncio.to_thread(make_house, FNQUEUE_AUDIT_S="0.5", FNQUEUE_CONTROLLER_STATUS_PORT=str(port))
+    house = await asyncio.to_thread(make_house, FNQUEUE_AUDIT_S="0.5", FNQUEUE_STATUS_PORT=str(port))
     async with house.caller() as caller:
         function = await caller.deploy(RECORDER, instances=0)
         await asyncio.to_thread(house.controller.kill)

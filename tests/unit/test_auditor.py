@@ -17,7 +17,7 @@ from broker.backends.files import FileBlobs
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.connect import open_broker
-from broker.errors import ConfigurationError, StoreUnavailable
+from broker.errors import StoreUnavailable
 from broker.functions import Definition
 from broker.model import Draft, GpuSpecification, Job, Outcome, Principal, RequestState, Survey
 from broker.ports import Broker, Upkeep
@@ -26,6 +26,7 @@ from infra.local.process import free_port
 from tests.unit.launchers import CPU
 from workers.controller.auditor import OBJECT_MARGIN_S, RESTORED_AT_ONCE, Auditor, Conservation, Walk
 from workers.controller.board import Board
+from workers.controller.status import serve_status
 
 OURS = Principal(account="ours", subject="me", scopes=frozenset())
 FUNCTION = Definition(name="f", inference_url="/", container_image="i")
@@ -370,7 +371,7 @@ async def test_what_is_not_ours_to_judge_stays(broker: Broker, clock: Clock) -> 
 async def test_the_board_shows_what_was_counted_and_mended(broker: Broker, version_id: str) -> None:
     await accept(broker, version_id)
     board, port = Board(), free_port()
-    async with board.shown(port), aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
+    async with serve_status(port, broker, board), aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
 
         async def facts() -> dict[str, object]:
             async with client.get("/v1/conservation") as answer:
@@ -385,8 +386,3 @@ async def test_the_board_shows_what_was_counted_and_mended(broker: Broker, versi
         shown = (await facts())["conservation"]
         assert isinstance(shown, dict)
         assert (shown["accepted"], shown["queued"], shown["balanced"]) == (1, 1, True)
-        async with client.get("/v1/health/live") as answer:
-            assert answer.status == 200
-        with pytest.raises(ConfigurationError, match="FNQUEUE_CONTROLLER_STATUS_PORT"):
-            async with Board().shown(port):
-                pass

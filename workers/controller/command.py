@@ -14,7 +14,9 @@ from broker.examination import profile_kept
 from broker.settings import ControllerSettings, load, refuse_memory
 from broker.telemetry import logs
 from workers.controller import serve
-from workers.launchers import open_launcher
+from workers.controller.board import Board
+from workers.controller.status import serve_status
+from workers.launchers import open_platform
 
 
 @click.command()
@@ -23,7 +25,7 @@ def controller() -> None:
 
     Settings come from FNQUEUE_* in the environment. SIGTERM and Ctrl-C drain this controller's instances, for
     FNQUEUE_DRAIN_S seconds at most, and stop them; a second one ends the controller at once, and the next one on
-    the same data folder takes its instances over.
+    the same data folder takes its instances over. On Kubernetes, instances go on without it.
     """
     try:
         settings = load(ControllerSettings)
@@ -36,7 +38,7 @@ def controller() -> None:
 
 
 async def _run(settings: ControllerSettings) -> None:
-    stop = asyncio.Event()
+    stop, board = asyncio.Event(), Board()
     loop = asyncio.get_running_loop()
 
     def end(number: signal.Signals) -> None:
@@ -48,6 +50,7 @@ async def _run(settings: ControllerSettings) -> None:
     async with (
         profile_kept(settings, stop),
         open_broker(settings) as broker,
-        open_launcher(settings) as launcher,
+        serve_status(settings.status_port, broker, board),
+        open_platform(settings) as launcher,
     ):
-        await serve(broker, settings, launcher, stop)
+        await serve(broker, settings, launcher, stop, board=board)
