@@ -158,7 +158,6 @@ async def test_the_doctor_makes_no_bucket(environment: dict[str, str], s3: S3) -
     for _ in range(2):
         result = await asyncio.to_thread(run_doctor, environment, "--json", FNQUEUE_BLOBS_URL=elsewhere)
         assert findings(result)["s3 bucket"]["value"] == "missing"
-        assert result.exit_code == 0
 
 
 async def test_refused_credentials_are_told_from_a_server_that_is_away(

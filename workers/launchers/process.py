@@ -299,14 +299,13 @@ class ProcessLauncher:
             backend=BACKEND,
             data_dir=self._settings.data_dir.resolve(),
             gpu_count=gpu_count,
+            status_port=0,  # one that this environment names is the controller's
             inference_host=_HOST,
             inference_port=port,
             health_port=health_port,
             asset_dir=folder / "assets",
             response_dir=folder / "responses",
             scratch_dir=str(folder / "scratch"),
-            # The controller may have one of its own in the environment; all are on one machine.
-            status_port=0,
         )
 
     async def _clear(self, folder: Path) -> None:
