@@ -80,6 +80,8 @@ class FleetReconciler:
                 await self._tend(view)
             except RevisionConflict as exc:  # the next pass looks again
                 logger.info("reconcile_postponed", extra={"version_id": view.deployment.version_id, "cause": str(exc)})
+        if not self.leads():
+            return
         await self._drop_strays(views, kept)
         self._forget(views)
         reports = [report for view in views for report in view.reports.values()]
