@@ -267,6 +267,7 @@ class RedisResults:
                 max_attempts,
                 self._retention_ms,
                 *_job(job),
+                self._settings.max_worker_deaths,
             ),
             scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
         )
