@@ -364,7 +364,7 @@ async def test_a_request_with_which_two_workers_died_is_not_given_to_a_third(
         function = await caller.deploy(RECORDER)
         suspect = await caller.submit(function.id, {"gate": str(gate)})
         for attempt in (1, 2):
-            await eventually(lambda: starts(house, suspect), lambda seen, wanted=attempt: seen == wanted, within_s=60)
+            await started(house, suspect, times=attempt)
             await kill_sidecar(house)
         dead = await caller.result(suspect, within_s=110)
         assert (dead.status, dead.headers["NVCF-STATUS"]) == (500, "errored")
@@ -374,8 +374,11 @@ async def test_a_request_with_which_two_workers_died_is_not_given_to_a_third(
         assert house.record.counts("start")[suspect] == 2
 
 
-async def starts(house: House, request_id: str) -> int:
-    return house.record.counts("start")[request_id]
+async def started(house: House, request_id: str, *, times: int) -> None:
+    async def starts() -> int:
+        return house.record.counts("start")[request_id]
+
+    await eventually(starts, lambda seen: seen == times, within_s=60)
 
 
 async def test_a_rolling_restart_of_the_workers_costs_no_request_and_no_attempt(
