@@ -188,9 +188,9 @@ class Results(Protocol):
         page after page shows each once. Abandoned ones are left out."""
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
-        """Ask to run one attempt. A missing record is rebuilt from the job; an attempt past `max_attempts`
-        turns the record `dead`. The claim of a granted lease is watched: a cancel sends a hint. A new attempt has
-        made no progress."""
+        """Ask to run one attempt. A missing record is rebuilt from the job; an attempt past `max_attempts`, or one
+        after `max_worker_deaths` workers let their lease run out, turns the record `dead`. The claim of a granted
+        lease is watched: a cancel sends a hint. A new attempt has made no progress."""
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
         """Extend the lease. Anything but RUNNING means: stop, the attempt's result will be refused."""

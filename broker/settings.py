@@ -97,6 +97,13 @@ class Settings(BaseSettings):
     max_attempts: int = Field(
         3, ge=1, le=100, description="Attempts after which a request whose worker or container died is dead."
     )
+    max_worker_deaths: int = Field(
+        2,
+        ge=1,
+        le=100,
+        description="Workers that may fall silent with a request before it is dead: it may be what kills them. Within "
+        "`max_attempts`; a container that was lost beside a living worker is not counted here.",
+    )
     lease_s: float = Field(
         15, ge=1, le=300, description="Seconds after which a silent worker's attempt may be run again."
     )

@@ -15,7 +15,19 @@ from broker.backends.redis.results import RedisResults
 from broker.backends.redis.scripts import READ
 from broker.backends.redis.store import open_store
 from broker.errors import IdempotencyKeyReused, QueueFull
-from broker.model import Claim, Draft, Interest, Job, Lease, Outcome, Position, Progress, RequestState, Verdict
+from broker.model import (
+    AttemptEnd,
+    Claim,
+    Draft,
+    Interest,
+    Job,
+    Lease,
+    Outcome,
+    Position,
+    Progress,
+    RequestState,
+    Verdict,
+)
 from broker.ports import FURTHEST, Results
 from broker.settings import Settings
 from infra.local.servers import Redis
@@ -192,6 +204,55 @@ async def test_attempts_past_the_last_leave_the_request_dead(results: Results, v
     assert record is not None
     assert "2 attempts" in record.reason
     assert (await results.load([version_id]))[0].queued == 0
+
+
+async def lose(results: Results, job: Job) -> None:
+    """A worker takes it and falls silent."""
+    lease = await granted(results, job, lease_s=0.02)
+
+    async def wait_s() -> float:
+        record = await results.read(job.id)
+        epoch = await results.epoch(fresh=True)
+        assert record is not None
+        return record.started_at + 0.05 - epoch.now
+
+    await eventually(wait_s, lambda left_s: left_s < 0)
+    assert lease.attempt
+
+
+async def test_a_request_that_two_workers_died_with_is_dead(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await lose(results, job)
+    await lose(results, job)
+    for _ in range(2):  # copies of its message change nothing
+        claimed = await claim(results, job)
+        assert (claimed.verdict, claimed.state) == (Verdict.SETTLED, RequestState.DEAD)
+    record = await results.read(job.id)
+    assert record is not None
+    assert "worker died in 2 attempts" in record.reason
+    assert [attempt.end for attempt in record.attempts] == [AttemptEnd.LOST, AttemptEnd.LOST]
+    assert (await results.load([version_id]))[0].running == 0
+
+
+async def test_lost_containers_and_lost_workers_are_counted_apart(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await lose(results, job)
+    await results.release(await granted(results, job), refund=False)
+    third = await granted(results, job)
+    assert third.attempt == 3
+    await results.release(third, refund=False)
+    assert (await claim(results, job)).state is RequestState.DEAD
+    record = await results.read(job.id)
+    assert record is not None
+    assert "3 attempts" in record.reason
+
+
+async def test_what_is_given_back_unspent_is_no_death(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await lose(results, job)
+    for _ in range(3):
+        await results.release(await granted(results, job), refund=True)
+    assert (await granted(results, job)).attempt == 2
 
 
 async def test_a_refunded_attempt_costs_nothing(results: Results, version_id: str) -> None:

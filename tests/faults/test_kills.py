@@ -356,6 +356,31 @@ async def test_a_request_that_kills_its_container_is_dead_after_three_attempts_a
         assert (await caller.status(poison)).body == dead.body
 
 
+async def test_a_request_with_which_two_workers_died_is_not_given_to_a_third(
+    make_house: Callable[..., House], gate: Gate
+) -> None:
+    house = await make(make_house, FNQUEUE_LEASE_S="2")
+    async with house.caller() as caller:
+        function = await caller.deploy(RECORDER)
+        suspect = await caller.submit(function.id, {"gate": str(gate)})
+        for attempt in (1, 2):
+            await started(house, suspect, times=attempt)
+            await kill_sidecar(house)
+        dead = await caller.result(suspect, within_s=110)
+        assert (dead.status, dead.headers["NVCF-STATUS"]) == (500, "errored")
+        assert "worker died in 2 attempts" in dead.json["detail"]
+        gate.open()
+        assert (await caller.result(await caller.submit(function.id))).status == 200
+        assert house.record.counts("start")[suspect] == 2
+
+
+async def started(house: House, request_id: str, *, times: int) -> None:
+    async def starts() -> int:
+        return house.record.counts("start")[request_id]
+
+    await eventually(starts, lambda seen: seen == times, within_s=60)
+
+
 async def test_a_rolling_restart_of_the_workers_costs_no_request_and_no_attempt(
     make_house: Callable[..., House],
 ) -> None:

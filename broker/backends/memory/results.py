@@ -62,9 +62,9 @@ class Log:
 
 @dataclass(slots=True, kw_only=True)
 class Entry:
-    """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it; `worker` is set
-    from a claim until the attempt comes to nothing, and `past` holds those that did; `aside` keeps a queued one out of
-    the order."""
+    """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it; `deaths` the
+    attempts whose lease ran out; `worker` is set from a claim until the attempt comes to nothing, and `past` holds
+    those that did; `aside` keeps a queued one out of the order."""
 
     id: str
     account: str
@@ -78,6 +78,7 @@ class Entry:
     state: RequestState = RequestState.QUEUED
     submitters: int = 1
     attempt: int = 0
+    deaths: int = 0
     token: str = ""
     worker: str = ""
     lease_until: float = 0.0
@@ -257,11 +258,11 @@ class MemoryResults:
         if entry.log.written:
             self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
-        if entry.attempt >= max_attempts:
-            self.finish(
-                entry, RequestState.DEAD, reason=f"the worker or its container died in {entry.attempt} attempts"
-            )
+        deaths = entry.deaths + (entry.state is RequestState.RUNNING)
+        if hopeless := self._hopeless(entry, deaths, max_attempts):
+            self.finish(entry, RequestState.DEAD, reason=hopeless)
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
+        entry.deaths = deaths
         entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, RequestState.RUNNING)
         entry.attempt += 1
@@ -272,6 +273,14 @@ class MemoryResults:
         self.hints.tell(job.id, Interest.STEPS)
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=entry.attempt, token=entry.token)
         return Claim(verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=entry.deadline_at - now)
+
+    def _hopeless(self, entry: Entry, deaths: int, max_attempts: int) -> str:
+        """Why it gets no further attempt, '' if it does."""
+        if deaths >= self._settings.max_worker_deaths:
+            return f"the worker died in {deaths} attempts: it may be what kills them"
+        if entry.attempt >= max_attempts:
+            return f"the worker or its container died in {entry.attempt} attempts"
+        return ""
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
         entry = self._entries.get(lease.request_id)

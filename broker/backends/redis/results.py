@@ -274,6 +274,7 @@ class RedisResults:
                 max_attempts,
                 self._retention_ms,
                 *job_arguments(job),
+                self._settings.max_worker_deaths,
             ),
             scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
         )

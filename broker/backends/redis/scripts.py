@@ -15,6 +15,7 @@ Record fields: s state · a account · f function · v version · c created · d
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
 Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
+D workers that died with it: whose lease ran out
 G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
 means to be there · i channels of readers · j channel of a writer that waits, and how many unread bytes it waits for
@@ -241,7 +242,7 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 # An attempt that began to stream is the last one: its reader cannot be given the same again.
 # KEYS record body
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
-#   queue_deadline run_ms
+#   queue_deadline run_ms max_deaths
 # returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt}
 # What POSTPONE kept goes when the next attempt starts.
 # A new attempt begins without progress; the numbers go on, so that no listener takes its updates for old ones.
@@ -252,7 +253,7 @@ CLAIM = Script(
 local r = KEYS[1]
 local rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
 overdue(r, KEYS[2], ARGV[6] + 0)
-local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs')
+local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
 if f[6] then
@@ -265,11 +266,19 @@ if f[1] == 'running' and tonumber(f[4] or 0) > now then
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
 if f[7] then return {'settled', finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0), n, 0} end
+local deaths = tonumber(f[10] or 0) + (f[1] == 'running' and 1 or 0)
+if deaths >= tonumber(ARGV[14]) then
+  finish(r, KEYS[2], 'dead', 'the worker died in ' .. deaths .. ' attempts: it may be what kills them', ARGV[6] + 0)
+  return {'settled', 'dead', n, 0}
+end
 if n >= tonumber(ARGV[5]) then
   finish(r, KEYS[2], 'dead', 'the worker or its container died in ' .. n .. ' attempts', ARGV[6] + 0)
   return {'settled', 'dead', n, 0}
 end
-if f[1] == 'running' then close(r, 'lost', f[4] or now) end
+if f[1] == 'running' then
+  close(r, 'lost', f[4] or now)
+  redis.call('HSET', r, 'D', deaths)
+end
 redis.call('HSET', r, 's', 'running', 'n', n + 1, 't', ARGV[2], 'l', now + ARGV[4], 'w', ARGV[1], 'k', ARGV[3],
   'b', now)
 if f[8] then
