@@ -43,6 +43,7 @@ from broker.errors import ConfigurationError, NoCapacity
 from broker.model import Gpu, GpuSpecification, Place, Version
 from broker.ports import Launched
 from broker.settings import ControllerSettings, Settings, SidecarSettings, load
+from broker.signatures import Signatures
 from workers.launchers import secrets as secrets_file
 from workers.launchers.cards import CPU, Card, Cards, Nvml, choose, device_environment, inventory
 from workers.launchers.children import Child, Identity
@@ -290,7 +291,14 @@ class ProcessLauncher:
         shared = {name: getattr(self._settings, name) for name in Settings.model_fields}
         return load(
             SidecarSettings,
-            **shared | {"data_dir": self._settings.data_dir.resolve(), "drain_s": self._settings.drain_s},
+            **shared
+            | {
+                "data_dir": self._settings.data_dir.resolve(),
+                "drain_s": self._settings.drain_s,
+                # It runs beside a user's code: it can check the messages of its version, and make nothing of ours.
+                "secret_key": SecretStr(""),
+                "message_keys": Signatures.of(self._settings).for_sidecar(version.id),
+            },
             function_id=version.function_id,
             function_version_id=version.id,
             function_name=version.name,
