@@ -14,7 +14,9 @@ from api.front import Front
 from api.operations import Operation
 from tests.unit.test_server import NOBODYS
 from tests.unit.test_tenants import DEFINITION, PARTIES, PARTNER, RATE_LIMIT, RIGHTS, SPECIFICATIONS, Tenants, ask
-from tests.unit.test_tenants import tenants as tenants  # the fixture
+from tests.unit.test_tenants import tenants as _tenants
+
+tenants = _tenants  # the fixture
 
 SPECIFICATION = {"gpu": "CPU", "minInstances": 0, "maxInstances": 1}
 # By operation, what its body has to be for the IDs of the path to be looked up.
