@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from broker.keyring import SETTING, Rotation
 from broker.model import ALL_RESOURCES, Key
 from broker.ports import Broker
 from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings, load, refuse_memory
+from broker.signatures import Signatures
 from broker.telemetry import logs
 
 try:
@@ -224,6 +226,20 @@ def suspend_key(key_id: str) -> None:
 def activate_key(key_id: str) -> None:
     """Admit a suspended key again."""
     _set_suspended(key_id, False)
+
+
+@keys.command("messages")
+@click.argument("version_id", type=click.UUID)
+def message_keys(version_id: uuid.UUID) -> None:
+    """Print FNQUEUE_MESSAGE_KEYS for a sidecar that you start yourself: by them it checks its version's messages.
+
+    They are made of FNQUEUE_SIGNING_KEYS and FNQUEUE_SECRET_KEY, and good for this version only.
+    """
+    with told():
+        made = Signatures.of(load(SecretSettings)).for_sidecar(str(version_id)).get_secret_value()
+        if not made:
+            raise ConfigurationError("FNQUEUE_SECRET_KEY: there is none, and no FNQUEUE_SIGNING_KEYS either")
+    click.echo(made)
 
 
 def _set_suspended(key_id: str, suspended: bool) -> None:

@@ -22,9 +22,12 @@ from broker.errors import ConfigurationError
 from broker.keyring import Keyring
 from broker.ports import Blobs, Broker, Queue, Store
 from broker.settings import ApiSettings, SecretSettings, Settings
+from broker.signatures import Signatures
 
 T = TypeVar("T")
 Opener = Callable[[str, Settings], AbstractAsyncContextManager[T]]
+QueueOpener = Callable[[str, Settings, Signatures], AbstractAsyncContextManager[Queue]]
+Chosen = TypeVar("Chosen")
 
 _SECRET_CHARACTERS = 32
 
@@ -38,12 +41,13 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
     Raises:
         ConfigurationError: an unknown scheme or a bad URL.
     """
+    signatures = Signatures.of(settings)
     settings = _with_secret(settings)
     keyring = Keyring.parse(_encryption_keys(settings))
     async with AsyncExitStack() as stack:
-        queue = await stack.enter_async_context(_opener("queue_url", settings, QUEUES))
-        store = await stack.enter_async_context(_opener("store_url", settings, STORES))
-        blobs = await stack.enter_async_context(_opener("blobs_url", settings, BLOBS))
+        queue = await stack.enter_async_context(_open_queue(settings, signatures))
+        store = await stack.enter_async_context(_open(STORES, "store_url", settings))
+        blobs = await stack.enter_async_context(_open(BLOBS, "blobs_url", settings))
         yield Broker(
             queue=queue,
             results=store.results,
@@ -58,7 +62,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
 
 
 @asynccontextmanager
-async def _memory_queue(url: str, settings: Settings) -> AsyncIterator[Queue]:
+async def _memory_queue(url: str, settings: Settings, signatures: Signatures) -> AsyncIterator[Queue]:
     yield MemoryQueue()
 
 
@@ -69,7 +73,7 @@ async def _memory_store(url: str, settings: Settings) -> AsyncIterator[Store]:
     yield Store(results, MemoryCatalog(), MemoryCounters(), streams, MemoryUpkeep(results))
 
 
-QUEUES: Mapping[str, Opener[Queue]] = {
+QUEUES: Mapping[str, QueueOpener] = {
     "memory": _memory_queue,
     "amqp": rabbitmq.open_queue,
     "amqps": rabbitmq.open_queue,
@@ -82,13 +86,23 @@ STORES: Mapping[str, Opener[Store]] = {
 BLOBS: Mapping[str, Opener[Blobs]] = {"file": files.open_blobs, "s3": s3.open_blobs}
 
 
-def _opener(name: str, settings: Settings, table: Mapping[str, Opener[T]]) -> AbstractAsyncContextManager[T]:
+def _open_queue(settings: Settings, signatures: Signatures) -> AbstractAsyncContextManager[Queue]:
+    opener, url = _opener(QUEUES, "queue_url", settings)
+    return opener(url, settings, signatures)
+
+
+def _open(table: Mapping[str, Opener[T]], name: str, settings: Settings) -> AbstractAsyncContextManager[T]:
+    opener, url = _opener(table, name, settings)
+    return opener(url, settings)
+
+
+def _opener(table: Mapping[str, Chosen], name: str, settings: Settings) -> tuple[Chosen, str]:
     url: str = getattr(settings, name).get_secret_value()
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in table:
         known = ", ".join(f"{known}://" for known in table)
         raise ConfigurationError(f"FNQUEUE_{name.upper()}: unknown scheme {scheme[:20]!r}; known are {known}")
-    return table[scheme](url, settings)
+    return table[scheme], url
 
 
 def _encryption_keys(settings: Settings) -> str:

@@ -53,6 +53,23 @@ class Rotation:
         )
 
 
+def parse_keys(setting: str, text: str) -> dict[str, bytes]:
+    """Keys by id, in order, of `id:hex,id:hex`, each 64 hex digits; '' for none. Raises ConfigurationError, which
+    names the setting and echoes nothing."""
+    keys: dict[str, bytes] = {}
+    for number, part in enumerate(text.split(",") if text.strip() else [], 1):
+        found = _KEY.fullmatch(part.strip())
+        if found is None:
+            raise ConfigurationError(
+                f"{setting}: key {number} is not of the form id:hex with 64 hex digits; "
+                "make one with: openssl rand -hex 32"
+            )
+        if found[1] in keys:
+            raise ConfigurationError(f"{setting}: key {number} has the id of an earlier one")
+        keys[found[1]] = bytes.fromhex(found[2])
+    return keys
+
+
 class Keyring:
     """Keys by id, in order. One without keys opens and seals nothing."""
 
@@ -62,18 +79,7 @@ class Keyring:
     @classmethod
     def parse(cls, text: str) -> Self:
         """`id:hex,id:hex`, each key 64 hex digits; '' for no keys. Raises ConfigurationError, which echoes nothing."""
-        keys: dict[str, bytes] = {}
-        for number, part in enumerate(text.split(",") if text.strip() else [], 1):
-            found = _KEY.fullmatch(part.strip())
-            if found is None:
-                raise ConfigurationError(
-                    f"{SETTING}: key {number} is not of the form id:hex with 64 hex digits; "
-                    "make one with: openssl rand -hex 32"
-                )
-            if found[1] in keys:
-                raise ConfigurationError(f"{SETTING}: key {number} has the id of an earlier one")
-            keys[found[1]] = bytes.fromhex(found[2])
-        return cls(keys)
+        return cls(parse_keys(SETTING, text))
 
     def __repr__(self) -> str:
         return f"Keyring({', '.join(self._ciphers)})"

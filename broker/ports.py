@@ -69,6 +69,12 @@ class Delivery(Protocol):
     def death(self) -> str:
         """Why the message was dead-lettered (`expired`, `rejected`, `delivery_limit`, `maxlen`), else ''."""
 
+    @property
+    def fault(self) -> str:
+        """'' for whatever `consume` and `take` give. Of a dead letter: why it was not ours to run, because it could not
+        be read, or was not signed as it is by this deployment. Then its job's id is a claim, and nothing else of it
+        is to be used."""
+
     async def ack(self) -> None:
         """Done with it for good."""
 

@@ -60,7 +60,12 @@ class Settings(BaseSettings):
     secret_key: SecretStr = Field(
         SecretStr(""),
         description="At least 32 random characters, the same on every front end. Tags request IDs, so that a guessed "
-        "ID never reaches the store.",
+        "ID never reaches the store. Sidecars need none and are given none.",
+    )
+    unsigned_messages: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="What becomes of a message in the queue that carries no signature, where sidecars have keys: "
+        "`refuse` sends it to the dead letters; `accept` is for as long as front ends run that do not sign yet.",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
     log_format: Literal["json", "text"] = Field("json", description="`json`: one object a line; `text`: for people.")
@@ -194,6 +199,12 @@ class SecretSettings(Settings):
         SecretStr(""),
         description="Keys for secrets and registry credentials at rest: `id:hex,id:hex`, 64 hex digits each. The first "
         "seals, all open; the same on every front end and controller. Empty: secrets are refused.",
+    )
+    signing_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Keys that sign messages in the queue, spelled the same: the first signs, all are good, and so is "
+        "one made of `secret_key`, which is the only one where this is empty. The same on every front end and "
+        "controller; a controller with neither starts sidecars that check nothing.",
     )
 
     queue_management_url: SecretStr = Field(
@@ -490,6 +501,11 @@ class SidecarSettings(Settings):
     )
     account: str = Field(
         "default", validation_alias=_either("account", "NCA_ID"), description="The account that owns the function."
+    )
+    message_keys: SecretStr = Field(
+        SecretStr(""),
+        description="The version's keys by which its messages are checked, as `fnqueue keys messages` prints them; "
+        "controllers give them to the sidecars that they start. Empty: every message is taken for ours.",
     )
     instance_id: str = Field("", description="Name of this instance in reports; empty: a random one.")
     specification_id: str = Field("", description="The deployment's GPU specification that this instance belongs to.")

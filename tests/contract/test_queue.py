@@ -13,6 +13,7 @@ from typing import Literal
 import pytest
 from aiormq.abc import AbstractChannel, DeliveredMessage
 from pamqp.commands import Basic
+from pydantic import SecretStr
 
 from broker.backends.codec import pack_job
 from broker.backends.memory.queue import MemoryQueue
@@ -20,9 +21,10 @@ from broker.backends.rabbitmq.queue import RabbitQueue, open_queue
 from broker.errors import ConfigurationError, PublishRejected, QueueMissing, Unavailable
 from broker.model import Job
 from broker.ports import Queue
-from broker.settings import Settings
+from broker.settings import Settings, SidecarSettings
+from broker.signatures import Signatures
 from infra.local.servers import RabbitMQ
-from tests.contract.queues import a_job, a_job_to_expire, dead_letter, raw_channel, receive, soon
+from tests.contract.queues import SOON_S, a_job, a_job_to_expire, dead_letter, raw_channel, receive, soon
 from tests.eventually import eventually
 
 ROUNDS = range(3)  # concurrency is tried more than once
@@ -384,6 +386,55 @@ async def test_garbage_among_the_dead_letters_does_not_block_them(
     job = a_job_to_expire(rabbit_version_id, after_s=0)
     await publish(rabbit_queue, [job])
     assert (await dead_letter(rabbit_queue, rabbit_version_id)).job == job
+
+
+@pytest.mark.parametrize("fault", ["it is not signed", "it was altered after it was signed"])
+async def test_a_message_that_was_not_signed_as_it_is_is_refused_and_named_among_the_dead_letters(
+    rabbitmq: RabbitMQ, rabbit_version_id: str, channel: AbstractChannel, fault: str
+) -> None:
+    name, ours = f"fnq.v.{rabbit_version_id}", Signatures(keys={"k": b"k" * 32})
+    job, good = a_job(rabbit_version_id), a_job(rabbit_version_id)
+    async with open_queue(rabbitmq.url, Settings(), ours, settle_s=0) as queue:
+        await publish(queue, [job])
+        taken = await soon(_get(channel, name))
+        headers = dict(taken.header.properties.headers or {})
+        if fault == "it is not signed":
+            del headers["fnq-signature"]
+        body = taken.body if fault == "it is not signed" else taken.body + b" "
+        properties = Basic.Properties(headers=headers, message_id=job.id)
+        await soon(channel.basic_publish(body, routing_key=name, properties=properties))
+        await publish(queue, [good])
+        async with queue.consume(rabbit_version_id, prefetch=1) as deliveries:
+            assert await receive(deliveries, 1) == [good]
+        async with asyncio.timeout(SOON_S), queue.dead_letters(prefetch=1) as dead:
+            async for letter in dead:
+                await letter.ack()
+                if letter.job.id == job.id:
+                    assert (letter.fault, letter.death, letter.job.account) == (fault, "rejected", "")
+                    return
+
+
+async def test_a_sidecars_keys_are_good_for_its_version_only(
+    rabbitmq: RabbitMQ, rabbit_queue: RabbitQueue, rabbit_version_id: str
+) -> None:
+    ours = Signatures(keys={"k": b"k" * 32})
+    given = ours.for_sidecar(rabbit_version_id).get_secret_value()
+    theirs = SidecarSettings(function_id="f", function_version_id=rabbit_version_id, message_keys=SecretStr(given))
+    other = SidecarSettings(function_id="f", function_version_id=str(uuid.uuid4()), message_keys=SecretStr(given))
+    job, forged = a_job(rabbit_version_id), a_job(other.function_version_id)
+    async with (
+        open_queue(rabbitmq.url, Settings(), ours, settle_s=0) as front,
+        open_queue(rabbitmq.url, Settings(), Signatures.of(theirs), settle_s=0) as sidecar,
+    ):
+        await publish(front, [job])
+        taken = await sidecar.take(rabbit_version_id)
+        assert taken is not None
+        assert taken.job == job
+        await taken.ack()
+        await front.declare(other.function_version_id)
+        await publish(sidecar, [forged])
+        assert await front.take(other.function_version_id) is None
+        await front.delete(other.function_version_id)
 
 
 async def test_take_skips_garbage(rabbit_queue: RabbitQueue, rabbit_version_id: str, channel: AbstractChannel) -> None:

@@ -440,6 +440,7 @@ def test_a_sidecar_process_is_given_no_key(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("FNQUEUE_ENCRYPTION_KEYS", "k1:hidden-value")
     monkeypatch.setenv("fnqueue_encryption_keys", "k1:hidden-value")
     monkeypatch.setenv("FNQUEUE_ADMIN_KEY", "hidden-value")
+    monkeypatch.setenv("FNQUEUE_SIGNING_KEYS", "hidden-value")
     settings = load(SidecarSettings, function_id="f", function_version_id="v", data_dir=tmp_path)
     assert "hidden-value" not in str(sidecar_environment(settings))
 

@@ -13,7 +13,7 @@ from broker import functions
 from broker.backends.memory.results import MemoryResults
 from broker.errors import StoreUnavailable
 from broker.functions import Definition
-from broker.model import Claim, Job, Outcome, Principal, Record, RequestState
+from broker.model import Claim, Draft, Job, Outcome, Principal, Record, RequestState
 from broker.ports import Broker, Results
 from broker.settings import Settings
 from workers.controller import undertaker
@@ -38,6 +38,7 @@ class Loan:
 
     job: Job
     death: str = ""
+    fault: str = ""
     ended: list[str] = field(default_factory=list)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -106,6 +107,29 @@ async def test_every_dead_letter_becomes_a_terminal_record_with_a_reason(
     assert record.state is state
     assert record.reason
     assert loan.ended == ["ack"]
+
+
+async def test_of_a_message_that_is_not_ours_only_the_waiting_request_is_ended(broker: Broker, clock: Clock) -> None:
+    draft = Draft(
+        id=str(uuid.uuid4()), account="ours", function_id="f", version_id="v", deadline_s=60.0, digest=""
+    )  # fmt: skip
+    await broker.results.create(draft, queue_limit=10, watch=False)
+    forged = replace(job_of("another version"), id=draft.id, account="theirs")
+    await undertaker.disown(broker, loan := Loan(forged, fault="it was altered after it was signed"))
+    record = await read(broker, forged)
+    assert (record.state, record.account, record.version_id) == (RequestState.DEAD, "ours", "v")
+    assert record.reason == "its message was refused: it was altered after it was signed"
+    assert loan.ended == ["ack"]
+
+
+async def test_a_message_that_is_not_ours_neither_stops_a_running_request_nor_makes_a_record(broker: Broker) -> None:
+    running, unknown = job_of(), job_of()
+    await broker.results.claim(running, worker="w", lease_s=15, max_attempts=3)
+    for job in (running, unknown):
+        await undertaker.disown(broker, loan := Loan(job, fault="it is not signed"))
+        assert loan.ended == ["ack"]
+    assert (await read(broker, running)).state is RequestState.RUNNING
+    assert await broker.results.read(unknown.id) is None
 
 
 class OneDeadLetter:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 from broker.errors import StoreUnavailable
-from broker.model import Claim, RequestState, Verdict
+from broker.model import Claim, Job, Record, RequestState, Verdict
 from broker.ports import Broker, Delivery
 from workers.loops import insist
 
@@ -36,6 +37,9 @@ async def serve(broker: Broker) -> None:
     """Bury the dead letters as they come, PREFETCH at once, until cancelled."""
     async with broker.queue.dead_letters(prefetch=PREFETCH) as deliveries, asyncio.TaskGroup() as graves:
         async for delivery in deliveries:
+            if delivery.fault:
+                graves.create_task(disown(broker, delivery))
+                continue
             state, reason = _ENDS.get(delivery.death, (RequestState.DEAD, f"dead-lettered: {delivery.death}"))
             graves.create_task(bury(broker, delivery, state, reason=reason))
 
@@ -60,6 +64,28 @@ async def bury(broker: Broker, delivery: Delivery, state: RequestState, *, reaso
     return True
 
 
+async def disown(broker: Broker, delivery: Delivery) -> None:
+    """End the request that a message with a fault stood for, if it waits, from what its record says of it: nothing of
+    the message is believed. One that runs has another message, and a request that has no record is made none."""
+    request_id, fault = delivery.job.id, delivery.fault
+
+    async def look() -> Record | None:
+        return await broker.results.glance(request_id)
+
+    async def end(job: Job) -> Claim:
+        return await broker.results.end(job, RequestState.DEAD, reason=f"its message was refused: {fault}")
+
+    try:
+        record = await insist(look, on=StoreUnavailable, name="disown")
+        if record is not None and record.state is RequestState.QUEUED:
+            await insist(partial(end, _of(record)), on=StoreUnavailable, name="disown")
+    except asyncio.CancelledError:
+        await delivery.requeue()
+        raise
+    await delivery.ack()
+    logger.error("message_disowned", extra={"request_id": request_id, "cause": fault, "known": record is not None})
+
+
 async def clear(broker: Broker, version_id: str) -> bool:
     """Cancel every request that is queued for an undeployed version. False when one could not be ended."""
     while delivery := await broker.queue.take(version_id):
@@ -74,6 +100,21 @@ async def sweep(broker: Broker) -> None:
         changed = await broker.results.sweep(row.item.id, limit=SWEEP_LIMIT)
         if changed:
             logger.info("requests_swept", extra={"version_id": row.item.id, "changed": changed})
+
+
+def _of(record: Record) -> Job:
+    """What the store needs to end the record's request."""
+    return Job(
+        id=record.id,
+        account=record.account,
+        function_id=record.function_id,
+        version_id=record.version_id,
+        subject="",
+        created_at=record.created_at,
+        deadline_at=record.deadline_at,
+        queue_deadline_at=record.queue_deadline_at,
+        digest="",
+    )
 
 
 async def _end(broker: Broker, delivery: Delivery, state: RequestState, reason: str) -> Claim:

@@ -14,6 +14,7 @@ from broker.deployments import left_out
 from broker.errors import ConfigurationError, NoCapacity
 from broker.model import GpuSpecification, Place, Version
 from broker.settings import ControllerSettings, Settings, SidecarSettings, load
+from broker.signatures import Signatures
 
 ERROR_BYTES = 4096
 
@@ -51,6 +52,9 @@ def sidecar_settings(
     shared = {name: getattr(controller, name) for name in Settings.model_fields}
     told: dict[str, Any] = {
         "drain_s": controller.drain_s,
+        # It runs beside a user's code: it can check the messages of its version, and make nothing of ours.
+        "secret_key": SecretStr(""),
+        "message_keys": Signatures.of(controller).for_sidecar(version.id),
         "function_id": version.function_id,
         "function_version_id": version.id,
         "function_name": version.name,

@@ -200,6 +200,10 @@ class _Loan:
     def death(self) -> str:
         return self._message.death
 
+    @property
+    def fault(self) -> str:
+        return ""
+
     async def ack(self) -> None:
         self._end()
 

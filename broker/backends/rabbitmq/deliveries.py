@@ -13,10 +13,11 @@ from pamqp.commands import Basic
 
 from broker.backends.codec import Unreadable
 from broker.backends.rabbitmq.connection import Line, answering
-from broker.backends.rabbitmq.messages import death, queue_name, read
+from broker.backends.rabbitmq.messages import claims_to_be, death, queue_name, read
 from broker.errors import Unavailable
 from broker.model import Job
 from broker.ports import Delivery
+from broker.signatures import NotOurs, Signatures
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,11 @@ class Deliveries:
         version_id: str,
         prefetch: int,
         *,
+        signatures: Signatures,
         renew_s: float,
         prepare: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self._signatures = signatures
         self._renew_s = renew_s
         self._line = line
         self._version_id = version_id
@@ -90,7 +93,7 @@ class Deliveries:
         if self._prepare is not None:
             await self._prepare()
         await self._leave()
-        lane = self._lane = Lane(self._line, await self._line.channel(), self._version_id)
+        lane = self._lane = Lane(self._line, await self._line.channel(), self._version_id, self._signatures)
         await lane.subscribe(self._prefetch)
 
     async def _leave(self) -> None:
@@ -115,12 +118,13 @@ class Deliveries:
 class Lane:
     """One channel and the messages on loan over it. Ended, it stays open until the last loan has."""
 
-    def __init__(self, line: Line, channel: AbstractChannel, version_id: str) -> None:
+    def __init__(self, line: Line, channel: AbstractChannel, version_id: str, signatures: Signatures) -> None:
         self.channel = channel
         self.arrivals: deque[Loan] = deque()
         self.loans = 0
         self._line = line
         self._version_id = version_id
+        self._signatures = signatures
         self._queue = queue_name(version_id)
         self._consumer_tag = ""
         self._changed = asyncio.Event()
@@ -193,16 +197,20 @@ class Lane:
             self._hear()
 
     async def _lend(self, message: DeliveredMessage) -> Loan | None:
-        """None for a message that is not ours to read: to the dead letters, or away if it is there already."""
+        """None for a message that is not ours to run: to the dead letters. One that is there already is lent with its
+        fault if it names a request, and is away if not."""
         tag = message.delivery_tag or 0
         self.loans += 1
         try:
-            return Loan(self, tag, read(message, self._version_id), death(message))
-        except Unreadable as exc:
-            facts = {"queue": self._queue, "message_id": message.header.properties.message_id, "cause": str(exc)}
+            return Loan(self, tag, read(message, self._version_id, self._signatures), death(message))
+        except (Unreadable, NotOurs) as exc:
+            fault = str(exc)
+            facts = {"queue": self._queue, "message_id": message.header.properties.message_id, "cause": fault}
             logger.error("message_unreadable", extra=facts)
         if self._version_id:
             await self.settle(lambda: self.channel.basic_reject(tag, requeue=False, wait=False))
+        elif (claimed := claims_to_be(message)) is not None:
+            return Loan(self, tag, claimed, death(message), fault=fault)
         else:
             await self.settle(lambda: self.channel.basic_ack(tag, wait=False))
         return None
@@ -224,11 +232,12 @@ class Lane:
 class Loan:
     """The port's Delivery. Its second verb does nothing: the broker would close the channel for it."""
 
-    __slots__ = ("_lane", "_open", "_tag", "death", "job")
+    __slots__ = ("_lane", "_open", "_tag", "death", "fault", "job")
 
-    def __init__(self, lane: Lane, tag: int, job: Job, death: str) -> None:
+    def __init__(self, lane: Lane, tag: int, job: Job, death: str, *, fault: str = "") -> None:
         self.job = job
         self.death = death
+        self.fault = fault
         self._lane = lane
         self._tag = tag
         self._open = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 
 from aiormq.abc import DeliveredMessage
@@ -9,9 +10,11 @@ from pamqp.commands import Basic
 
 from broker.backends.codec import Unreadable, unpack_job
 from broker.model import Job
+from broker.signatures import NotOurs, Signatures
 
 DEAD = "fnq.dead"  # the exchange and its queue
 ENVELOPE = "fnq"  # the header that holds all of a job but its body
+SIGNATURE = "fnq-signature"
 RESIDENCE_S = 60.0  # how long past its deadline a message may stay; the undertaker's sweep comes first
 MAX_EXPIRATION_MS = 2**32 - 1
 
@@ -20,10 +23,11 @@ def queue_name(version_id: str) -> str:
     return f"fnq.v.{version_id}" if version_id else DEAD
 
 
-def properties(job: Job, envelope: bytes) -> Basic.Properties:
+def properties(job: Job, envelope: bytes, signature: str) -> Basic.Properties:
     """Persistent, and named after the request: a returned message is matched by its id."""
+    signed = {SIGNATURE: signature} if signature else {}
     return Basic.Properties(
-        headers={ENVELOPE: envelope.decode()},
+        headers={ENVELOPE: envelope.decode(), **signed},
         message_id=job.id,
         delivery_mode=2,
         expiration=_expiration_ms(job),
@@ -38,14 +42,39 @@ def _expiration_ms(job: Job) -> str:
     return str(min(MAX_EXPIRATION_MS, int(residence_s * 1000)))
 
 
-def read(message: DeliveredMessage, version_id: str) -> Job:
-    envelope = _headers(message).get(ENVELOPE)
+def read(message: DeliveredMessage, version_id: str, signatures: Signatures) -> Job:
+    """Raises Unreadable, or NotOurs for what this deployment did not sign as it is."""
+    headers = _headers(message)
+    envelope = headers.get(ENVELOPE)
     if not isinstance(envelope, str | bytes):
         raise Unreadable("not a job")
     job = unpack_job(envelope, message.body)
     if version_id and job.version_id != version_id:
         raise Unreadable("another version's job")
+    raw = envelope.encode() if isinstance(envelope, str) else envelope
+    signatures.check(job.version_id, headers.get(SIGNATURE), raw, message.body)
+    if signatures and message.header.properties.message_id != job.id:
+        raise NotOurs("it was altered after it was signed")
     return job
+
+
+def claims_to_be(message: DeliveredMessage) -> Job | None:
+    """A job of which nothing but its id may be used, and that is no more than a claim; None if there is not even
+    one."""
+    try:
+        request_id = str(uuid.UUID(message.header.properties.message_id or ""))
+    except ValueError:
+        return None
+    return Job(
+        id=request_id,
+        account="",
+        function_id="",
+        version_id="",
+        subject="",
+        created_at=0.0,
+        deadline_at=0.0,
+        digest="",
+    )
 
 
 def death(message: DeliveredMessage) -> str:

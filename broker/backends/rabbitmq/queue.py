@@ -20,6 +20,7 @@ from broker.errors import ConfigurationError, Unavailable
 from broker.model import Job
 from broker.ports import Delivery
 from broker.settings import Settings
+from broker.signatures import NO_SIGNATURES, Signatures
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,15 @@ _QUORUM: dict[str, FieldValue] = {"x-queue-type": "quorum"}
 
 @asynccontextmanager
 async def open_queue(
-    url: str, settings: Settings, *, renew_s: float = RENEW_S, settle_s: float = SETTLE_S
+    url: str,
+    settings: Settings,
+    signatures: Signatures = NO_SIGNATURES,
+    *,
+    renew_s: float = RENEW_S,
+    settle_s: float = SETTLE_S,
 ) -> AsyncIterator[RabbitQueue]:
-    """The queue at `amqp[s]://user:password@host:port/vhost`, closed on exit.
+    """The queue at `amqp[s]://user:password@host:port/vhost`, closed on exit. Messages are signed and checked by
+    `signatures`.
 
     A broker that is away does not fail the opening: the first use does, and `ping` tells. A consumer that heard
     nothing for `renew_s` seconds subscribes anew; a queue that is new is left alone for `settle_s` seconds.
@@ -43,7 +50,7 @@ async def open_queue(
     Raises:
         ConfigurationError: a bad URL, refused credentials, or a `fnq.dead` that is not ours.
     """
-    queue = RabbitQueue(url, settings, renew_s=renew_s, settle_s=settle_s)
+    queue = RabbitQueue(url, settings, signatures, renew_s=renew_s, settle_s=settle_s)
     try:
         await queue.prepare()
         yield queue
@@ -54,7 +61,16 @@ async def open_queue(
 class RabbitQueue:
     """Publishes and consumes over two connections, since an alarm blocks all of a connection that publishes."""
 
-    def __init__(self, url: str, settings: Settings, *, renew_s: float = RENEW_S, settle_s: float = SETTLE_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        settings: Settings,
+        signatures: Signatures = NO_SIGNATURES,
+        *,
+        renew_s: float = RENEW_S,
+        settle_s: float = SETTLE_S,
+    ) -> None:
+        self._signatures = signatures
         self._renew_s = renew_s
         self._settle_s = settle_s
         self._answer_s = settings.publish_timeout_s
@@ -101,11 +117,14 @@ class RabbitQueue:
                 publisher = await self._new_publisher()
         await publisher.ready(min(UNBLOCK_S, timeout_s))
         publisher.measure(len(envelope))
-        await publisher.send(queue_name(job.version_id), properties(job, envelope), body, timeout_s=until - loop.time())
+        signed = properties(job, envelope, self._signatures.sign(job.version_id, envelope, body))
+        await publisher.send(queue_name(job.version_id), signed, body, timeout_s=until - loop.time())
 
     @asynccontextmanager
     async def consume(self, version_id: str, *, prefetch: int) -> AsyncIterator[AsyncIterator[Delivery]]:
-        deliveries = Deliveries(self._consuming, version_id, prefetch, renew_s=self._renew_s)
+        deliveries = Deliveries(
+            self._consuming, version_id, prefetch, signatures=self._signatures, renew_s=self._renew_s
+        )
         try:
             yield deliveries
         finally:
@@ -114,7 +133,12 @@ class RabbitQueue:
     @asynccontextmanager
     async def dead_letters(self, *, prefetch: int) -> AsyncIterator[AsyncIterator[Delivery]]:
         deliveries = Deliveries(
-            self._consuming, "", prefetch, renew_s=self._renew_s, prepare=self._declare_dead_letters
+            self._consuming,
+            "",
+            prefetch,
+            signatures=self._signatures,
+            renew_s=self._renew_s,
+            prepare=self._declare_dead_letters,
         )
         try:
             yield deliveries
@@ -123,7 +147,7 @@ class RabbitQueue:
 
     async def take(self, version_id: str) -> Delivery | None:
         async with answering(self._answer_s, Unavailable, self._consuming.away):
-            lane = Lane(self._consuming, await self._consuming.channel(), version_id)
+            lane = Lane(self._consuming, await self._consuming.channel(), version_id, self._signatures)
             try:
                 return await lane.take()
             except amqp.ChannelNotFoundEntity:

@@ -54,9 +54,9 @@ _COOLDOWN_S = 300
 _UP_STABLE_S, _DOWN_STABLE_S = 0, 120
 _LONGEST_STABLE_S = 3600
 _LEAST_TARGET = 0.01
-_OURS = frozenset({"queue_url", "store_url", "blobs_url"})
-# `secret_key` signs what only front ends check; `instance_id` is the pod's UID.
-_NOT_TOLD = _OURS | {"secret_key", "instance_id", "data_dir", "launcher_url"}
+_HIDDEN = frozenset({"queue_url", "store_url", "blobs_url", "message_keys"})
+# `instance_id` is the pod's UID; `secret_key` no sidecar has.
+_NOT_TOLD = _HIDDEN | {"secret_key", "instance_id", "data_dir", "launcher_url"}
 
 
 class Place(BaseModel):
@@ -329,7 +329,8 @@ class _Rendering:
         }
 
     def _hidden_settings(self) -> dict[str, bytes]:
-        values: dict[str, SecretStr] = {name: getattr(self.settings, name) for name in sorted(_OURS)}
+        settings = self._sidecar_settings()
+        values: dict[str, SecretStr] = {name: getattr(settings, name) for name in sorted(_HIDDEN)}
         return {f"FNQUEUE_{name.upper()}": value.get_secret_value().encode() for name, value in values.items()}
 
     @property
