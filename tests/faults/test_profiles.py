@@ -123,7 +123,8 @@ async def test_an_alarm_is_seen(environment: dict[str, str], managed_rabbitmq: R
 
         async def alarm() -> tuple[int, str]:
             result = await asyncio.to_thread(run_doctor, environment, "--json", FNQUEUE_QUEUE_MANAGEMENT_URL=url)
-            return result.exit_code, findings(result)["rabbitmq alarms"]["level"]
+            # Before it blocks, it may be too busy to answer at all.
+            return result.exit_code, findings(result).get("rabbitmq alarms", {}).get("level", "")
 
         await eventually(alarm, lambda seen: seen == (1, "fail"), within_s=60)
     finally:

@@ -24,6 +24,7 @@ from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity
 from broker.model import Autoscaling, GpuSpecification, Login, Model, Resource, Scaling, Stickiness, Version
 from broker.ports import Fleet, Replica
 from broker.settings import ControllerSettings
+from broker.signatures import Signatures
 from tests.eventually import eventually
 from tests.kubernetes_api import KubernetesApi, Object, fault_of, kubernetes_api
 from workers.launchers import kubernetes
@@ -169,16 +170,20 @@ def test_servers_addresses_are_in_a_secret_and_nowhere_else() -> None:
 
     settings = decoded(manifests.pop(f"Secret {NAME}-settings"))
     assert settings["FNQUEUE_QUEUE_URL"] == "amqp://user:queue-password@rabbitmq/"
-    assert set(settings) == {"FNQUEUE_QUEUE_URL", "FNQUEUE_STORE_URL", "FNQUEUE_BLOBS_URL"}
+    assert set(settings) == {"FNQUEUE_QUEUE_URL", "FNQUEUE_STORE_URL", "FNQUEUE_BLOBS_URL", "FNQUEUE_MESSAGE_KEYS"}
     assert "password" not in json.dumps(manifests)
 
 
-def test_keys_of_front_ends_and_controllers_are_not_told() -> None:
+def test_keys_of_front_ends_and_controllers_are_not_told_but_those_for_messages_of_the_version() -> None:
     settings = SETTINGS.model_copy(
         update={"secret_key": SecretStr("k" * 40), "encryption_keys": SecretStr("k1:" + "a" * 64)}
     )
-
-    assert render(settings=settings) == render()
+    with_keys, without = render(settings=settings), render()
+    told = decoded(with_keys.pop(f"Secret {NAME}-settings"))
+    assert told["FNQUEUE_MESSAGE_KEYS"] == Signatures.of(settings).for_sidecar(V1).get_secret_value() != ""
+    assert "k" * 40 not in str(told)
+    without.pop(f"Secret {NAME}-settings")
+    assert with_keys == without
 
 
 def test_a_container_is_given_what_the_contract_promises_over_its_own_environment() -> None:
