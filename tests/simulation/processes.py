@@ -239,12 +239,12 @@ class _SeenQueue(_Seen):
                 continue
             lent = process.lend(delivery)
             point = process.failpoint
-            twice = point is not None and point.name == "queue.deliver" and point.action is Action.DUPLICATE
-            await process.call("queue.deliver", lambda: self._copied(lent.job) if twice else asyncio.sleep(0))  # noqa: B023
+            twice = point is not None and point.name == "delivery.arrive" and point.action is Action.DUPLICATE
+            await process.call("delivery.arrive", lambda: self._copied(lent.job) if twice else asyncio.sleep(0))  # noqa: B023
             yield lent
 
     async def _copied(self, job: Job) -> None:
-        if not self._process.struck or self._process.calls[-1] == "queue.deliver":
+        if not self._process.struck or self._process.calls[-1] == "delivery.arrive":
             await self._inner.publish(job, timeout_s=1)
 
 

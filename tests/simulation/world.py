@@ -65,8 +65,8 @@ class Store(MemoryResults):
     not; while `mute`, hints are lost."""
 
     def __init__(self, settings: Settings) -> None:
-        born_at = time.time()
-        super().__init__(settings, now=lambda: born_at + asyncio.get_running_loop().time() - START_S)
+        born_at, loop = time.time(), asyncio.get_running_loop()
+        super().__init__(settings, now=lambda: born_at + loop.time() - START_S)
         self.replica_away = False
         self._before: dict[str, Entry] = {}
 
@@ -263,6 +263,10 @@ class World:
         failed = isinstance(error, AlreadyFinished | NotFound)
         ending = Ending.OK if record else Ending.FAILED if failed else Ending.UNKNOWN
         return self._note(Kind.CANCEL, name, ending, began_at, error=error)
+
+    def request_id(self, name: str) -> str:
+        """"" if it is not known to have been accepted."""
+        return self._ids.get(name, "")
 
     def accepted(self) -> Iterable[str]:
         return tuple(self._ids)
