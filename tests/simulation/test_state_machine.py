@@ -175,8 +175,8 @@ class Broker(RuleBasedStateMachine):
 @pytest.mark.timeout(300)
 class TestBroker(Broker.TestCase):  # type: ignore[misc]  # made by Hypothesis
     settings = settings(
-        max_examples=40,
-        stateful_step_count=20,
+        max_examples=150,
+        stateful_step_count=30,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
