@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.chaos import Plan, run
+from tests.faults.chaos import KINDS, Plan, run
 
 
 @pytest.mark.servers
@@ -14,7 +14,6 @@ from tests.faults.chaos import Plan, run
 async def test_no_promise_is_broken_while_everything_is_killed_and_frozen_at_random(
     programs: None, tmp_path: Path
 ) -> None:
-    report = await run(Plan(requests=600, faults=8, seed=1), tmp_path)
-    print(report)
+    report = await run(Plan(requests=800, faults=KINDS, seed=1), tmp_path)
     assert not report.broken, str(report)
     assert report.endings["fulfilled"] > 0

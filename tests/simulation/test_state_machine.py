@@ -173,7 +173,7 @@ class Broker(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(300)
-class TestBroker(Broker.TestCase):  # type: ignore[misc]  # made by Hypothesis
+class TestBroker(Broker.TestCase):  # type: ignore[misc, valid-type]  # made by Hypothesis
     settings = settings(
         max_examples=150,
         stateful_step_count=30,

@@ -17,7 +17,7 @@ from typing import Any, Self, cast
 from pydantic import SecretStr
 
 from broker import accounts, invocations
-from broker.backends.files import FileBlobs, open_blobs
+from broker.backends.files import open_blobs
 from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
@@ -189,7 +189,7 @@ class World:
             streams=MemoryStreams(self.store, settings),
             catalog=self.catalog,
             counters=MemoryCounters(),
-            blobs=cast("FileBlobs", await self._blobs.__aenter__()),
+            blobs=await self._blobs.__aenter__(),
             settings=settings,
             keyring=Keyring({}),
         )
@@ -265,7 +265,7 @@ class World:
         return self._note(Kind.CANCEL, name, ending, began_at, error=error)
 
     def request_id(self, name: str) -> str:
-        """"" if it is not known to have been accepted."""
+        """ "" if it is not known to have been accepted."""
         return self._ids.get(name, "")
 
     def accepted(self) -> Iterable[str]:
@@ -299,9 +299,7 @@ class World:
         for name in self.accepted():
             for front in range(len(self.fronts)):
                 await self.read(name, front=front)
-        return violations(
-            self.history, self.starts, self.store.census(), terms or Terms(deadline_s=DEADLINE_S)
-        )
+        return violations(self.history, self.starts, self.store.census(), terms or Terms(deadline_s=DEADLINE_S))
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -394,5 +392,5 @@ class World:
 @asynccontextmanager
 async def a_world(folder: Path, **given: Any) -> AsyncIterator[World]:
     """In a folder of its own below `folder`."""
-    async with asyncio.timeout(None), World(folder / uuid.uuid4().hex, **given) as world:
+    async with World(folder / uuid.uuid4().hex, **given) as world:
         yield world

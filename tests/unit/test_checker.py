@@ -10,7 +10,9 @@ import pytest
 from tests.checker import UNKNOWN_ID, Census, Ending, Kind, Operation, Terms, violations
 
 
-def operation(kind: Kind, state: str = "", *, at: float = 0.0, ending: Ending = Ending.OK, **given: object) -> Operation:
+def operation(
+    kind: Kind, state: str = "", *, at: float = 0.0, ending: Ending = Ending.OK, **given: object
+) -> Operation:
     made = Operation(kind=kind, name="a", ending=ending, began_at=at, ended_at=at, request_id="id-a", state=state)
     return replace(made, **given)  # type: ignore[arg-type]  # fields of several types
 
