@@ -175,7 +175,7 @@ class Broker(RuleBasedStateMachine):
 @pytest.mark.timeout(300)
 class TestBroker(Broker.TestCase):  # type: ignore[misc, valid-type]  # made by Hypothesis
     settings = settings(
-        max_examples=150,
+        max_examples=100,
         stateful_step_count=30,
         deadline=None,
         derandomize=True,
