@@ -238,14 +238,12 @@ class _SeenQueue(_Seen):
                 await delivery.requeue()
                 continue
             lent = process.lend(delivery)
+            before = process.struck
+            await process.call("delivery.arrive", lambda: asyncio.sleep(0))
             point = process.failpoint
-            twice = point is not None and point.name == "delivery.arrive" and point.action is Action.DUPLICATE
-            await process.call("delivery.arrive", lambda: self._copied(lent.job) if twice else asyncio.sleep(0))  # noqa: B023
+            if point is not None and point.action is Action.DUPLICATE and process.struck and not before:
+                await self._inner.publish(lent.job, timeout_s=1)
             yield lent
-
-    async def _copied(self, job: Job) -> None:
-        if not self._process.struck or self._process.calls[-1] == "delivery.arrive":
-            await self._inner.publish(job, timeout_s=1)
 
 
 class _SeenDelivery:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,13 +36,14 @@ FOLLOWING = {
 
 class Broker(RuleBasedStateMachine):
     requests: Bundle[str] = Bundle("requests")
+    mutation: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         super().__init__()
         random.seed(0)
         self.folder = Path(tempfile.mkdtemp(prefix="fnqueue-model-"))
         self.runner = asyncio.Runner(loop_factory=VirtualLoop)
-        self.world: World = self.run(World(self.folder, concurrency=2).__aenter__())
+        self.world: World = self.run(World(self.folder, concurrency=2, **self.mutation).__aenter__())
         self.names = (f"request-{number}" for number in itertools.count())
         self.cancelled: set[str] = set()
         self.seen: dict[str, tuple[str, str, int]] = {}

@@ -286,6 +286,8 @@ class World:
         """Everything works again, and what died is replaced."""
         self.store.replica_away = False
         self.queue.ends.clear()
+        for process in (*self.fronts, *self.workers):
+            process.failpoint = None
         for number in range(2):
             if self.fronts[number].dead:
                 await self.replace_front(number)
