@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo stack stack-down stack-status test check bench format clean
+.PHONY: help venv run demo stack stack-down stack-status test check chaos bench format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,12 +36,16 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts, and the tests that
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not servers" tests/unit tests/contract
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not servers" tests/unit tests/contract tests/simulation
 
 test: $(VENV)/.dev ## All tests, against real servers (installed if missing: needs root, or says what to install)
 	$(PY) -m infra.local.servers ensure-all
 	$(PY) -m pytest $(ALONE)
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore $(ALONE)
+
+chaos: $(VENV)/.dev ## Kill and freeze everything at random and check the promises: N=10000 KILLS=50 SEED=7
+	$(PY) -m infra.local.servers ensure
+	$(PY) -m tests.faults.chaos --requests $(or $(N),10000) --kills $(or $(KILLS),50) --seed $(or $(SEED),0)
 
 bench: $(VENV)/.dev ## Measure, as a ratio to a floor measured in the same run
 	$(PY) -m infra.local.servers ensure

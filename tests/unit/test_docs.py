@@ -29,6 +29,16 @@ def test_links_lead_to_what_is_there(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_each_test_that_proves_a_promise_is_there() -> None:
+    sources = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    page = (REPOSITORY / "docs" / "promises.md").read_text()
+    named = set(re.findall(r"`(test_\w+)", page))
+    assert named
+    assert [name for name in sorted(named) if f"def {name}(" not in sources] == []
+    cases = re.findall(r"`(?:test_a_mutant_is_caught)?\[([^\]]+)\]", page)
+    assert [case for case in cases if f'"{case}": (' not in sources] == []
+
+
 def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings."""
     headings = _HEADING.findall(_CODE.sub("", page.read_text()))

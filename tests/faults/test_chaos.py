@@ -1,0 +1,19 @@
+"""A short run of `make chaos`, with its seed fixed: what the machine makes of it differs all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.chaos import KINDS, Plan, run
+
+
+@pytest.mark.servers
+@pytest.mark.timeout(600)
+async def test_no_promise_is_broken_while_everything_is_killed_and_frozen_at_random(
+    programs: None, tmp_path: Path
+) -> None:
+    report = await run(Plan(requests=800, faults=KINDS, seed=1), tmp_path)
+    assert not report.broken, str(report)
+    assert report.endings["fulfilled"] > 0
