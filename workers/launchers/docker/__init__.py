@@ -120,6 +120,10 @@ class DockerLauncher:
         self._orphans: set[str] = set()
         self._place = place_of(settings)
 
+    @property
+    def leaves_running(self) -> bool:
+        return self._settings.docker_keep_instances
+
     async def gpus(self) -> list[Gpu]:
         """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
         gpus = inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)
