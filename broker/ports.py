@@ -518,6 +518,11 @@ class Launched(Protocol):
 class Launcher(Protocol):
     """Starts and stops instances: a container and its sidecar each."""
 
+    @property
+    def leaves_running(self) -> bool:
+        """Whether its instances go on when their controller ends, for another one to find. Otherwise the controller
+        drains and stops them first."""
+
     async def gpus(self) -> list[Gpu]: ...
 
     async def start(

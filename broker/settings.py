@@ -390,6 +390,11 @@ class ControllerSettings(SecretSettings):
     docker_ulimits: str = Field(
         "", description="Limits of all containers: `name=soft:hard`, separated by commas; empty: the engine's own."
     )
+    docker_keep_instances: bool = Field(
+        True,
+        description="Whether instances go on when their controller ends, for the next one to find. Otherwise the last "
+        "thing that it does is to drain and stop all that carry its project's label, whoever started them.",
+    )
     docker_restarts: int = Field(
         0,
         ge=0,

@@ -150,6 +150,8 @@ class Stack(Daemon):
         shared = {
             "FNQUEUE_LAUNCHER_URL": os.environ.get("FNQUEUE_LAUNCHER_URL", "process://"),
             **(launched_by(engine[0]) if engine else {}),
+            # Without our servers they would be of no use.
+            "FNQUEUE_DOCKER_KEEP_INSTANCES": os.environ.get("FNQUEUE_DOCKER_KEEP_INSTANCES", "false"),
             "FNQUEUE_DATA_DIR": os.environ.get("FNQUEUE_DATA_DIR", str(self.folder / "data")),
             "FNQUEUE_SECRET_KEY": kept_secret(self.folder / "secret.key"),
             "FNQUEUE_ENCRYPTION_KEYS": f"stack:{kept_secret(self.folder / 'encryption.key')}",

@@ -65,7 +65,7 @@ class Kind(ABC):
             return all("\n" in log for log in logs), error
 
         seen = await eventually(said, lambda seen: seen[0] or seen[1] != "", within_s=DEADLINE_S)
-        assert seen[1] == ""
+        assert seen[1] == "", seen[1]
 
     @abstractmethod
     def log(self, instance_id: str, part: Part) -> str: ...

@@ -48,7 +48,6 @@ async def test_an_instance_is_two_containers_that_are_given_what_they_need(podma
         docker_network="bridge",
         docker_egress=False,
         docker_cpus=0.5,
-        docker_memory_bytes=256 * 2**20,
         docker_shm_bytes=64 * 2**20,
         docker_artifacts_dir=str(tmp_path / "artifacts"),
     )
@@ -62,11 +61,7 @@ async def test_an_instance_is_two_containers_that_are_given_what_they_need(podma
         assert (told["secrets"], told["may_write_secrets"]) == ('{"A": "one"}', False)
         assert told["requests"] == {"inputAssets": "0o41777", "response": "0o41777"}
         assert told["config"] == {"/config/models/tiny/weights": "0.5"}
-        assert told["shm_bytes"] == 64 * 2**20
-        limits = podman.control(
-            "inspect", "--format", "{{.HostConfig.NanoCpus}} {{.HostConfig.Memory}}", f"{kind.project}-{instance_id}"
-        )
-        assert limits.split() == ["500000000", str(256 * 2**20)]
+        assert (told["shm_bytes"], told["cpu_quota_us"]) == (64 * 2**20, "50000")
 
         given = kind.told(instance_id, "sidecar")
         assert given["argv"] == ["sidecar"]
@@ -88,6 +83,27 @@ async def test_a_sidecar_on_the_machines_own_network_reaches_its_container(podma
         await eventually(
             lambda: asyncio.to_thread(kind.log, instance_id, "sidecar"), lambda log: "reached" in log, within_s=30
         )
+
+
+async def test_a_container_that_takes_more_memory_than_it_may_is_killed_and_the_error_says_so(
+    podman: Podman, tmp_path: Path
+) -> None:
+    kind = Containers(tmp_path, podman, docker_memory_bytes=64 * 2**20)
+    async with tidy(kind), kind.open() as launcher:
+        instance_id = await started(launcher, replace(kind.serving, container_args=f"{SERVING} swell"))
+        error = (await dead(launcher, instance_id)).error
+        assert error.startswith("container was killed")
+        assert "it used more memory than its 67108864 bytes" in error
+
+
+async def test_the_engine_starts_a_container_again_as_often_as_it_may_before_its_instance_is_dead(
+    podman: Podman, tmp_path: Path
+) -> None:
+    kind = Containers(tmp_path, podman, docker_network="bridge", docker_restarts=2)
+    async with tidy(kind), kind.open() as launcher:
+        instance_id = await started(launcher, kind.crashing)
+        assert "container exited with status 3" in (await dead(launcher, instance_id)).error
+        assert kind.log(instance_id, "container").count("the reason") == 3
 
 
 # -- images ------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def test_with_podman_functions_run_as_containers(stack: Stack, monkeypatch: pyte
     told = children[-1].environment()
     assert told["FNQUEUE_LAUNCHER_URL"] == children[3].url
     assert told["FNQUEUE_DOCKER_SIDECAR_IMAGE"] == "fnqueue/fnqueue:local"
+    assert told["FNQUEUE_DOCKER_KEEP_INSTANCES"] == "false"
 
 
 def test_another_engine_is_refused_with_what_to_do(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ class FakeLauncher:
         self.instances: dict[str, FakeInstance] = {}
         self.stopped: list[tuple[str, float]] = []
         self.started = asyncio.Event()
+        self.leaves_running = False
 
     async def gpus(self) -> list[Gpu]:
         return [CPU]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from broker.model import Gpu, Login, Model, Version
 from broker.settings import ControllerSettings, SidecarSettings, load
 from workers.launchers.cards import Card
 from workers.launchers.docker import plans
+from workers.launchers.docker.engine import archive_of
 from workers.launchers.docker.plans import Plan
 
 CARD = Card(uuid="GPU-1", index=0, name="H100", memory_bytes=80 * 2**30, driver_version="580")
@@ -107,3 +110,13 @@ def test_a_sidecar_reports_its_health_to_the_engine_where_it_has_a_port() -> Non
     assert a_plan().sidecar(SIDECAR)["Healthcheck"] == {"Test": ["NONE"]}
     with_port = SIDECAR.model_copy(update={"status_port": 8090})
     assert "http://127.0.0.1:8090/v1/health/ready" in a_plan().sidecar(with_port)["Healthcheck"]["Test"]
+
+
+def test_an_archive_ends_where_podman_stops_reading_it() -> None:
+    archive = archive_of(tarfile.TarInfo("file"), content=b"secret")
+    assert len(archive) == 4 * tarfile.BLOCKSIZE  # of the name, of the content, and two that are empty
+    with tarfile.open(fileobj=BytesIO(archive)) as read:
+        (member,) = read
+        file = read.extractfile(member)
+        assert file is not None
+        assert file.read() == b"secret"

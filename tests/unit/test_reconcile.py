@@ -744,6 +744,16 @@ async def test_a_controller_serves_from_its_offer_to_its_stop(memory_broker: Bro
     assert await memory_broker.catalog.lead("another", ttl_s=1)
 
 
+async def test_instances_that_can_do_without_a_controller_are_left_to_the_next_one(memory_broker: Broker) -> None:
+    launcher = FakeLauncher()
+    launcher.leaves_running = True
+    async with asyncio.timeout(20), serving(memory_broker, launcher):
+        await deployed(memory_broker)
+        await launcher.started.wait()
+    assert (len(launcher.instances), launcher.stopped) == (1, [])
+    assert await memory_broker.catalog.lead("another", ttl_s=1)
+
+
 async def test_a_controller_that_does_not_lead_touches_nothing(memory_broker: Broker) -> None:
     assert await memory_broker.catalog.lead("another", ttl_s=60)
     await memory_broker.catalog.offer([CPU], ttl_s=60)

@@ -43,7 +43,8 @@ async def serve(
     offered: asyncio.Event | None = None,
 ) -> None:
     """Act for as long as this controller leads, until `stop`; then drain and stop this launcher's instances, all
-    at once and in `drain_s` at most, and let another controller lead. A fleet's go on without any controller.
+    at once and in `drain_s` at most, and let another controller lead. A fleet's go on without any controller, and so
+    do those of a launcher that leaves them running: the controller that leads next has them already.
 
     `offered` is set once the inventory can be deployed to. When cancelled instead, it leaves the instances
     running, as a crash would; the next controller on the data folder finds them again.
@@ -61,7 +62,7 @@ async def serve(
         await stop.wait()
     # First, so that another controller's instances take over while ours drain.
     await _resign(broker, holder)
-    if leadership.ever_held and not isinstance(launcher, Fleet):
+    if leadership.ever_held and not isinstance(launcher, Fleet) and not launcher.leaves_running:
         await stop_all(launcher, grace_s=settings.drain_s)
 
 

@@ -23,7 +23,8 @@ def controller() -> None:
 
     Settings come from FNQUEUE_* in the environment. SIGTERM and Ctrl-C drain this controller's instances, for
     FNQUEUE_DRAIN_S seconds at most, and stop them; a second one ends the controller at once, and the next one on
-    the same data folder takes its instances over. On Kubernetes, instances go on without it.
+    the same data folder takes its instances over. On Kubernetes and, unless FNQUEUE_DOCKER_KEEP_INSTANCES says
+    otherwise, in a container engine, instances go on without it.
     """
     try:
         settings = load(ControllerSettings)

@@ -186,6 +186,10 @@ class ProcessLauncher:
         self._secrets_lock = asyncio.Lock()
         self._place = place_of(settings)
 
+    @property
+    def leaves_running(self) -> bool:
+        return False
+
     async def gpus(self) -> list[Gpu]:
         """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
         gpus = inventory(await asyncio.to_thread(self._cards.read), backend=BACKEND)

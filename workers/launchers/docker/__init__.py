@@ -21,6 +21,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from weakref import WeakValueDictionary
 
 import pynvml
@@ -45,6 +46,10 @@ BACKEND = "local"
 _CONTAINER_GRACE_S = 5.0
 # A half made instance of this age is one whose controller died over it: containers are made after all images are there.
 _MADE_S = 60.0
+# An engine that has not started an ended container again by then does not do it any more.
+_RESTARTED_S = 60.0
+_ENDED = ("exited", "stopped", "dead")
+_KILLED = 137
 _SWEEP_S = 300.0
 _ERROR_LINES = 100
 _KEPT_LINES = 2000
@@ -119,6 +124,10 @@ class DockerLauncher:
         self._pulls: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._orphans: set[str] = set()
         self._place = place_of(settings)
+
+    @property
+    def leaves_running(self) -> bool:
+        return self._settings.docker_keep_instances
 
     async def gpus(self) -> list[Gpu]:
         """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
@@ -345,9 +354,10 @@ class DockerLauncher:
         container, sidecar = by_role.get(plans.CONTAINER), by_role.get(plans.SIDECAR)
         whole = container is not None and sidecar is not None and container.alive and sidecar.alive
         # Perhaps another controller, which just lost the lead, is still at it.
-        ended = any(part.state in ("exited", "stopped", "dead") for part in parts)
+        ended = any(part.state in _ENDED for part in parts)
         young = not ended and time.time() - max(part.created_at for part in parts) < _MADE_S
-        if whole or young:
+        starting = young or (sidecar is not None and sidecar.alive and await self._comes_again(container))
+        if whole or starting:
             error = ""
         elif instance_id in self._errors:
             error = self._errors[instance_id]
@@ -358,9 +368,21 @@ class DockerLauncher:
             instance_id=instance_id,
             version_id=labels.get(plans.VERSION, ""),
             specification_id=labels.get(plans.SPECIFICATION, ""),
-            alive=whole or young,
+            alive=whole or starting,
             error=error,
         )
+
+    async def _comes_again(self, container: Found | None) -> bool:
+        """Whether the engine is about to start it again. Docker has a state for that, podman shows the end as any."""
+        if not self._settings.docker_restarts or container is None or container.state not in _ENDED:
+            return False
+        try:
+            shown = await self._engine.inspect(container.id)
+        except Absent:
+            return False
+        state, left = shown["State"], self._settings.docker_restarts - int(shown.get("RestartCount", 0))
+        ended_at = datetime.fromisoformat(state["FinishedAt"]).timestamp()
+        return left > 0 and state["ExitCode"] != 0 and time.time() - ended_at < _RESTARTED_S
 
     async def _why(self, container: Found | None, sidecar: Found | None) -> str:
         log = await self._engine.log(container.id, lines=_ERROR_LINES) if container else ""
@@ -372,13 +394,16 @@ class DockerLauncher:
 
     async def _fate(self, part: Found) -> str:
         try:
-            state = (await self._engine.inspect(part.id))["State"]
+            shown = await self._engine.inspect(part.id)
         except Absent:
             return "is gone"
+        state, memory_bytes = shown["State"], shown["HostConfig"].get("Memory") or 0
         if state.get("OOMKilled"):
-            return "was killed: it used more memory than it may"
+            return f"was killed: it used more memory than its {memory_bytes} bytes"
         status = int(state.get("ExitCode", 0))
         fate = f"was killed by signal {status - 128}" if status > 128 else f"exited with status {status}"
+        if status == _KILLED and memory_bytes:  # not every engine says what for
+            fate += f", perhaps because it used more memory than its {memory_bytes} bytes"
         fate = "was never started" if part.state in ("created", "configured", "initialized") else fate
         return f"{fate}: {state['Error']}" if state.get("Error") else fate
 
