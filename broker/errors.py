@@ -15,7 +15,8 @@
     ├── AlreadyFinished             a terminal request cannot be cancelled
     ├── RevisionConflict            somebody else wrote first; read again and retry
     ├── TryLater                    carries `retry_after_s`
-    │   ├── QueueFull
+    │   ├── QueueFull               the version has as much as it may
+    │   ├── AccountFull             the account has as much queued and running as it may
     │   ├── RateLimited             the function's rate limit, as its author set it
     │   ├── TooManyRequests         too many management calls, or changes of a key
     │   ├── Overloaded              this process is at one of its own limits
@@ -105,6 +106,14 @@ class TryLater(FnqueueError):
 
 
 class QueueFull(TryLater):
+    """`limit` is the setting that was met, "" for the queue's own backstop."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, limit: str = "") -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
+
+
+class AccountFull(QueueFull):
     pass
 
 

@@ -139,6 +139,7 @@ async def submit(broker: Broker, submission: Submission, version: Version, reque
         deadline_s=broker.settings.request_deadline_s,
         queue_timeout_s=submission.queue_timeout_s or version.queue_timeout_s,
         run_timeout_s=submission.run_timeout_s or version.run_timeout_s,
+        size_bytes=_size_bytes(submission.body),
     )
     try:
         record = await _create(broker, draft, submission, watch=watch)
@@ -388,6 +389,10 @@ async def _covers(broker: Broker, principal: Principal, record: Record) -> bool:
 
 def _secret(broker: Broker) -> bytes:
     return broker.settings.secret_key.get_secret_value().encode()[:64]
+
+
+def _size_bytes(body: bytes | BodyFile) -> int:
+    return body.path.stat().st_size if isinstance(body, BodyFile) else len(body)
 
 
 def _digest(submission: Submission) -> str:

@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from broker.backends.admission import limit_met
 from broker.backends.hints import Hints, RecordWatch
-from broker.errors import IdempotencyKeyReused, QueueFull
+from broker.errors import IdempotencyKeyReused
 from broker.model import (
     MOST_ATTEMPTS_KEPT,
     NO_TIMINGS,
@@ -154,6 +155,9 @@ class MemoryResults:
         self._due: dict[str, list[tuple[float, str]]] = {}
         self._accounts: dict[str, list[tuple[int, str]]] = {}
         self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}
+        # What is queued and running, as size by ID, of a version or an account.
+        self._ledgers: dict[tuple[str, str], dict[str, int]] = {}
+        self._held_bytes: dict[tuple[str, str], int] = {}
         self._orders = 0
 
     async def remember_key(self, account: str, key: str, *, request_id: str, digest: str) -> str:
@@ -182,9 +186,20 @@ class MemoryResults:
             entry.submitters += 1
             return entry.record()
         if len(self._waiting.get(draft.version_id, ())) >= queue_limit:
-            raise QueueFull(f"{queue_limit} requests already wait for this function version")
+            raise limit_met("version", "queued", self._settings, queue_limit)
+        for of, whose in (("version", draft.version_id), ("account", draft.account)):
+            if met := self._met(of, whose, draft.size_bytes):
+                raise limit_met(of, met, self._settings, queue_limit)
         now = int(self._now() * 1000) / 1000  # what is told in milliseconds can be asked for again
         return self._add(draft, created_at=now, deadline_at=now + draft.deadline_s).record()
+
+    def _met(self, of: str, whose: str, size_bytes: int) -> str:
+        """The limit that one more would exceed, "" if there is room."""
+        ledger = self._ledgers.get((of, whose), {})
+        most, most_bytes = (getattr(self._settings, f"{of}_{what}") for what in ("requests", "bytes"))
+        if most and len(ledger) >= most:
+            return "requests"
+        return "bytes" if most_bytes and self._held_bytes.get((of, whose), 0) + size_bytes > most_bytes else ""
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
         entry = self._entries.get(request_id)
@@ -424,6 +439,9 @@ class MemoryResults:
         if entry.queue_deadline_at:
             heapq.heappush(self._due.setdefault(entry.version_id, []), (entry.queue_deadline_at, entry.id))
         self._list(entry)
+        for whose in (("version", entry.version_id), ("account", entry.account)):
+            self._ledgers.setdefault(whose, {})[entry.id] = draft.size_bytes
+            self._held_bytes[whose] = self._held_bytes.get(whose, 0) + draft.size_bytes
         return entry
 
     def _list(self, entry: Entry) -> None:
@@ -446,6 +464,7 @@ class MemoryResults:
             deadline_s=job.deadline_at - job.created_at,
             queue_timeout_s=max(0.0, job.queue_deadline_at - job.created_at),
             run_timeout_s=job.run_timeout_s,
+            size_bytes=len(job.body),
         )
         return self._add(draft, created_at=job.created_at, deadline_at=job.deadline_at)
 
@@ -468,12 +487,19 @@ class MemoryResults:
         if entry.state is RequestState.RUNNING and outcome is None and entry.lease_until <= self._now():
             entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, state)
+        self._let_go(entry)
         entry.reason, entry.outcome, entry.finished_at = reason, outcome, self._now()
         self._finished.append((entry.finished_at, entry.id))
         if entry.updates:
             self._fading.append((entry.finished_at, entry.id))
         self.hints.tell(entry.id)
         self.hints.tell(f"{entry.id}/r")
+
+    def _let_go(self, entry: Entry) -> None:
+        for whose in (("version", entry.version_id), ("account", entry.account)):
+            self._held_bytes[whose] -= self._ledgers[whose].pop(entry.id, 0)
+            if not self._ledgers[whose]:
+                del self._ledgers[whose], self._held_bytes[whose]
 
     def _move(self, entry: Entry, state: RequestState) -> None:
         """The one place where a state changes, with the order and the running set beside it."""
