@@ -24,6 +24,7 @@
     │   └── Unavailable             a server behind us is away
     │       ├── QueueMissing        nothing consumes or holds this version's jobs
     │       ├── PublishUnconfirmed  the job may or may not be in the queue
+    │       ├── CircuitOpen         it did not answer for so long that it was not asked
     │       ├── PublishRejected     the queue's own backstop refused the job
     │       ├── StoreUnavailable
     │       └── BlobsUnavailable
@@ -146,6 +147,10 @@ class QueueMissing(Unavailable):
 
 
 class PublishUnconfirmed(Unavailable):
+    pass
+
+
+class CircuitOpen(Unavailable):
     pass
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from broker import assets, request_ids, streams
 from broker.errors import (
     AlreadyFinished,
+    CircuitOpen,
     FnqueueError,
     Forbidden,
     NotFound,
@@ -299,7 +300,7 @@ async def _publish(broker: Broker, job: Job) -> None:
         left_s = until - loop.time()
         try:
             return await broker.queue.publish(job, timeout_s=min(left_s, broker.settings.publish_timeout_s))
-        except (PublishRejected, QueueMissing):
+        except (PublishRejected, QueueMissing, CircuitOpen):
             raise
         except Unavailable as exc:
             logger.warning("publish_retried", extra={"request_id": job.id, "cause": type(exc).__name__})

@@ -96,6 +96,7 @@ class Queue(Protocol):
             PublishRejected: refused; it is not in the queue.
             QueueMissing: the version has no queue; it is not in one.
             PublishUnconfirmed: it may be in the queue. Publishing the same job again is harmless.
+            CircuitOpen: nothing was sent, and trying again at once is of no use.
             Unavailable: nothing was sent.
         """
 

@@ -15,11 +15,11 @@ from typing import Any
 import orjson
 from redis.exceptions import RedisError
 
+from broker.backends.admission import limit_met
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Command, Connection
-from broker.backends.admission import limit_met
 from broker.errors import IdempotencyKeyReused, StoreUnavailable
 from broker.model import (
     NO_TIMINGS,
