@@ -81,9 +81,12 @@ def allow_files(polls: int) -> None:
 
 def serve(parent: Connection) -> None:
     """The front end, until it is terminated."""
-    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="fnqueue-waiting-") as folder:
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:  # as `fnqueue api`
-            runner.run(_serve(parent, Path(folder)))
+    with (
+        suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory(prefix="fnqueue-waiting-") as folder,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,  # as `fnqueue api`
+    ):
+        runner.run(_serve(parent, Path(folder)))
 
 
 async def _serve(parent: Connection, folder: Path) -> None:
