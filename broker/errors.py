@@ -27,7 +27,8 @@
     │       ├── CircuitOpen         it did not answer for so long that it was not asked
     │       ├── PublishRejected     the queue's own backstop refused the job
     │       ├── StoreUnavailable
-    │       └── BlobsUnavailable
+    │       ├── BlobsUnavailable
+    │       └── LauncherUnavailable what runs instances is away, or failed at it
     └── ConfigurationError          a setting is wrong; the process cannot start
 
 No class knows a status code: `api.problems` holds the only table.
@@ -163,6 +164,10 @@ class StoreUnavailable(Unavailable):
 
 
 class BlobsUnavailable(Unavailable):
+    pass
+
+
+class LauncherUnavailable(Unavailable):
     pass
 
 

@@ -64,7 +64,8 @@ class Log:
 @dataclass(slots=True, kw_only=True)
 class Entry:
     """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it; `worker` is set
-    from a claim until the attempt comes to nothing, and `past` holds those that did."""
+    from a claim until the attempt comes to nothing, and `past` holds those that did; `aside` keeps a queued one out of
+    the order."""
 
     id: str
     account: str
@@ -94,6 +95,8 @@ class Entry:
     sequence: int = 0
     numbered: int = 0
     given: int = 0
+    aside: bool = False
+    size_bytes: int = 0
 
     def take(self) -> tuple[Progress | None, bool]:
         """The next update that no poll has been given, and true; or the last one again."""
@@ -184,6 +187,7 @@ class MemoryResults:
         entry = self._entries.get(draft.id)
         if entry is not None:
             entry.submitters += 1
+            self._line_up(entry)
             return entry.record()
         if len(self._waiting.get(draft.version_id, ())) >= queue_limit:
             raise limit_met("version", "queued", self._settings, queue_limit)
@@ -389,6 +393,8 @@ class MemoryResults:
         entry = self._entries.get(record.id)
         if entry is None or entry.state is not RequestState.QUEUED:
             return Position(rank=0, length=len(waiting))
+        if entry.aside:
+            return Position(rank=len(waiting) + 1, length=len(waiting))
         return Position(rank=bisect.bisect_left(waiting, (entry.order, entry.id)) + 1, length=len(waiting))
 
     async def places(self, version_id: str, request_ids: Sequence[str]) -> list[Position]:
@@ -414,6 +420,41 @@ class MemoryResults:
     async def ping(self) -> None:
         return None
 
+    # -- for upkeep -------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    def waiting(self, version_id: str) -> list[Entry]:
+        """Oldest first."""
+        return [self._entries[request_id] for _, request_id in self._waiting.get(version_id, ())]
+
+    def expire(self, entry: Entry) -> bool:
+        return self._expire(entry)
+
+    def put_back(self, job: Job) -> Entry:
+        """The request's record, made again if it is lost, and among those that wait if it waits."""
+        entry = self._entries.get(job.id) or self._rebuild(job)
+        self._line_up(entry)
+        return entry
+
+    def set_aside(self, entry: Entry) -> None:
+        """Out of the order, and to be looked at when it is due."""
+        waiting = self._waiting[entry.version_id]
+        del waiting[bisect.bisect_left(waiting, (entry.order, entry.id))]
+        entry.aside = True
+        self._let_go(entry)
+        heapq.heappush(self._due.setdefault(entry.version_id, []), (entry.record().due_at, entry.id))
+
+    # -- pieces -----------------------------------------------------------------------------------
+
+    def _line_up(self, entry: Entry) -> None:
+        """Back to its place, if it was set aside."""
+        if entry.aside:
+            entry.aside = False
+            self._hold(entry)
+            bisect.insort(self._waiting.setdefault(entry.version_id, []), (entry.order, entry.id))
+
     def _load(self, version_id: str) -> Load:
         waiting = self._waiting.get(version_id, [])
         oldest_age_s = self._now() - self._entries[waiting[0][1]].created_at if waiting else 0.0
@@ -433,15 +474,14 @@ class MemoryResults:
             deadline_at=deadline_at,
             queue_deadline_at=created_at + draft.queue_timeout_s if draft.queue_timeout_s else 0.0,
             run_timeout_s=draft.run_timeout_s,
+            size_bytes=draft.size_bytes,
         )
         self._entries[entry.id] = entry
         self._waiting.setdefault(entry.version_id, []).append((entry.order, entry.id))
         if entry.queue_deadline_at:
             heapq.heappush(self._due.setdefault(entry.version_id, []), (entry.queue_deadline_at, entry.id))
         self._list(entry)
-        for whose in (("version", entry.version_id), ("account", entry.account)):
-            self._ledgers.setdefault(whose, {})[entry.id] = draft.size_bytes
-            self._held_bytes[whose] = self._held_bytes.get(whose, 0) + draft.size_bytes
+        self._hold(entry)
         return entry
 
     def _list(self, entry: Entry) -> None:
@@ -495,17 +535,29 @@ class MemoryResults:
         self.hints.tell(entry.id)
         self.hints.tell(f"{entry.id}/r")
 
-    def _let_go(self, entry: Entry) -> None:
+    def _hold(self, entry: Entry) -> None:
         for whose in (("version", entry.version_id), ("account", entry.account)):
-            self._held_bytes[whose] -= self._ledgers[whose].pop(entry.id, 0)
-            if not self._ledgers[whose]:
+            self._ledgers.setdefault(whose, {})[entry.id] = entry.size_bytes
+            self._held_bytes[whose] = self._held_bytes.get(whose, 0) + entry.size_bytes
+
+    def _let_go(self, entry: Entry) -> None:
+        """Also of one that was set aside, which has left before."""
+        for whose in (("version", entry.version_id), ("account", entry.account)):
+            ledger = self._ledgers.get(whose, {})
+            if entry.id not in ledger:
+                continue
+            self._held_bytes[whose] -= ledger.pop(entry.id)
+            if not ledger:
                 del self._ledgers[whose], self._held_bytes[whose]
 
     def _move(self, entry: Entry, state: RequestState) -> None:
         """The one place where a state changes, with the order and the running set beside it."""
-        if entry.state is RequestState.QUEUED:
+        if entry.state is RequestState.QUEUED and not entry.aside:
             waiting = self._waiting[entry.version_id]
             del waiting[bisect.bisect_left(waiting, (entry.order, entry.id))]
+        if entry.aside:
+            entry.aside = False
+            self._hold(entry)
         self._running.setdefault(entry.version_id, set()).discard(entry.id)
         entry.state = state
         if state is RequestState.QUEUED:

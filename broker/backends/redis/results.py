@@ -20,6 +20,14 @@ from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Command, Connection
+from broker.backends.redis.keys import account as _account
+from broker.backends.redis.keys import body as _body
+from broker.backends.redis.keys import due as _due
+from broker.backends.redis.keys import ledger as _ledger
+from broker.backends.redis.keys import record as _record
+from broker.backends.redis.keys import running as _running
+from broker.backends.redis.keys import updates as _updates
+from broker.backends.redis.keys import waiting as _waiting
 from broker.errors import IdempotencyKeyReused, StoreUnavailable
 from broker.model import (
     NO_TIMINGS,
@@ -129,7 +137,7 @@ class RedisResults:
             await self._connection.run(
                 scripts.DISCARD.call((_record(draft.id),), nonce),
                 ("ZREM", _account(draft.account), member),
-                *_leaving(draft.account, draft.version_id, draft.id),
+                *leaving(draft.account, draft.version_id, draft.id),
             )
             raise (
                 limit_met("version", _text(met), settings, queue_limit)
@@ -151,8 +159,8 @@ class RedisResults:
             if record.state is RequestState.RUNNING and record.version_id == draft.version_id:
                 await self._connection.run(("ZREM", waiting, draft.id))
             else:
-                leaving = _leaving(draft.account, draft.version_id, draft.id)
-                await self._connection.run(*(leaving if record.state.terminal else leaving[1:]))
+                left = leaving(draft.account, draft.version_id, draft.id)
+                await self._connection.run(*(left if record.state.terminal else left[1:]))
         return record
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
@@ -287,7 +295,7 @@ class RedisResults:
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
         token = secrets.token_hex(16)
-        claimed, _ = await self._connection.run(
+        claimed, placed = await self._connection.run(
             scripts.CLAIM.call(
                 (_record(job.id), _body(job.id)),
                 worker,
@@ -296,7 +304,7 @@ class RedisResults:
                 int(lease_s * 1000),
                 max_attempts,
                 self._retention_ms,
-                *_job(job),
+                *job_arguments(job),
             ),
             scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
         )
@@ -305,19 +313,9 @@ class RedisResults:
             await self._leave(job.account, job.version_id, job.id)
         elif state is RequestState.QUEUED:
             await self._back_in_line(job.version_id, job.id)
-        elif verdict is Verdict.GRANTED and int(claimed[5]):
+        elif verdict is Verdict.GRANTED and (int(claimed[5]) or not placed):  # lost, or set aside
             with suppress(StoreUnavailable):
-                size_bytes = len(job.body)
-                await self._connection.run(
-                    scripts.ENTER.call((_ledger(job.version_id),), _member(job.id), size_bytes, job.account),
-                    self._index(
-                        job.account,
-                        job.id,
-                        job.deadline_at - job.created_at,
-                        size_bytes,
-                        accepted=_order(job.created_at),
-                    ),
-                )
+                await self._connection.run(*self.entering(job))
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=int(claimed[2]), token=token)
         return Claim(
             verdict=verdict,
@@ -325,6 +323,14 @@ class RedisResults:
             lease=lease if verdict is Verdict.GRANTED else None,
             remaining_s=int(claimed[4]) / 1000 if verdict is Verdict.GRANTED else 0.0,
             wait_s=int(claimed[3]) / 1000,
+        )
+
+    def entering(self, job: Job) -> tuple[Command, Command]:
+        """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
+        size_bytes, deadline_s = len(job.body), job.deadline_at - job.created_at
+        return (
+            scripts.ENTER.call((_ledger(job.version_id),), _member(job.id), size_bytes, job.account),
+            self._index(job.account, job.id, deadline_s, size_bytes, accepted=_order(job.created_at)),
         )
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
@@ -374,9 +380,9 @@ class RedisResults:
                 pack_outcome(outcome),
                 _numbers(outcome, timings),
                 self._retention_ms,
-                *_job(job),
+                *job_arguments(job),
             ),
-            *_leaving(job.account, job.version_id, job.id),
+            *leaving(job.account, job.version_id, job.id),
             durable=True,
         )
         stands = RequestState(_text(reply))
@@ -403,7 +409,7 @@ class RedisResults:
 
     async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
         [ended] = await self._connection.run(
-            scripts.END.call((_record(job.id), _body(job.id)), state, reason, self._retention_ms, *_job(job)),
+            scripts.END.call((_record(job.id), _body(job.id)), state, reason, self._retention_ms, *job_arguments(job)),
             durable=True,
         )
         claim = Claim(
@@ -449,7 +455,8 @@ class RedisResults:
         return int(after), list(zip(fields[::2], fields[1::2], strict=True))
 
     async def _sweep_due(self, version_id: str, now: float, limit: int) -> int:
-        """Queue timeouts end in another order than that of the queue, and far behind what a sweep looks at there."""
+        """Queue timeouts end in another order than that of the queue, and far behind what a sweep looks at there; what
+        was set aside is in no other place."""
         [ids] = await self._connection.run(
             ("ZRANGE", _due(version_id), "-inf", int(now * 1000), "BYSCORE", "LIMIT", 0, limit)
         )
@@ -457,7 +464,7 @@ class RedisResults:
             return 0
         records = await self._read_all([_text(request_id) for request_id in ids], "", whole=False)
         await self._connection.run(("ZREM", _due(version_id), *ids))
-        return sum(record is not None and record.overslept for record in records)
+        return sum(record is not None and record.state is RequestState.EXPIRED for record in records)
 
     async def _sweep(self, place: str, belongs: RequestState, before: float, limit: int) -> int:
         """Reading expires what is overdue; an entry without a record may be one that is being created."""
@@ -551,14 +558,14 @@ class RedisResults:
             replies = await self._connection.run(*commands)
             return [_still_running(_parse(each, reply)) for each, reply in zip(request_ids, replies, strict=True)]
         records = [_parse(each, reply) for each, reply in zip(request_ids, replies, strict=True)]
-        leaving = [
+        left = [
             command
             for record, reply in zip(records, replies, strict=True)
             if record is not None and int(reply[12])
-            for command in _leaving(record.account, record.version_id, record.id)
+            for command in leaving(record.account, record.version_id, record.id)
         ]
-        if leaving:
-            await self._connection.run(*leaving)
+        if left:
+            await self._connection.run(*left)
         return records
 
     async def _back_in_line(self, version_id: str, request_id: str) -> None:
@@ -582,7 +589,7 @@ class RedisResults:
         return scripts.INDEX.call(keys, _member(request_id), accepted, limit, ttl_ms, size_bytes, *most)
 
     async def _leave(self, account: bytes | str | None, version_id: str, request_id: str) -> None:
-        await self._connection.run(*_leaving(_text(account or ""), version_id, request_id))
+        await self._connection.run(*leaving(_text(account or ""), version_id, request_id))
 
 
 def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
@@ -671,7 +678,8 @@ def _progress(packed: bytes) -> Progress:
     return Progress(number=int(number), percent=int(percent), partial=partial)
 
 
-def _job(job: Job) -> tuple[str | int, ...]:
+def job_arguments(job: Job) -> tuple[str | int, ...]:
+    """What scripts rebuild a lost record from."""
     return (
         job.account,
         job.function_id,
@@ -681,34 +689,6 @@ def _job(job: Job) -> tuple[str | int, ...]:
         round(job.queue_deadline_at * 1000),
         round(job.run_timeout_s * 1000),
     )
-
-
-def _record(request_id: str) -> str:
-    return f"fnq:{{{request_id}}}:r"
-
-
-def _body(request_id: str) -> str:
-    return f"fnq:{{{request_id}}}:b"
-
-
-def _updates(request_id: str) -> str:
-    return f"fnq:{{{request_id}}}:p"
-
-
-def _waiting(version_id: str) -> str:
-    return f"fnq:{{{version_id}}}:q"
-
-
-def _running(version_id: str) -> str:
-    return f"fnq:{{{version_id}}}:x"
-
-
-def _due(version_id: str) -> str:
-    return f"fnq:{{{version_id}}}:d"
-
-
-def _account(account: str) -> str:
-    return f"fnq:{{{account}}}:a"
 
 
 def _member(request_id: str) -> bytes:
@@ -721,17 +701,14 @@ def _order(seconds: float) -> int:
     return int(seconds * 1_000_000)
 
 
-def _ledger(whose: str) -> str:
-    return f"fnq:{{{whose}}}:n"
-
-
-def _leaving(account: str, version_id: str, request_id: str) -> tuple[Command, Command]:
-    """The account's ledger first: what a crash leaves behind, the sweep finds in the version's."""
+def leaving(account: str, version_id: str, request_id: str, *, places: bool = True) -> tuple[Command, Command]:
+    """Takes a request off its ledgers and, with `places`, out of the orders of its version. The account's ledger first:
+    what a crash leaves behind, the sweep finds in the version's."""
     member = _member(request_id)
-    places = (_ledger(version_id), _waiting(version_id), _running(version_id), _due(version_id))
+    orders = (_waiting(version_id), _running(version_id), _due(version_id)) if places else ()
     return (
         scripts.LEAVE.call((_ledger(account),), member, request_id),
-        scripts.LEAVE.call(places, member, request_id),
+        scripts.LEAVE.call((_ledger(version_id), *orders), member, request_id),
     )
 
 

@@ -7,8 +7,8 @@ Keys of one request share a hash tag, so that they live in one slot of a Redis C
     fnq:{<id>}:p   list of the attempt's last updates: "<number> <percent> <partial>", oldest first, without gaps
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
-    fnq:{<version>}:d   sorted set of ids by queue deadline, of those that have one
-    fnq:{<version>}:n   hash, the ledger of those queued and running (_ADMIT), by id as 16 bytes
+    fnq:{<version>}:d   sorted set of ids by when they are due, of those with a queue deadline or without a place
+    fnq:{<version>}:n   hash, the ledger (_ADMIT) of those queued, unless set aside, and running, by id as 16 bytes
 An account's requests are another one, bounded, and mended by whoever reads it:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
@@ -282,6 +282,17 @@ if f[8] then
 end
 if f[9] then tell(f[9], string.match(r, '{(.-)}') .. ' 2') end
 return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt}
+"""
+)
+
+# KEYS record body · ARGV retention_ms account function version created deadline queue_deadline run_ms
+# returns {1 if the record was rebuilt, state}
+RESTORE = Script(
+    _REBUILD
+    + """
+local rebuilt = rebuild(KEYS[1], ARGV[1] + 0, ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] + 0, ARGV[7], ARGV[8])
+overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
+return {rebuilt, redis.call('HGET', KEYS[1], 's')}
 """
 )
 
@@ -615,7 +626,7 @@ INDEX = Script(
     + """
 local met = admit(KEYS[2], ARGV[1], ARGV[5] + 0, ARGV[5], ARGV[6] + 0, ARGV[7] + 0)
 if met ~= '' then return met end
-redis.call('PEXPIRE', KEYS[2], ARGV[4])
+if redis.call('PTTL', KEYS[2]) < tonumber(ARGV[4]) then redis.call('PEXPIRE', KEYS[2], ARGV[4]) end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local at = ARGV[2] == '0' and now or tonumber(ARGV[2])
@@ -659,16 +670,18 @@ return admit(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[2] .. ' ' .. ARGV[3], 0, 0)
 )
 
 # KEYS from to · ARGV id · moves an id between the orders of a version, and keeps its place
+# returns 0 if it had none
 MOVE = Script(
     """
 local score = redis.call('ZSCORE', KEYS[1], ARGV[1]) or redis.call('ZSCORE', KEYS[2], ARGV[1])
+local placed = score and 1 or 0
 if not score then
   local time = redis.call('TIME')
   score = time[1] * 1000000 + time[2]
 end
 redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[2], score, ARGV[1])
-return 1
+return placed
 """
 )
 
