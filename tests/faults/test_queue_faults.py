@@ -126,7 +126,7 @@ async def test_no_confirmed_job_is_lost_when_the_broker_is_killed(
                 await asyncio.sleep(0.01)
         done.set()
 
-    assert refusals <= {Unavailable, PublishUnconfirmed, PublishRejected, QueueMissing}
+    assert refusals <= {Unavailable, CircuitOpen, PublishUnconfirmed, PublishRejected, QueueMissing}
     missing = set(confirmed)
     async with asyncio.timeout(60), queue.consume(version_id, prefetch=100) as deliveries:
         while missing:
