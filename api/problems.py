@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from api import headers
 from broker.errors import (
+    AccountFull,
     AlreadyExists,
     AlreadyFinished,
     BadRequest,
@@ -120,6 +121,7 @@ _KINDS: dict[type[BaseException], Kind] = {
     RevisionConflict: Kind(409, UPSTREAM + "conflict"),
     StreamNotKept: Kind(410, OURS + "stream-not-kept"),
     QueueFull: Kind(429, OURS + "queue-full"),
+    AccountFull: Kind(429, OURS + "account-full"),
     RateLimited: Kind(429, OURS + "rate-limited"),
     TooManyRequests: Kind(429, UPSTREAM + "too-many-requests"),
     WorkerLost: Kind(502, OURS + "worker-lost"),
@@ -170,7 +172,9 @@ def response(error: BaseException, *, instance: str = "", request_id: str = "") 
     kind = kind_of(error)
     detail = "" if kind is INTERNAL else str(error)
     unknown = isinstance(error, Unavailable) and error.outcome_unknown
-    content = body(kind, detail, instance=instance, requestId=request_id, outcome="unknown" if unknown else "")
+    limit = error.limit if isinstance(error, QueueFull) else ""
+    outcome = "unknown" if unknown else ""
+    content = body(kind, detail, instance=instance, requestId=request_id, outcome=outcome, limit=limit)
     return respond(kind.status, content, extra=_headers_of(error, request_id))
 
 

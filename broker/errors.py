@@ -15,7 +15,8 @@
     ├── AlreadyFinished             a terminal request cannot be cancelled
     ├── RevisionConflict            somebody else wrote first; read again and retry
     ├── TryLater                    carries `retry_after_s`
-    │   ├── QueueFull
+    │   ├── QueueFull               the version has as much as it may
+    │   ├── AccountFull             the account has as much queued and running as it may
     │   ├── RateLimited             the function's rate limit, as its author set it
     │   ├── TooManyRequests         too many management calls, or changes of a key
     │   ├── Overloaded              this process is at one of its own limits
@@ -23,6 +24,7 @@
     │   └── Unavailable             a server behind us is away
     │       ├── QueueMissing        nothing consumes or holds this version's jobs
     │       ├── PublishUnconfirmed  the job may or may not be in the queue
+    │       ├── CircuitOpen         it did not answer for so long that it was not asked
     │       ├── PublishRejected     the queue's own backstop refused the job
     │       ├── StoreUnavailable
     │       ├── BlobsUnavailable
@@ -106,6 +108,14 @@ class TryLater(FnqueueError):
 
 
 class QueueFull(TryLater):
+    """`limit` is the setting that was met, "" for the queue's own backstop."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, limit: str = "") -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
+
+
+class AccountFull(QueueFull):
     pass
 
 
@@ -138,6 +148,10 @@ class QueueMissing(Unavailable):
 
 
 class PublishUnconfirmed(Unavailable):
+    pass
+
+
+class CircuitOpen(Unavailable):
     pass
 
 

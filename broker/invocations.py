@@ -19,6 +19,7 @@ from typing import Any
 from broker import assets, request_ids, streams
 from broker.errors import (
     AlreadyFinished,
+    CircuitOpen,
     FnqueueError,
     Forbidden,
     NotFound,
@@ -139,6 +140,7 @@ async def submit(broker: Broker, submission: Submission, version: Version, reque
         deadline_s=broker.settings.request_deadline_s,
         queue_timeout_s=submission.queue_timeout_s or version.queue_timeout_s,
         run_timeout_s=submission.run_timeout_s or version.run_timeout_s,
+        size_bytes=_size_bytes(submission.body),
     )
     try:
         record = await _create(broker, draft, submission, watch=watch)
@@ -298,7 +300,7 @@ async def _publish(broker: Broker, job: Job) -> None:
         left_s = until - loop.time()
         try:
             return await broker.queue.publish(job, timeout_s=min(left_s, broker.settings.publish_timeout_s))
-        except (PublishRejected, QueueMissing):
+        except (PublishRejected, QueueMissing, CircuitOpen):
             raise
         except Unavailable as exc:
             logger.warning("publish_retried", extra={"request_id": job.id, "cause": type(exc).__name__})
@@ -388,6 +390,10 @@ async def _covers(broker: Broker, principal: Principal, record: Record) -> bool:
 
 def _secret(broker: Broker) -> bytes:
     return broker.settings.secret_key.get_secret_value().encode()[:64]
+
+
+def _size_bytes(body: bytes | BodyFile) -> int:
+    return body.path.stat().st_size if isinstance(body, BodyFile) else len(body)
 
 
 def _digest(submission: Submission) -> str:

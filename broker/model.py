@@ -648,6 +648,7 @@ class Draft:
     deadline_s: float
     queue_timeout_s: float = 0.0
     run_timeout_s: float = 0.0
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

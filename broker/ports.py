@@ -104,6 +104,7 @@ class Queue(Protocol):
             PublishRejected: refused; it is not in the queue.
             QueueMissing: the version has no queue; it is not in one.
             PublishUnconfirmed: it may be in the queue. Publishing the same job again is harmless.
+            CircuitOpen: nothing was sent, and trying again at once is of no use.
             Unavailable: nothing was sent.
         """
 
@@ -169,7 +170,9 @@ class Results(Protocol):
         the one that exists (and count one more submitter). `watch` asks for hints to this process, as `Watch.read`
         does.
 
-        Raises QueueFull, leaving nothing behind, when `queue_limit` requests already wait for the version.
+        Raises QueueFull, leaving nothing behind, when `queue_limit` requests already wait for the version, or its
+        queued and running ones have as many as `version_requests` or as much as `version_bytes`; AccountFull likewise
+        for the account. Each counts until it is terminal, once, whatever crashed in between.
         """
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:

@@ -94,6 +94,21 @@ class Settings(BaseSettings):
     queue_limit: int = Field(
         100_000, ge=1, description="Requests that may wait for one version; one more is answered 429."
     )
+    version_requests: int = Field(
+        0, ge=0, description="Requests of one version that may be queued and running; one more is 429. 0: any number."
+    )
+    version_bytes: int = Field(
+        1024 * MIB,
+        ge=0,
+        description="What the bodies of those may take together, in bytes; beyond it 429. 0: any number. The policy in "
+        "`infra/rabbitmq/definitions.json` is the backstop, at a quarter more.",
+    )
+    account_requests: int = Field(
+        0, ge=0, description="Requests of one account that may be queued and running; one more is 429. 0: any number."
+    )
+    account_bytes: int = Field(
+        0, ge=0, description="What the bodies of those may take together, in bytes; beyond it 429. 0: any number."
+    )
     listed_requests: int = Field(
         100_000,
         ge=1,

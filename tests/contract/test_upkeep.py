@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import pytest
 from redis.asyncio import Redis as Client
@@ -14,6 +15,7 @@ from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.backends.redis import keys
 from broker.backends.redis.store import open_store
+from broker.errors import QueueFull
 from broker.model import Draft, Job, Outcome, Record, RequestState, Verdict
 from broker.ports import Results, Upkeep
 from broker.settings import Settings
@@ -24,6 +26,8 @@ S = RequestState
 SETTINGS = Settings()
 OUTCOME = Outcome(status=200)
 DB = 14
+ROOM = 3
+TIGHT = Settings(version_requests=ROOM, account_requests=ROOM)
 # For stores that tell time in milliseconds.
 NOW = -0.01
 
@@ -310,3 +314,94 @@ async def test_a_postponed_request_is_not_set_aside(store: Store, version_id: st
     await store.results.postpone(claim.lease, Outcome(status=429), wait_s=60)
     assert await store.upkeep.set_aside(version_id, older_than_s=NOW, limit=10) == 0
     assert await store.load(version_id) == (1, 0)
+
+
+# -- ledgers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def tight_redis(client: Client, redis_server: Redis) -> AsyncIterator[Store]:
+    async with open_store(url(redis_server), TIGHT) as opened:
+        yield Store(opened.results, opened.upkeep)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def tight(request: pytest.FixtureRequest) -> Store:
+    """Room for three requests of a version and of an account."""
+    if request.param == "memory":
+        results = MemoryResults(TIGHT)
+        return Store(results, MemoryUpkeep(results))
+    found: Store = request.getfixturevalue("tight_redis")
+    return found
+
+
+async def room(store: Store, version_id: str) -> tuple[int, int]:
+    """How many more a version and its account may have."""
+    return await fitting(store, version_id), await fitting(store, str(uuid.uuid4()))
+
+
+async def fitting(store: Store, version_id: str) -> int:
+    jobs: list[Job] = []
+    with suppress(QueueFull):
+        while len(jobs) <= ROOM:
+            jobs.append(await store.accept(version_id))
+    for job in jobs:
+        await store.results.cancel(job.id, reason="")
+    return len(jobs)
+
+
+async def test_a_restored_request_takes_one_place_until_it_is_over(tight: Store, version_id: str) -> None:
+    job = lost_job(version_id)
+    for _ in range(2):
+        assert await tight.upkeep.restore(job) is S.QUEUED
+        assert await room(tight, version_id) == (ROOM - 1, ROOM - 1)
+    await tight.finish(job)
+    assert await room(tight, version_id) == (ROOM, ROOM)
+    assert await tight.upkeep.restore(job) is S.FULFILLED
+    assert await room(tight, version_id) == (ROOM, ROOM)
+
+
+async def test_a_lost_request_that_is_overdue_takes_no_place(tight: Store, version_id: str) -> None:
+    job = replace(lost_job(version_id), deadline_at=time.time() - 1)
+    assert await tight.upkeep.restore(job) is S.EXPIRED
+    assert await room(tight, version_id) == (ROOM, ROOM)
+
+
+async def test_what_is_set_aside_takes_no_place_however_it_ends(tight: Store, version_id: str) -> None:
+    jobs = [await tight.accept(version_id, deadline_s=30 if number else 0.2) for number in range(3)]
+    assert await room(tight, version_id) == (0, 0)
+    assert await tight.upkeep.set_aside(version_id, older_than_s=NOW, limit=10) == 3
+    assert await room(tight, version_id) == (ROOM, ROOM)
+    await tight.accept(version_id)
+    await eventually(lambda: tight.results.sweep(version_id, limit=10), lambda changed: changed == 1)
+    assert await tight.results.abandon(jobs[1].id, version_id, reason="")
+    assert await tight.results.cancel(jobs[2].id, reason="") is S.QUEUED
+    assert await room(tight, version_id) == (ROOM - 1, ROOM - 1)
+
+
+@pytest.mark.parametrize("by", ["claim", "submit", "restore"])
+async def test_what_was_set_aside_takes_its_place_again(tight: Store, version_id: str, by: str) -> None:
+    job = await tight.accept(version_id)
+    assert await tight.upkeep.set_aside(version_id, older_than_s=NOW, limit=10) == 1
+    match by:
+        case "claim":
+            await tight.results.claim(job, worker="w", lease_s=30, max_attempts=3)
+        case "submit":
+            await tight.accept(version_id, request_id=job.id)
+        case _:
+            assert await tight.upkeep.restore(job) is S.QUEUED
+    assert await room(tight, version_id) == (ROOM - 1, ROOM - 1)
+    await tight.results.cancel(job.id, reason="")
+    assert await room(tight, version_id) == (ROOM, ROOM)
+
+
+@pytest.mark.parametrize("by", ["survey", "sweep"])
+async def test_what_expires_gives_its_place_back(tight: Store, version_id: str, by: str) -> None:
+    job = await tight.accept(version_id, deadline_s=0.05)
+    await tight.accept(version_id)
+    if by == "survey":
+        await eventually(tight.survey, lambda counted: counted == {S.EXPIRED: 1, S.QUEUED: 1})
+    else:
+        await eventually(lambda: tight.results.sweep(version_id, limit=10), lambda changed: changed == 1)
+    assert await tight.state(job) is S.EXPIRED
+    assert await room(tight, version_id) == (ROOM - 1, ROOM - 1)

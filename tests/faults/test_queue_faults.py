@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from broker.backends.rabbitmq.queue import RabbitQueue, open_queue
-from broker.errors import PublishRejected, PublishUnconfirmed, QueueMissing, Unavailable
+from broker.errors import CircuitOpen, PublishRejected, PublishUnconfirmed, QueueMissing, Unavailable
 from broker.model import Job
 from broker.settings import Settings
 from infra.local.servers import RabbitMQ
@@ -126,7 +126,7 @@ async def test_no_confirmed_job_is_lost_when_the_broker_is_killed(
                 await asyncio.sleep(0.01)
         done.set()
 
-    assert refusals <= {Unavailable, PublishUnconfirmed, PublishRejected, QueueMissing}
+    assert refusals <= {Unavailable, CircuitOpen, PublishUnconfirmed, PublishRejected, QueueMissing}
     missing = set(confirmed)
     async with asyncio.timeout(60), queue.consume(version_id, prefetch=100) as deliveries:
         while missing:
@@ -345,3 +345,24 @@ async def test_a_cancelled_publish_leaves_the_next_one_of_its_id_unharmed(
     async with queue.consume(version_id, prefetch=50) as deliveries:
         while missing:
             missing -= {job.id for job in await receive(deliveries, 1)}
+
+
+async def test_a_broker_that_takes_nothing_for_a_callers_whole_patience_is_not_asked(server: RabbitMQ) -> None:
+    patience = Settings(publish_timeout_s=1.0, accept_timeout_s=1.0)
+    async with open_queue(server.url, patience) as queue:
+        version_id = str(uuid.uuid4())
+        await queue.declare(version_id)
+        await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.0000001")
+        try:
+            while not queue._breaker.open:
+                with pytest.raises(Unavailable):
+                    await queue.publish(a_job(version_id), timeout_s=1.0)
+            queue._breaker._probe_at = float("inf")
+            for _ in range(100):
+                with pytest.raises(CircuitOpen):
+                    await queue.publish(a_job(version_id), timeout_s=1.0)
+        finally:
+            await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.4")
+        queue._breaker._probe_at = 0.0
+        await publish(queue, a_job(version_id))
+        assert not queue._breaker.open

@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from broker.backends.admission import limit_met
 from broker.backends.hints import Hints, RecordWatch
-from broker.errors import IdempotencyKeyReused, QueueFull
+from broker.errors import IdempotencyKeyReused
 from broker.model import (
     MOST_ATTEMPTS_KEPT,
     NO_TIMINGS,
@@ -96,6 +97,7 @@ class Entry:
     numbered: int = 0
     given: int = 0
     aside: bool = False
+    size_bytes: int = 0
 
     def take(self) -> tuple[Progress | None, bool]:
         """The next update that no poll has been given, and true; or the last one again."""
@@ -157,6 +159,9 @@ class MemoryResults:
         self._due: dict[str, list[tuple[float, str]]] = {}
         self._accounts: dict[str, list[tuple[int, str]]] = {}
         self._keys: dict[tuple[str, str], tuple[str, str, float]] = {}
+        # What is queued and running, as size by ID, of a version or an account.
+        self._ledgers: dict[tuple[str, str], dict[str, int]] = {}
+        self._held_bytes: dict[tuple[str, str], int] = {}
         self._orders = 0
 
     async def remember_key(self, account: str, key: str, *, request_id: str, digest: str) -> str:
@@ -186,9 +191,20 @@ class MemoryResults:
             self._line_up(entry)
             return entry.record()
         if len(self._waiting.get(draft.version_id, ())) >= queue_limit:
-            raise QueueFull(f"{queue_limit} requests already wait for this function version")
+            raise limit_met("version", "queued", self._settings, queue_limit)
+        for of, whose in (("version", draft.version_id), ("account", draft.account)):
+            if met := self._met(of, whose, draft.size_bytes):
+                raise limit_met(of, met, self._settings, queue_limit)
         now = int(self._now() * 1000) / 1000  # what is told in milliseconds can be asked for again
         return self._add(draft, created_at=now, deadline_at=now + draft.deadline_s).record()
+
+    def _met(self, of: str, whose: str, size_bytes: int) -> str:
+        """The limit that one more would exceed, "" if there is room."""
+        ledger = self._ledgers.get((of, whose), {})
+        most, most_bytes = (getattr(self._settings, f"{of}_{what}") for what in ("requests", "bytes"))
+        if most and len(ledger) >= most:
+            return "requests"
+        return "bytes" if most_bytes and self._held_bytes.get((of, whose), 0) + size_bytes > most_bytes else ""
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
         entry = self._entries.get(request_id)
@@ -436,6 +452,7 @@ class MemoryResults:
         waiting = self._waiting[entry.version_id]
         del waiting[bisect.bisect_left(waiting, (entry.order, entry.id))]
         entry.aside = True
+        self._let_go(entry)
         heapq.heappush(self._due.setdefault(entry.version_id, []), (entry.record().due_at, entry.id))
 
     # -- pieces -----------------------------------------------------------------------------------
@@ -444,6 +461,7 @@ class MemoryResults:
         """Back to its place, if it was set aside."""
         if entry.aside:
             entry.aside = False
+            self._hold(entry)
             bisect.insort(self._waiting.setdefault(entry.version_id, []), (entry.order, entry.id))
 
     def _load(self, version_id: str) -> Load:
@@ -465,12 +483,14 @@ class MemoryResults:
             deadline_at=deadline_at,
             queue_deadline_at=created_at + draft.queue_timeout_s if draft.queue_timeout_s else 0.0,
             run_timeout_s=draft.run_timeout_s,
+            size_bytes=draft.size_bytes,
         )
         self._entries[entry.id] = entry
         self._waiting.setdefault(entry.version_id, []).append((entry.order, entry.id))
         if entry.queue_deadline_at:
             heapq.heappush(self._due.setdefault(entry.version_id, []), (entry.queue_deadline_at, entry.id))
         self._list(entry)
+        self._hold(entry)
         return entry
 
     def _list(self, entry: Entry) -> None:
@@ -493,6 +513,7 @@ class MemoryResults:
             deadline_s=job.deadline_at - job.created_at,
             queue_timeout_s=max(0.0, job.queue_deadline_at - job.created_at),
             run_timeout_s=job.run_timeout_s,
+            size_bytes=len(job.body),
         )
         return self._add(draft, created_at=job.created_at, deadline_at=job.deadline_at)
 
@@ -515,6 +536,7 @@ class MemoryResults:
         if entry.state is RequestState.RUNNING and outcome is None and entry.lease_until <= self._now():
             entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, state)
+        self._let_go(entry)
         entry.reason, entry.outcome, entry.finished_at = reason, outcome, self._now()
         self._finished.append((entry.finished_at, entry.id))
         if entry.updates:
@@ -522,12 +544,29 @@ class MemoryResults:
         self.hints.tell(entry.id)
         self.hints.tell(f"{entry.id}/r")
 
+    def _hold(self, entry: Entry) -> None:
+        for whose in (("version", entry.version_id), ("account", entry.account)):
+            self._ledgers.setdefault(whose, {})[entry.id] = entry.size_bytes
+            self._held_bytes[whose] = self._held_bytes.get(whose, 0) + entry.size_bytes
+
+    def _let_go(self, entry: Entry) -> None:
+        """Also of one that was set aside, which has left before."""
+        for whose in (("version", entry.version_id), ("account", entry.account)):
+            ledger = self._ledgers.get(whose, {})
+            if entry.id not in ledger:
+                continue
+            self._held_bytes[whose] -= ledger.pop(entry.id)
+            if not ledger:
+                del self._ledgers[whose], self._held_bytes[whose]
+
     def _move(self, entry: Entry, state: RequestState) -> None:
         """The one place where a state changes, with the order and the running set beside it."""
         if entry.state is RequestState.QUEUED and not entry.aside:
             waiting = self._waiting[entry.version_id]
             del waiting[bisect.bisect_left(waiting, (entry.order, entry.id))]
-        entry.aside = False
+        if entry.aside:
+            entry.aside = False
+            self._hold(entry)
         self._running.setdefault(entry.version_id, set()).discard(entry.id)
         entry.state = state
         if state is RequestState.QUEUED:

@@ -11,12 +11,13 @@ from aio_pika import ExchangeType
 from aiormq import exceptions as amqp
 from pamqp.common import FieldValue
 
+from broker.backends.breaker import Breaker
 from broker.backends.codec import pack_job
 from broker.backends.rabbitmq.connection import Line, answering
 from broker.backends.rabbitmq.deliveries import Deliveries, Lane
 from broker.backends.rabbitmq.messages import DEAD, properties, queue_name
 from broker.backends.rabbitmq.publisher import Publisher
-from broker.errors import ConfigurationError, Unavailable
+from broker.errors import CircuitOpen, ConfigurationError, PublishRejected, QueueMissing, Unavailable
 from broker.model import Job
 from broker.ports import Delivery
 from broker.settings import Settings
@@ -79,6 +80,8 @@ class RabbitQueue:
         self._publisher: Publisher | None = None
         self._publisher_lock = asyncio.Lock()
         self._prepared = False
+        # As long as the first caller is kept waiting: a leader that moves, or a restart, costs nobody an error.
+        self._breaker = Breaker("queue", after_s=settings.accept_timeout_s - UNBLOCK_S)
 
     async def prepare(self) -> None:
         """Make the dead letters' place exist, or leave it to the first use when the broker is away."""
@@ -108,6 +111,20 @@ class RabbitQueue:
 
         Concurrent publishes share one channel and await their confirms together. One id at a time.
         """
+        if not self._breaker.admits():
+            raise CircuitOpen(self._publishing.away)
+        began_at = self._breaker.now()
+        try:
+            await self._publish(job, timeout_s=timeout_s)
+        except (PublishRejected, QueueMissing):
+            self._breaker.answered()
+            raise
+        except Unavailable:
+            self._breaker.failed(began_at=began_at)
+            raise
+        self._breaker.answered()
+
+    async def _publish(self, job: Job, *, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
         envelope, body = pack_job(job)

@@ -16,8 +16,11 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
+from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeout
 
+from broker.backends.breaker import Breaker
 from broker.backends.redis.scripts import SCRIPTS
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.settings import Settings
@@ -28,6 +31,9 @@ Command = tuple[Any, ...]
 
 _LARGEST_EXCHANGE = 256
 _LANES = 2
+_AWAY = "the result store does not answer; try again"
+# An error reply is an answer: a store that is full, or loading, may still be read.
+_SILENCE = (LostConnection, RedisTimeout, OSError, TimeoutError)
 
 
 class Connection:
@@ -55,14 +61,18 @@ class Connection:
         self.client: Redis = Redis(connection_pool=pool)
         self._asked: list[_Asked] = []
         self._exchanges: set[asyncio.Task[None]] = set()
+        self._breaker = Breaker("store", after_s=settings.store_timeout_s)
 
     async def run(self, *commands: Command, durable: bool = False) -> list[Any]:
         """Replies in order. `durable` also waits until the configured number of replicas has what these
         commands wrote; it is met by the same connection, as WAIT demands.
 
         Raises:
-            StoreUnavailable: no answer in time, an error reply, or too few replicas.
+            StoreUnavailable: no answer in time, an error reply, or too few replicas; at once while nothing answers.
         """
+        # One that waits here is the probe: it must not take another's turn.
+        if self._breaker.open and not self._asked and not self._breaker.admits():
+            raise StoreUnavailable(_AWAY)
         asked = _Asked(commands, durable and self._replicas > 0)
         self._asked.append(asked)
         if len(self._exchanges) < _LANES:
@@ -91,11 +101,19 @@ class Connection:
         batch, self._asked = self._asked[:_LARGEST_EXCHANGE], self._asked[_LARGEST_EXCHANGE:]
         if not batch:
             return
+        began_at = self._breaker.now()
         try:
             async with asyncio.timeout(self._timeout_s * 2):
                 await self._answer(batch)
+            self._breaker.answered()
         except (RedisError, OSError, TimeoutError) as exc:
             _fail(batch, exc)
+            if isinstance(exc, _SILENCE):
+                self._breaker.failed(began_at=began_at)
+            if self._breaker.open:
+                waiting, self._asked = self._asked, []
+                if waiting:
+                    _fail(waiting, exc)
         except asyncio.CancelledError as exc:
             _fail(batch, exc)
             raise
@@ -157,7 +175,7 @@ class _Asked:
             self._fail(cause)
 
     def _fail(self, cause: BaseException) -> None:
-        error = StoreUnavailable("the result store does not answer; try again")
+        error = StoreUnavailable(_AWAY)
         error.__cause__ = cause
         self.reply.set_exception(error)
 

@@ -31,5 +31,10 @@ def due(version_id: str) -> str:
     return f"fnq:{{{version_id}}}:d"
 
 
+def ledger(whose: str) -> str:
+    """Of a version or an account."""
+    return f"fnq:{{{whose}}}:n"
+
+
 def account(name: str) -> str:
     return f"fnq:{{{name}}}:a"

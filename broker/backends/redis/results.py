@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 from redis.exceptions import RedisError
 
+from broker.backends.admission import limit_met
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
@@ -22,11 +23,12 @@ from broker.backends.redis.connection import Command, Connection
 from broker.backends.redis.keys import account as _account
 from broker.backends.redis.keys import body as _body
 from broker.backends.redis.keys import due as _due
+from broker.backends.redis.keys import ledger as _ledger
 from broker.backends.redis.keys import record as _record
 from broker.backends.redis.keys import running as _running
 from broker.backends.redis.keys import updates as _updates
 from broker.backends.redis.keys import waiting as _waiting
-from broker.errors import IdempotencyKeyReused, QueueFull, StoreUnavailable
+from broker.errors import IdempotencyKeyReused, StoreUnavailable
 from broker.model import (
     NO_TIMINGS,
     Attempt,
@@ -77,6 +79,7 @@ class RedisResults:
         self.hints = Hints()
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
+        self._cursors: dict[str, int] = {}
 
     # -- submitters -------------------------------------------------------------------------------
 
@@ -96,8 +99,19 @@ class RedisResults:
         nonce = secrets.token_hex(4)
         waiting = _waiting(draft.version_id)
         queue_ms = int(draft.queue_timeout_s * 1000)
-        room, made, _ = await self._connection.run(
-            scripts.ENQUEUE.call((waiting, _due(draft.version_id)), draft.id, queue_limit, queue_ms),
+        settings, member = self._settings, _member(draft.id)
+        met, made, met_by_account = await self._connection.run(
+            scripts.ENQUEUE.call(
+                (waiting, _due(draft.version_id), _ledger(draft.version_id)),
+                draft.id,
+                queue_limit,
+                queue_ms,
+                member,
+                draft.size_bytes,
+                draft.account,
+                settings.version_requests,
+                settings.version_bytes,
+            ),
             scripts.CREATE.call(
                 (_record(draft.id),),
                 draft.account,
@@ -110,15 +124,26 @@ class RedisResults:
                 queue_ms,
                 int(draft.run_timeout_s * 1000),
             ),
-            self._index(draft.account, draft.id, draft.deadline_s),
+            self._index(
+                draft.account,
+                draft.id,
+                draft.deadline_s,
+                draft.size_bytes,
+                most=(settings.account_requests, settings.account_bytes),
+            ),
         )
         is_new, state, created, deadline, function_id, version_id, queue_deadline, run_ms = made
-        if is_new and not room:
+        if is_new and (met or met_by_account):
             await self._connection.run(
                 scripts.DISCARD.call((_record(draft.id),), nonce),
-                ("ZREM", _account(draft.account), _member(draft.id)),
+                ("ZREM", _account(draft.account), member),
+                *leaving(draft.account, draft.version_id, draft.id),
             )
-            raise QueueFull(f"{queue_limit} requests already wait for this function version")
+            raise (
+                limit_met("version", _text(met), settings, queue_limit)
+                if met
+                else limit_met("account", _text(met_by_account), settings, queue_limit)
+            )
         record = Record(
             id=draft.id,
             account=draft.account,
@@ -131,27 +156,33 @@ class RedisResults:
             run_timeout_s=int(run_ms) / 1000,
         )
         if not is_new and (record.state is not RequestState.QUEUED or record.version_id != draft.version_id):
-            await self._connection.run(("ZREM", waiting, draft.id))
+            if record.state is RequestState.RUNNING and record.version_id == draft.version_id:
+                await self._connection.run(("ZREM", waiting, draft.id))
+            else:
+                left = leaving(draft.account, draft.version_id, draft.id)
+                await self._connection.run(*(left if record.state.terminal else left[1:]))
         return record
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
         retention_ms = int(self._settings.request_deadline_s * 1000) + self._retention_ms
-        [abandoned] = await self._connection.run(
-            scripts.ABANDON.call((_record(request_id), _body(request_id)), reason, retention_ms), durable=True
+        abandoned, account = await self._connection.run(
+            scripts.ABANDON.call((_record(request_id), _body(request_id)), reason, retention_ms),
+            ("HGET", _record(request_id), "a"),
+            durable=True,
         )
         if abandoned:
-            await self._connection.run(("ZREM", _waiting(version_id), request_id))
+            await self._leave(account, version_id, request_id)
         return bool(abandoned)
 
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
-        before, [version_id, queue_deadline] = await self._connection.run(
+        before, [version_id, account] = await self._connection.run(
             scripts.CANCEL.call((_record(request_id), _body(request_id)), reason, self._retention_ms),
-            ("HMGET", _record(request_id), "v", "Q"),
+            ("HMGET", _record(request_id), "v", "a"),
             durable=True,
         )
         if before is None:
             return None
-        await self._leave(_text(version_id), request_id, timed=queue_deadline is not None)
+        await self._leave(account, _text(version_id), request_id)
         return RequestState(_text(before))
 
     # -- readers ----------------------------------------------------------------------------------
@@ -264,7 +295,7 @@ class RedisResults:
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
         token = secrets.token_hex(16)
-        claimed, _ = await self._connection.run(
+        claimed, placed = await self._connection.run(
             scripts.CLAIM.call(
                 (_record(job.id), _body(job.id)),
                 worker,
@@ -280,12 +311,12 @@ class RedisResults:
         )
         verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
         if verdict is Verdict.SETTLED:
-            await self._leave(job.version_id, job.id, timed=job.queue_deadline_at > 0)
+            await self._leave(job.account, job.version_id, job.id)
         elif state is RequestState.QUEUED:
             await self._back_in_line(job.version_id, job.id)
-        elif verdict is Verdict.GRANTED and int(claimed[5]):
+        elif verdict is Verdict.GRANTED and (int(claimed[5]) or not placed):  # lost, or set aside
             with suppress(StoreUnavailable):
-                await self.relist(job)
+                await self._connection.run(*self.entering(job))
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=int(claimed[2]), token=token)
         return Claim(
             verdict=verdict,
@@ -295,10 +326,12 @@ class RedisResults:
             wait_s=int(claimed[3]) / 1000,
         )
 
-    async def relist(self, job: Job) -> None:
-        """Put a request whose record was rebuilt back to its place among those of its account."""
-        await self._connection.run(
-            self._index(job.account, job.id, job.deadline_at - job.created_at, _order(job.created_at))
+    def entering(self, job: Job) -> tuple[Command, Command]:
+        """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
+        size_bytes, deadline_s = len(job.body), job.deadline_at - job.created_at
+        return (
+            scripts.ENTER.call((_ledger(job.version_id),), _member(job.id), size_bytes, job.account),
+            self._index(job.account, job.id, deadline_s, size_bytes, accepted=_order(job.created_at)),
         )
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
@@ -308,14 +341,15 @@ class RedisResults:
         return RequestState(_text(state))
 
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
-        [reply] = await self._connection.run(
+        reply, account = await self._connection.run(
             scripts.RELEASE.call(
                 (_record(lease.request_id), _body(lease.request_id)), lease.token, int(refund), self._retention_ms
-            )
+            ),
+            ("HGET", _record(lease.request_id), "a"),
         )
         state = RequestState(_text(reply))
         if state.terminal:
-            await self._leave(lease.version_id, lease.request_id, timed=True)
+            await self._leave(account, lease.version_id, lease.request_id)
         if state is RequestState.QUEUED:
             await self._back_in_line(lease.version_id, lease.request_id)
         return state
@@ -349,7 +383,7 @@ class RedisResults:
                 self._retention_ms,
                 *job_arguments(job),
             ),
-            *_leaving(job.version_id, job.id, timed=job.queue_deadline_at > 0),
+            *leaving(job.account, job.version_id, job.id),
             durable=True,
         )
         stands = RequestState(_text(reply))
@@ -383,7 +417,7 @@ class RedisResults:
             verdict=Verdict(_text(ended[0])), state=RequestState(_text(ended[1])), wait_s=int(ended[2]) / 1000
         )
         if claim.verdict is Verdict.SETTLED:
-            await self._leave(job.version_id, job.id, timed=job.queue_deadline_at > 0)
+            await self._leave(job.account, job.version_id, job.id)
         return claim
 
     async def sweep(self, version_id: str, *, limit: int) -> int:
@@ -391,7 +425,35 @@ class RedisResults:
         before = (epoch.now - _STRAY_AFTER_S) * 1_000_000
         places = (_waiting(version_id), RequestState.QUEUED), (_running(version_id), RequestState.RUNNING)
         changed = sum([await self._sweep(place, belongs, before, limit) for place, belongs in places])
-        return changed + await self._sweep_due(version_id, epoch.now, limit)
+        changed += await self._sweep_due(version_id, epoch.now, limit)
+        return changed + await self._sweep_ledger(version_id, limit)
+
+    async def _sweep_ledger(self, version_id: str, limit: int) -> int:
+        """What a crash left on the ledgers. It goes on where the last sweep stopped."""
+        cursor, found = await self._scan(version_id, limit)
+        self._cursors[version_id] = int(cursor)
+        entries = {str(uuid.UUID(bytes=member)): _text(entry) for member, entry in found if member != b"*"}
+        if not entries:
+            return 0
+        places = await self._connection.run(
+            *(("ZSCORE", place, each) for each in entries for place in (_waiting(version_id), _running(version_id)))
+        )
+        strays = [
+            each
+            for each, queued, running in zip(entries, places[::2], places[1::2], strict=True)
+            if queued is None and running is None
+        ]
+        records = await self._read_all(strays, "", whole=False)
+        gone = [each for each, record in zip(strays, records, strict=True) if record is None or record.state.terminal]
+        for each in gone:
+            await self._leave(entries[each].partition(" ")[2], version_id, each)
+        return len(gone)
+
+    async def _scan(self, version_id: str, limit: int) -> tuple[int, list[tuple[bytes, bytes]]]:
+        cursor = self._cursors.get(version_id, 0)
+        [(after, flat)] = await self._connection.run(("HSCAN", _ledger(version_id), cursor, "COUNT", limit))
+        fields = [part for pair in flat.items() for part in pair] if isinstance(flat, dict) else list(flat)
+        return int(after), list(zip(fields[::2], fields[1::2], strict=True))
 
     async def _sweep_due(self, version_id: str, now: float, limit: int) -> int:
         """Queue timeouts end in another order than that of the queue, and far behind what a sweep looks at there; what
@@ -497,27 +559,38 @@ class RedisResults:
             replies = await self._connection.run(*commands)
             return [_still_running(_parse(each, reply)) for each, reply in zip(request_ids, replies, strict=True)]
         records = [_parse(each, reply) for each, reply in zip(request_ids, replies, strict=True)]
-        leaving = [
+        left = [
             command
             for record, reply in zip(records, replies, strict=True)
             if record is not None and int(reply[12])
-            for command in _leaving(record.version_id, record.id, timed=record.queue_deadline_at > 0)
+            for command in leaving(record.account, record.version_id, record.id)
         ]
-        if leaving:
-            await self._connection.run(*leaving)
+        if left:
+            await self._connection.run(*left)
         return records
 
     async def _back_in_line(self, version_id: str, request_id: str) -> None:
         await self._connection.run(scripts.MOVE.call((_running(version_id), _waiting(version_id)), request_id))
 
-    def _index(self, account: str, request_id: str, deadline_s: float, accepted: int = 0) -> Command:
-        """`accepted` is the place of one that was accepted before; 0 is now."""
+    def _index(
+        self,
+        account: str,
+        request_id: str,
+        deadline_s: float,
+        size_bytes: int,
+        *,
+        accepted: int = 0,
+        most: tuple[int, int] = (0, 0),
+    ) -> Command:
+        """`accepted` is the place of one that was accepted before, 0 is now; `most` requests and bytes of the account,
+        0: any number."""
         ttl_ms = int(deadline_s * 1000) + self._retention_ms + _FINISHED_LIVES_MS
         limit = self._settings.listed_requests
-        return scripts.INDEX.call((_account(account),), _member(request_id), accepted, limit, ttl_ms)
+        keys = (_account(account), _ledger(account))
+        return scripts.INDEX.call(keys, _member(request_id), accepted, limit, ttl_ms, size_bytes, *most)
 
-    async def _leave(self, version_id: str, request_id: str, *, timed: bool) -> None:
-        await self._connection.run(*_leaving(version_id, request_id, timed=timed))
+    async def _leave(self, account: bytes | str | None, version_id: str, request_id: str) -> None:
+        await self._connection.run(*leaving(_text(account or ""), version_id, request_id))
 
 
 def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
@@ -629,10 +702,15 @@ def _order(seconds: float) -> int:
     return int(seconds * 1_000_000)
 
 
-def _leaving(version_id: str, request_id: str, *, timed: bool) -> tuple[Command, ...]:
-    """`timed`: it has a queue deadline."""
-    places = (_waiting(version_id), _running(version_id), *((_due(version_id),) if timed else ()))
-    return tuple(("ZREM", place, request_id) for place in places)
+def leaving(account: str, version_id: str, request_id: str, *, places: bool = True) -> tuple[Command, Command]:
+    """Takes a request off its ledgers and, with `places`, out of the orders of its version. The account's ledger first:
+    what a crash leaves behind, the sweep finds in the version's."""
+    member = _member(request_id)
+    orders = (_waiting(version_id), _running(version_id), _due(version_id)) if places else ()
+    return (
+        scripts.LEAVE.call((_ledger(account),), member, request_id),
+        scripts.LEAVE.call((_ledger(version_id), *orders), member, request_id),
+    )
 
 
 def _idempotency(account: str, key: str) -> str:

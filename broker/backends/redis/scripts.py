@@ -8,8 +8,11 @@ Keys of one request share a hash tag, so that they live in one slot of a Redis C
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
     fnq:{<version>}:d   sorted set of ids by when they are due, of those with a queue deadline or without a place
+    fnq:{<version>}:n   hash, the ledger (_ADMIT) of those queued, unless set aside, and running, by id as 16 bytes
 An account's requests are another one, bounded, and mended by whoever reads it:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
+    fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
+                        behind in either is found in the version's
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
@@ -592,27 +595,51 @@ return 0
 """
 )
 
-# KEYS waiting due · ARGV id limit queue_ms · returns 0 when the queue is full
+# admit(): a ledger is a hash of what its version or account has queued and running: bytes by member, with the account
+# behind them in a version's, and `*` their sum. Entering and leaving are by member, so that neither ever counts twice.
+_ADMIT = """
+local function admit(ledger, member, bytes, entry, most, most_bytes)
+  if redis.call('HEXISTS', ledger, member) == 1 then return '' end
+  if most > 0 and redis.call('HLEN', ledger) - 1 >= most then return 'requests' end
+  if most_bytes > 0 and tonumber(redis.call('HGET', ledger, '*') or 0) + bytes > most_bytes then return 'bytes' end
+  redis.call('HSET', ledger, member, entry)
+  redis.call('HINCRBY', ledger, '*', bytes)
+  return ''
+end
+"""
+
+# KEYS waiting due ledger · ARGV id limit queue_ms member bytes account most_requests most_bytes (0: any number)
+# returns '' when there is room, else which limit is met: queued, requests or bytes
 ENQUEUE = Script(
     _NOW
+    + _ADMIT
     + """
-if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 1 end
-if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
+if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return '' end
+if redis.call('HEXISTS', KEYS[3], ARGV[4]) == 0 and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then
+  return 'queued'
+end
+local met = admit(KEYS[3], ARGV[4], ARGV[5] + 0, ARGV[5] .. ' ' .. ARGV[6], ARGV[7] + 0, ARGV[8] + 0)
+if met ~= '' then return met end
 redis.call('ZADD', KEYS[1], time[1] * 1000000 + time[2], ARGV[1])
 if ARGV[3] ~= '0' then redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1]) end
-return 1
+return ''
 """
 )
 
-# KEYS account · ARGV id accepted_us(0: now) limit ttl_ms
+# KEYS account ledger · ARGV id accepted_us(0: now) limit ttl_ms bytes most_requests most_bytes (0: any number)
+# returns as ENQUEUE
 # Puts a request among those of its account, of which the newest `limit` stay, and none for longer than a record lives.
 # That is seen to at one of sixteen: it would take as long as the rest.
 INDEX = Script(
-    """
+    _ADMIT
+    + """
+local met = admit(KEYS[2], ARGV[1], ARGV[5] + 0, ARGV[5], ARGV[6] + 0, ARGV[7] + 0)
+if met ~= '' then return met end
+if redis.call('PTTL', KEYS[2]) < tonumber(ARGV[4]) then redis.call('PEXPIRE', KEYS[2], ARGV[4]) end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local at = ARGV[2] == '0' and now or tonumber(ARGV[2])
-if redis.call('ZADD', KEYS[1], 'NX', at, ARGV[1]) == 0 then return 0 end
+if redis.call('ZADD', KEYS[1], 'NX', at, ARGV[1]) == 0 then return '' end
 while redis.call('ZCOUNT', KEYS[1], at, at) > 1 do
   at = at + 1
   redis.call('ZADD', KEYS[1], 'XX', at, ARGV[1])
@@ -622,21 +649,48 @@ if at % 16 == 0 then
   redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -ARGV[3] - 1)
   redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[4] * 1000)
 end
-return 1
+return ''
+"""
+)
+
+# KEYS ledger order... · ARGV member id · takes a request off its ledger and out of the orders of its version
+LEAVE = Script(
+    """
+local held = redis.call('HGET', KEYS[1], ARGV[1])
+if held then
+  redis.call('HDEL', KEYS[1], ARGV[1])
+  if redis.call('HLEN', KEYS[1]) == 1 then
+    redis.call('DEL', KEYS[1])
+  else
+    redis.call('HINCRBY', KEYS[1], '*', 0 - string.match(held, '^%d+'))
+  end
+end
+for i = 2, #KEYS do redis.call('ZREM', KEYS[i], ARGV[2]) end
+return held and 1 or 0
+"""
+)
+
+# KEYS version's ledger · ARGV member bytes account · enters a rebuilt request, whatever the limits
+ENTER = Script(
+    _ADMIT
+    + """
+return admit(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[2] .. ' ' .. ARGV[3], 0, 0)
 """
 )
 
 # KEYS from to · ARGV id · moves an id between the orders of a version, and keeps its place
+# returns 0 if it had none
 MOVE = Script(
     """
 local score = redis.call('ZSCORE', KEYS[1], ARGV[1]) or redis.call('ZSCORE', KEYS[2], ARGV[1])
+local placed = score and 1 or 0
 if not score then
   local time = redis.call('TIME')
   score = time[1] * 1000000 + time[2]
 end
 redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[2], score, ARGV[1])
-return 1
+return placed
 """
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from broker.backends.redis import keys, scripts
 from broker.backends.redis.connection import Command, Connection
-from broker.backends.redis.results import RedisResults, job_arguments
+from broker.backends.redis.results import RedisResults, job_arguments, leaving
 from broker.model import Job, RequestState, Survey
 from broker.settings import Settings
 
@@ -87,16 +87,18 @@ class RedisUpkeep:
             scripts.RESTORE.call((keys.record(job.id), keys.body(job.id)), self._retention_ms, *job_arguments(job))
         )
         state = RequestState(raw.decode())
-        if state is RequestState.QUEUED:
-            commands: list[Command] = [("ZADD", keys.waiting(job.version_id), "NX", int(job.created_at * 1e6), job.id)]
-            if job.queue_deadline_at:
-                commands.append(("ZADD", keys.due(job.version_id), int(job.queue_deadline_at * 1000), job.id))
-            await self._connection.run(*commands)
+        # Not only of a rebuilt one: it may have been set aside, or this was broken off here the last time.
+        commands: list[Command] = list(self._results.entering(job)) if rebuilt or not state.terminal else []
+        if state.terminal:
+            commands += leaving(job.account, job.version_id, job.id)
         elif state is RequestState.RUNNING:
             places = keys.waiting(job.version_id), keys.running(job.version_id)
-            await self._connection.run(scripts.MOVE.call(places, job.id))
-        if rebuilt:
-            await self._results.relist(job)
+            commands.append(scripts.MOVE.call(places, job.id))
+        else:
+            commands.append(("ZADD", keys.waiting(job.version_id), "NX", int(job.created_at * 1e6), job.id))
+            if job.queue_deadline_at:
+                commands.append(("ZADD", keys.due(job.version_id), int(job.queue_deadline_at * 1000), job.id))
+        await self._connection.run(*commands)
         return state
 
     async def set_aside(self, version_id: str, *, older_than_s: float, limit: int) -> int:
@@ -107,18 +109,26 @@ class RedisUpkeep:
             return 0
         ids = [member.decode() for member in members]
         found = await self._connection.run(
-            *(("HMGET", keys.record(each), "s", "v", "d", "Q", "n", "Z") for each in ids)
+            *(("HMGET", keys.record(each), "s", "v", "d", "Q", "n", "Z", "a") for each in ids)
         )
-        commands: list[Command] = []
-        for request_id, fields in zip(ids, found, strict=True):
+        waiting: list[tuple[_Entry, str]] = []
+        for request_id, (*fields, account) in zip(ids, found, strict=True):
             if fields[0] != _QUEUED or fields[5] is not None:
                 continue
             with suppress(*_GARBLED):
-                commands.append(("ZADD", keys.due(version_id), _Entry(request_id, fields).due_ms, request_id))
-                commands.append(("ZREM", place, request_id))
-        if commands:
-            await self._connection.run(*commands)
-        return len(commands) // 2
+                waiting.append((_Entry(request_id, fields), account.decode()))
+        if not waiting:
+            return 0
+        replies = await self._connection.run(
+            *(("ZADD", keys.due(version_id), entry.due_ms, entry.id) for entry, _ in waiting),
+            *(("ZREM", place, entry.id) for entry, _ in waiting),
+        )
+        # Not those that a worker has claimed meanwhile.
+        aside = [each for each, removed in zip(waiting, replies[len(waiting) :], strict=True) if removed]
+        if aside:
+            left = (leaving(account, version_id, entry.id, places=False) for entry, account in aside)
+            await self._connection.run(*(command for pair in left for command in pair))
+        return len(aside)
 
     async def _tend(self, live: Sequence[_Entry], states: Counter[RequestState], *, now_ms: int) -> tuple[int, int]:
         """Count what is not terminal, as it stands after the overdue ones were expired and the others have places."""
