@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo stack stack-down stack-status test check chaos bench format clean
+.PHONY: help venv run demo stack stack-down stack-status test lint check chaos bench format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,11 +31,13 @@ stack-down: $(VENV)/.run ## Stop the stack; its data stays in .fnqueue/stack
 stack-status: $(VENV)/.run ## Show what runs of the stack
 	$(PY) -m infra.local.stack status
 
-check: $(VENV)/.dev ## Format, lint, types, import contracts, and the tests that need no server
+lint: $(VENV)/.dev ## Format, lint, types, import contracts
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+
+check: lint ## The same, and the tests that need no server
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not servers" tests/unit tests/contract tests/simulation
 
 test: $(VENV)/.dev ## All tests, against real servers (installed if missing: needs root, or says what to install)
