@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 from broker.model import GpuSpecification, Login, Version
 from broker.ports import Launched, Launcher
-from broker.settings import ControllerSettings, load
+from broker.settings import ControllerSettings, SidecarSettings, load
 from infra.local.podman import RUNTIME, ULIMITS, Podman
 from tests import images
 from tests.eventually import eventually
 from workers.launchers import open_launcher
-from workers.launchers.process import start_sidecar_process
+from workers.launchers.children import Child
+from workers.launchers.process import sidecar_environment
 
 CONTAINERS = Path(__file__).parents[1] / "containers"
 SERVING = str(CONTAINERS / "serving.py")
@@ -45,6 +46,13 @@ Part = Literal["container", "sidecar"]
 PARTS: tuple[Part, ...] = ("container", "sidecar")
 
 
+async def start_stand_in(settings: SidecarSettings, *, log: Path) -> Child:
+    """As `start_sidecar_process`, but of what needs no servers."""
+    command = [sys.executable, str(CONTAINERS / "draining.py")]
+    environment = sidecar_environment(settings)
+    return await asyncio.to_thread(Child.spawn, command, environment=environment, folder=log.parent, log=log)
+
+
 class Kind(ABC):
     """`serving` runs until it is stopped, `crashing` exits with status 3."""
 
@@ -54,7 +62,7 @@ class Kind(ABC):
 
     def open(self) -> AbstractAsyncContextManager[Launcher]:
         """A launcher as a controller has it; left as if the controller had been killed."""
-        return open_launcher(self.settings, start_sidecar=start_sidecar_process)
+        return open_launcher(self.settings, start_sidecar=start_stand_in)
 
     async def up(self, launcher: Launcher, instance_id: str) -> None:
         """Both parts run, and have said their first words."""

@@ -24,7 +24,7 @@ from broker.errors import ConfigurationError, LauncherUnavailable
 from broker.model import Login, Model
 from infra.local.podman import Podman
 from tests import images
-from tests.contract.launchers import SERVING, SPECIFICATION, Containers, dead, started, tidy
+from tests.contract.launchers import DEADLINE_S, SERVING, SPECIFICATION, Containers, dead, started, tidy
 from tests.eventually import eventually
 from workers.launchers.docker import DockerLauncher
 
@@ -68,7 +68,9 @@ async def test_an_instance_is_two_containers_that_are_given_what_they_need(podma
         assert given["environ"]["FNQUEUE_INFERENCE_HOST"] == "function"
         assert not [name for name in given["environ"] if "ENCRYPTION" in name]
         await eventually(
-            lambda: asyncio.to_thread(kind.log, instance_id, "sidecar"), lambda log: "reached" in log, within_s=20
+            lambda: asyncio.to_thread(kind.log, instance_id, "sidecar"),
+            lambda log: "reached" in log,
+            within_s=2 * DEADLINE_S,
         )
 
         await launcher.stop(instance_id, grace_s=5.0)
@@ -81,7 +83,9 @@ async def test_a_sidecar_on_the_machines_own_network_reaches_its_container(podma
     async with tidy(kind), kind.open() as launcher:
         instance_id = await started(launcher, kind.serving)
         await eventually(
-            lambda: asyncio.to_thread(kind.log, instance_id, "sidecar"), lambda log: "reached" in log, within_s=30
+            lambda: asyncio.to_thread(kind.log, instance_id, "sidecar"),
+            lambda log: "reached" in log,
+            within_s=2 * DEADLINE_S,
         )
 
 

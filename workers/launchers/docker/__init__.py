@@ -373,16 +373,20 @@ class DockerLauncher:
         )
 
     async def _comes_again(self, container: Found | None) -> bool:
-        """Whether the engine is about to start it again. Docker has a state for that, podman shows the end as any."""
-        if not self._settings.docker_restarts or container is None or container.state not in _ENDED:
+        """Whether the engine is about to start it again, or has since it was listed. Docker has a state for that;
+        podman shows the end as any, and then a container that is new."""
+        if not self._settings.docker_restarts or container is None:
             return False
         try:
             shown = await self._engine.inspect(container.id)
         except Absent:
             return False
         state, left = shown["State"], self._settings.docker_restarts - int(shown.get("RestartCount", 0))
+        if state["Running"]:
+            return True
         ended_at = datetime.fromisoformat(state["FinishedAt"]).timestamp()
-        return left > 0 and state["ExitCode"] != 0 and time.time() - ended_at < _RESTARTED_S
+        over = state["Status"] in _ENDED and (left <= 0 or state["ExitCode"] == 0)
+        return not over and time.time() - ended_at < _RESTARTED_S
 
     async def _why(self, container: Found | None, sidecar: Found | None) -> str:
         log = await self._engine.log(container.id, lines=_ERROR_LINES) if container else ""
