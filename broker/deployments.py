@@ -33,7 +33,8 @@ _REMOVAL_LOOK_S = 0.05
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sight:
     """What the controller sees of one GPU specification: instances by state, why the last one died, what keeps the
-    starting ones from running, and whether they `failed`: died again and again and never ran."""
+    starting ones from running, and whether they `failed`: died again and again and never ran. `quarantined`: `error`
+    is that of an instance which takes no more work."""
 
     specification: GpuSpecification
     running: int = 0
@@ -41,6 +42,7 @@ class Sight:
     error: str = ""
     delay: str = ""
     failed: bool = False
+    quarantined: bool = False
 
     @property
     def satisfied(self) -> bool:
@@ -155,9 +157,9 @@ def next_status(
     """The status of a deployed version and why it is not well (contract/management.md §1.10).
 
     `age_s` is the age of the deployment. Not as upstream: DEPLOYING ends in ERROR after `deploy_timeout_s`.
-    Health is told of a specification that has no running instance and lost its last one.
+    Health is told of a specification that has no running instance and lost its last one, or has one in quarantine.
     """
-    health = tuple(_health(sight) for sight in sights if sight.error and not sight.running)
+    health = tuple(_health(sight) for sight in sights if sight.error and (sight.quarantined or not sight.running))
     if current is FunctionStatus.ERROR:
         return current, health
     if all(sight.satisfied for sight in sights):

@@ -271,7 +271,8 @@ class InstanceStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """One replica: an inference container and its sidecar. Written by the sidecar, kept alive by its beat."""
+    """One replica: an inference container and its sidecar. Written by the sidecar, kept alive by its beat. One that is
+    `quarantined` takes no more work, and is there to be replaced."""
 
     id: str
     function_id: str
@@ -288,6 +289,18 @@ class Instance:
     error: str = ""
     specification_id: str = ""
     location: str = ""
+    quarantined: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crash:
+    """A request that was in an instance when its container or its sidecar died. Times are by the clock of `origin`, the
+    process that saw it; "" is the store, where a lease ran out."""
+
+    request_id: str
+    origin: str
+    began_at: float
+    ended_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -684,13 +697,15 @@ class Verdict(StrEnum):
 class Claim:
     """GRANTED carries `lease`, and what is left until the deadline by the store's clock; HELD carries `wait_s`: when
     the other worker's lease ends unless renewed, or, with the `state` QUEUED, until when the request was postponed;
-    SETTLED carries the terminal `state`: acknowledge and forget."""
+    SETTLED carries the terminal `state`: acknowledge and forget. `lost` is the attempt that this claim found to have
+    come to nothing, because its worker fell silent."""
 
     verdict: Verdict
     state: RequestState
     lease: Lease | None = None
     remaining_s: float = 0.0
     wait_s: float = 0.0
+    lost: Attempt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

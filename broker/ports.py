@@ -20,6 +20,7 @@ from broker.model import (
     Chunk,
     Claim,
     Cluster,
+    Crash,
     Deployment,
     Draft,
     Epoch,
@@ -206,8 +207,9 @@ class Results(Protocol):
 
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
         """Give the attempt back: the record is `queued` again at its old place, or `errored` if a part of its answer
-        was streamed. `refund` takes the attempt off the count, for work that never started. Returns the state left
-        behind."""
+        was streamed. `refund` takes the attempt off the count, for work that never started. Of an attempt that was
+        taken for lost meanwhile, it only takes the worker's death off the record: who says so lives. Returns the
+        state left behind."""
 
     async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
         """As `release` with a refund, and nobody is granted the request for `wait_s`: a claim before that is HELD.
@@ -367,6 +369,10 @@ class Table(Protocol[T]):
         """Whether there was one."""
 
 
+# What is held against an instance that neither answers nor is replaced.
+CRASHES_KEPT_S = 86_400.0
+
+
 class Catalog(Protocol):
     """What was defined and desired, and what the instances report."""
 
@@ -409,6 +415,15 @@ class Catalog(Protocol):
 
     async def retire(self, instance: Instance) -> None:
         """Take an instance's report away at once."""
+
+    async def note_crash(self, version_id: str, instance_id: str, crash: Crash) -> None:
+        """Add to what is held against an instance; nothing, if it is there already. All of it is forgotten
+        CRASHES_KEPT_S after the last one."""
+
+    async def crashes(self, version_id: str, instance_id: str) -> list[Crash]:
+        """What is held against an instance, in no order."""
+
+    async def forget_crashes(self, version_id: str, instance_id: str) -> None: ...
 
     async def offer(self, gpus: Sequence[Gpu], *, ttl_s: float) -> None:
         """Publish the inventory of the controller's launcher."""

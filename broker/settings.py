@@ -124,6 +124,13 @@ class Settings(BaseSettings):
         description="Workers that may fall silent with a request before it is dead: it may be what kills them. Within "
         "`max_attempts`; a container that was lost beside a living worker is not counted here.",
     )
+    quarantine_crashes: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="Different requests that may die in a row with one instance before it takes no more work and is "
+        "replaced; an answer of its container ends the row, and 0 means never.",
+    )
     lease_s: float = Field(
         15, ge=1, le=300, description="Seconds after which a silent worker's attempt may be run again."
     )

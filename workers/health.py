@@ -20,7 +20,7 @@ class NeverReady(FnqueueError):
 
 
 class Gate:
-    """Open while the container is healthy. `full` tells whether all of its slots are taken."""
+    """Open while the container is healthy, until it is condemned. `full` tells whether all of its slots are taken."""
 
     def __init__(self, inference: Inference, settings: SidecarSettings, *, full: Callable[[], bool]) -> None:
         self._inference = inference
@@ -31,6 +31,7 @@ class Gate:
         self._shut.set()
         self._checking = asyncio.Lock()
         self._checked = 0
+        self._sentence = ""
 
     @property
     def healthy(self) -> bool:
@@ -39,7 +40,16 @@ class Gate:
     @property
     def fault(self) -> str:
         """Why it is shut, '' while it is open."""
-        return "" if self.healthy else self._inference.fault
+        return "" if self.healthy else self._sentence or self._inference.fault
+
+    @property
+    def condemned(self) -> bool:
+        return bool(self._sentence)
+
+    def condemn(self, why: str) -> None:
+        """Shut it for good."""
+        self._sentence = why
+        self._shut_now()
 
     async def start(self) -> None:
         """Return at the first healthy answer. Raises NeverReady after `ready_timeout_s`."""
@@ -63,13 +73,19 @@ class Gate:
         return self.healthy
 
     async def _ask(self) -> None:
-        if await self._inference.healthy():
+        well = await self._inference.healthy()
+        if self.condemned:
+            return
+        if well:
             self._shut.clear()
             self._opened.set()
         elif not (self._inference.silent and self._full()):
             # A container that serves one call at a time cannot answer while it works; that is no fault.
-            self._opened.clear()
-            self._shut.set()
+            self._shut_now()
+
+    def _shut_now(self) -> None:
+        self._opened.clear()
+        self._shut.set()
 
     async def check_when_due(self) -> None:
         """The next check of the steady state: soon while there is a recovery to wait for."""

@@ -326,9 +326,12 @@ class Inference:
                     raise
                 raise Refused(exc.status, _presentable(job, exc.headers or {}, exc.request_info.url)) from exc
 
+    def keeps(self, attempt: int) -> bool:
+        """Whether it goes over a kept connection: one that is cut then says nothing about the container."""
+        return self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
+
     def _session(self, attempt: int = 1) -> aiohttp.ClientSession:
-        kept = self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
-        session = self._kept if kept else self._fresh
+        session = self._kept if self.keeps(attempt) else self._fresh
         assert session is not None, "Inference is used outside of its context"
         return session
 

@@ -38,6 +38,7 @@ from workers.inputs import container_headers, headers_for_all, workspace
 from workers.metering import HEARTBEAT_S, Meter
 from workers.outputs import collect
 from workers.progress import ProgressWatch
+from workers.quarantine import Quarantine
 from workers.streams import Feed, LeaseLost
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,9 @@ BEATS = 5
 class _Run:
     """One job of this process, from its delivery to the end of its loan.
 
-    `refund` tells whether handing the attempt back now would cost nothing. `ends_at` and `leased_until` are by the
-    monotonic clock; `run_limited` tells that it is the run timeout that ends it, and not the request's deadline.
+    `refund` tells whether handing the attempt back now would cost nothing. `ends_at`, `called_at` (when the container
+    was) and `leased_until` are by the monotonic clock; `run_limited` tells that it is the run timeout that ends it, and
+    not the request's deadline.
     """
 
     delivery: Delivery
@@ -77,6 +79,7 @@ class _Run:
     refund: bool = True
     started_at: float = 0.0
     ends_at: float = 0.0
+    called_at: float = 0.0
     run_limited: bool = False
     leased_until: float = 0.0
     cold_start_s: float = 0.0
@@ -144,6 +147,7 @@ class Sidecar:
         self._stand_ins = 0
         self._jobs = asyncio.TaskGroup()
         self._id = settings.instance_id or str(uuid.uuid4())
+        self._quarantine = Quarantine(broker.catalog, settings, self._gate, self._id)
         self._meter = Meter(settings, self._id)
         self._ready_at = 0.0
         self._created_at = time.time()
@@ -295,6 +299,7 @@ class Sidecar:
             attempt = self._attempt if run.job.channel is None else self._converse
             state, outcome = await attempt(run, claim.lease)
         except LeaseLost as lost:
+            await self._deny_death(claim.lease, lost.state)
             await self._end(run, lost.state, metered=await self._ended_by(run, claim.lease, lost.state))
             self._discard_body(run.job, lost.state)
         except ContainerLost as lost:
@@ -327,6 +332,8 @@ class Sidecar:
             if answer.lease.attempt == 1:
                 run.cold_start_s = max(0.0, self._ready_at - job.created_at)
             run.facts = {"attempt": answer.lease.attempt, "queued_s": round(max(0.0, time.time() - job.created_at), 3)}
+        if answer.lost is not None:
+            await self._quarantine.lost(job, answer.lost)
         return answer
 
     async def _attempt(self, run: _Run, lease: Lease) -> tuple[RequestState, Outcome]:
@@ -348,6 +355,8 @@ class Sidecar:
             return failed.state, failed.outcome
         except loops.Fault:
             return RequestState.ERRORED, problem(run.job, 500, INFERENCE_FAULT)
+        if self._quarantine.suspected:
+            await self._quarantine.answered()
         return RequestState.FULFILLED if outcome.status < 400 else RequestState.ERRORED, outcome
 
     async def _answer(self, run: _Run, lease: Lease) -> Outcome:
@@ -413,6 +422,8 @@ class Sidecar:
                 async with asyncio.timeout(self._settings.store_timeout_s):
                     await self._results.settle(lease, run.job, RequestState.ERRORED, stopped(run.job))
             raise
+        if self._quarantine.suspected:
+            await self._quarantine.answered()
         return RequestState.FULFILLED if outcome.status < 400 else RequestState.ERRORED, outcome
 
     async def _talk(self, run: _Run, line: Line) -> Outcome:
@@ -434,7 +445,7 @@ class Sidecar:
 
     @contextmanager
     def _calling(self, run: _Run) -> Iterator[None]:
-        since = time.monotonic()
+        run.called_at = since = time.monotonic()
         self._calls += 1
         try:
             yield
@@ -496,6 +507,7 @@ class Sidecar:
 
     async def _finish(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> None:
         stands = await self._settle(run, lease, state, outcome)
+        await self._deny_death(lease, stands)
         await self._end(run, stands, outcome, metered=await self._ended_by(run, lease, stands))
         self._discard_body(run.job, stands)
         if stands is not state:  # it came too late
@@ -519,6 +531,13 @@ class Sidecar:
         except StoreUnavailable:
             return False
         return record is not None and (record.worker, record.attempt) == (self._id, lease.attempt)
+
+    async def _deny_death(self, lease: Lease, state: RequestState) -> None:
+        """A request that is not over and not ours has gone to another worker, who took this one for dead."""
+        if not state.terminal:
+            with suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(self._settings.store_timeout_s):
+                    await self._results.release(lease, refund=True)
 
     def _discard_body(self, job: Job, state: RequestState) -> None:
         """A body in the blob store is of no use once there is a result, or nobody wants one."""
@@ -548,6 +567,8 @@ class Sidecar:
         logger.warning(
             "container_lost", extra={"public": True, "request_id": run.job.id, "cause": str(lost), **run.facts}
         )
+        if lost.sent and not self._draining and not self._inference.keeps(run.lease.attempt):
+            await self._quarantine.crashed(run.job, began_at=run.called_at)
         pause_s = max(backoff_s, SHORTEST_BACKOFF_S) * random.uniform(0.5, 1)  # noqa: S311  spreads load
         with run.wait(), suppress(TimeoutError):
             await self._gate.check()
@@ -619,6 +640,8 @@ class Sidecar:
         self._meter.infrastructure(ready=self._started)
 
     async def _beat(self) -> None:
+        if self._started:
+            await self._quarantine.look()
         await self._catalog.beat(self._instance(), ttl_s=self._settings.beat_s * BEATS)
 
     async def _missing(self) -> str:
@@ -654,6 +677,7 @@ class Sidecar:
             error=self._gate.fault,
             specification_id=self._settings.specification_id,
             location=self._settings.region,
+            quarantined=self._gate.condemned,
         )
 
     def _busy(self) -> int:

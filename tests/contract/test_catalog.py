@@ -19,6 +19,7 @@ from broker.model import (
     ClusterGpu,
     ClusterState,
     ClusterType,
+    Crash,
     Deployment,
     FunctionStatus,
     Gpu,
@@ -324,6 +325,19 @@ async def test_an_instance_lives_by_its_beat(catalog: Catalog) -> None:
     assert seen == [lasting]
     await catalog.retire(lasting)
     assert await catalog.instances(version_id) == []
+
+
+async def test_what_is_held_against_an_instance_is_kept_until_it_is_forgotten(catalog: Catalog) -> None:
+    version_id = str(uuid.uuid4())
+    first = Crash(request_id=str(uuid.uuid4()), origin="", began_at=1.5, ended_at=2.25)
+    second = replace(first, origin="a1")
+    for crash in (first, second, first):
+        await catalog.note_crash(version_id, "one", crash)
+    assert sorted(await catalog.crashes(version_id, "one"), key=lambda crash: crash.origin) == [first, second]
+    assert await catalog.crashes(version_id, "other") == []
+    assert await catalog.instances(version_id) == []
+    await catalog.forget_crashes(version_id, "one")
+    assert await catalog.crashes(version_id, "one") == []
 
 
 async def test_the_inventory_is_the_last_offer(catalog: Catalog) -> None:

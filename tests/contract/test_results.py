@@ -206,7 +206,7 @@ async def test_attempts_past_the_last_leave_the_request_dead(results: Results, v
     assert (await results.load([version_id]))[0].queued == 0
 
 
-async def lose(results: Results, job: Job) -> None:
+async def lose(results: Results, job: Job) -> Lease:
     """A worker takes it and falls silent."""
     lease = await granted(results, job, lease_s=0.02)
 
@@ -217,7 +217,7 @@ async def lose(results: Results, job: Job) -> None:
         return record.started_at + 0.05 - epoch.now
 
     await eventually(wait_s, lambda left_s: left_s < 0)
-    assert lease.attempt
+    return lease
 
 
 async def test_a_request_that_two_workers_died_with_is_dead(results: Results, version_id: str) -> None:
@@ -253,6 +253,35 @@ async def test_what_is_given_back_unspent_is_no_death(results: Results, version_
     for _ in range(3):
         await results.release(await granted(results, job), refund=True)
     assert (await granted(results, job)).attempt == 2
+
+
+async def test_who_comes_back_after_its_lease_ran_out_did_not_die(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    for _ in range(2):  # as often as workers may die
+        lost = await lose(results, job)
+        following = await granted(results, job)
+        for _ in range(2):
+            assert await results.release(lost, refund=True) is RequestState.RUNNING
+        await results.release(following, refund=True)
+        assert await state_of(results, job) is RequestState.QUEUED
+    assert (await granted(results, job)).attempt == 3
+
+
+async def test_a_claim_tells_which_attempt_it_found_lost(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    await lose(results, job)
+    found = [await claim(results, job, worker="w2", lease_s=0.02)]
+    await eventually(lambda: claim(results, job, worker="w3"), lambda claimed: bool(found.append(claimed) or claimed.lost))
+    record = await results.read(job.id)
+    assert record is not None
+    assert record.state is RequestState.DEAD
+    lost = [claimed.lost for claimed in found if claimed.lost is not None]
+    assert [(attempt.number, attempt.worker, attempt.end) for attempt in lost] == [
+        (1, "w1", AttemptEnd.LOST),
+        (2, "w2", AttemptEnd.LOST),
+    ]
+    assert lost[0].started_at < lost[0].ended_at <= lost[1].started_at < lost[1].ended_at
+    assert (await claim(results, job)).lost is None
 
 
 async def test_a_refunded_attempt_costs_nothing(results: Results, version_id: str) -> None:

@@ -139,6 +139,9 @@ class Container:
     async def healthy(self) -> bool:
         return True
 
+    def keeps(self, _: int) -> bool:
+        return False
+
     async def infer(self, job: Job, headers: object, *, budget_s: float, **_: object) -> Answer:
         await self._process.there()
         order = json.loads(job.body)
@@ -342,7 +345,15 @@ class World:
         process = Process("controller", self._servers)
         process.spawn(undertaker.serve(process.broker))
         process.spawn(loops.every(SWEEP_S, lambda: undertaker.sweep(process.broker), name="sweep"))
+        process.spawn(loops.every(SWEEP_S, self._relieve, name="relieve"))
         return process
+
+    async def _relieve(self) -> None:
+        reports = await self.catalog.instances(VERSION_ID)
+        quarantined = {report.id for report in reports if report.quarantined}
+        for number, worker in enumerate(self.workers):
+            if worker.name in quarantined:
+                await self.replace_worker(number)
 
     async def _asked(self, process: Process, work: Any) -> tuple[Record | None, FnqueueError | None]:
         """What a front end answers; neither, if it died over it."""

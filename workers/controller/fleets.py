@@ -20,7 +20,14 @@ from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance,
 from broker.ports import Broker, Fleet, Replica
 from broker.settings import ControllerSettings
 from workers.controller.chores import Chores
-from workers.controller.reconcile import STRAY_S, UNDEPLOY_GRACE_S
+from workers.controller.reconcile import (
+    QUARANTINE_BACKOFF_S,
+    QUARANTINE_QUICK_S,
+    STRAY_S,
+    UNDEPLOY_GRACE_S,
+    Streak,
+    quarantine_of,
+)
 from workers.controller.removal import Removals
 
 logger = logging.getLogger(__name__)
@@ -47,6 +54,10 @@ class View:
         report = self.reports.get(replica.instance_id)
         return report is not None and report.status is InstanceStatus.RUNNING
 
+    def quarantined(self, replica: Replica) -> bool:
+        report = self.reports.get(replica.instance_id)
+        return report is not None and report.quarantined
+
 
 @dataclass(slots=True)
 class FleetReconciler:
@@ -59,6 +70,7 @@ class FleetReconciler:
     chores: Chores
     now: Callable[[], float] = time.monotonic
     leads: Callable[[], bool] = lambda: True
+    _quarantines: dict[str, Streak] = field(default_factory=dict)
     _faults: dict[str, str] = field(default_factory=dict)
     _hopeless: set[str] = field(default_factory=set)
     _ran: set[str] = field(default_factory=set)
@@ -133,6 +145,7 @@ class FleetReconciler:
 
     async def _keep(self, view: View, version: Version) -> None:
         await self._evict(view)
+        await self._replace_quarantined(view)
         ids = {specification.id for specification in view.deployment.specifications}
         await self._drop([key for key in view.kept if key not in ids], grace_s=self.settings.drain_s)
         row = await self.broker.catalog.secrets.get(version.id)
@@ -161,6 +174,23 @@ class FleetReconciler:
         if not there.issuperset(view.deployment.evicted):
             await deployments.forget_evicted(self.broker, view.deployment, there)
 
+    async def _replace_quarantined(self, view: View) -> None:
+        """Until its time has come, one stays: it takes no work, and its platform puts none in its place."""
+        for specification in view.deployment.specifications:
+            quarantined = [item for item in view.of(specification) if view.quarantined(item)]
+            streak = self._quarantines.setdefault(specification.id, Streak())
+            if not quarantined or streak.next_start_at > self.now():
+                continue
+            for replica in quarantined:
+                await self.fleet.evict(replica.instance_id)
+                logger.warning(
+                    "instance_quarantined",
+                    extra={"instance_id": replica.instance_id, "version_id": replica.version_id},
+                )
+            error = quarantine_of(specification, view.reports.values())
+            quick = self.now() - streak.next_start_at < QUARANTINE_QUICK_S
+            streak.death(error, quick=quick, now=self.now(), longest_s=QUARANTINE_BACKOFF_S)
+
     async def _observe(self, view: View, version: Version) -> None:
         sights = [self._sight(view, specification) for specification in view.deployment.specifications]
         now, deploy_timeout_s = time.time(), self.settings.deploy_timeout_s
@@ -188,12 +218,14 @@ class FleetReconciler:
         broken = [item.error for item in replicas if item.error and not view.runs(item)]
         waiting = [item.delay for item in replicas if item.delay]
         fault = [self._faults[specification.id]] if specification.id in self._faults else []
+        quarantine = quarantine_of(specification, view.reports.values())
         looping = bool(replicas) and all(item.restarts >= FAILED_RESTARTS for item in replicas)
         return Sight(
             specification=specification,
             running=running,
             starting=len(replicas) - running - len(ill),
-            error=next(iter([*broken, *ill, *fault]), ""),
+            error=quarantine or next(iter([*broken, *ill, *fault]), ""),
+            quarantined=bool(quarantine),
             delay=next(iter([*waiting, *slow]), ""),
             failed=specification.id in self._hopeless or (looping and specification.id not in self._ran),
         )
@@ -229,4 +261,5 @@ class FleetReconciler:
         self._faults = {key: fault for key, fault in self._faults.items() if key in ids}
         self._hopeless &= ids
         self._ran &= ids
+        self._quarantines = {key: streak for key, streak in self._quarantines.items() if key in ids}
         self.removals.forget({view.deployment.id for view in views})

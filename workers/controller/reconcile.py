@@ -33,6 +33,11 @@ LONGEST_BACKOFF_S = 60.0
 FAILED_DEATHS = 3
 # As upstream (contract/management.md §7.4): an instance that was ready and no longer is.
 SICK_S = 1800.0
+# The longest pause before one that was quarantined is replaced: where every payload kills, each new one is started for
+# nothing.
+QUARANTINE_BACKOFF_S = 1800.0
+# One that took longer to get there did some work.
+QUARANTINE_QUICK_S = 3600.0
 # For the sidecar of a dead container to hand its jobs back.
 DEAD_GRACE_S = 10.0
 # Undeploying without `graceful` gives up what runs; the sidecar gets a moment to say so.
@@ -56,9 +61,9 @@ class Streak:
     def failed(self) -> bool:
         return self.hopeless or (self.failures >= FAILED_DEATHS and not self.ran)
 
-    def death(self, error: str, *, quick: bool, now: float) -> None:
+    def death(self, error: str, *, quick: bool, now: float, longest_s: float = LONGEST_BACKOFF_S) -> None:
         self.failures = self.failures + 1 if quick else 1
-        backoff_s = 0.0 if self.failures == 1 else min(2.0 ** (self.failures - 2), LONGEST_BACKOFF_S)
+        backoff_s = 0.0 if self.failures == 1 else min(2.0 ** (self.failures - 2), longest_s)
         self.next_start_at = now + backoff_s
         self.error = error
 
@@ -93,6 +98,10 @@ class View:
     def runs(self, instance: Launched) -> bool:
         report = self.reports.get(instance.instance_id)
         return report is not None and report.status is InstanceStatus.RUNNING
+
+    def quarantined(self, instance: Launched) -> bool:
+        report = self.reports.get(instance.instance_id)
+        return report is not None and report.quarantined
 
     def starts(self, instance: Launched) -> bool:
         """Not yet reporting counts as starting."""
@@ -308,13 +317,15 @@ class Reconciler:
         alive = view.of(specification)
         streak = self._streaks.get(specification.id) or Streak()
         reports = [view.reports[item.instance_id] for item in alive if item.instance_id in view.reports]
+        quarantine = quarantine_of(specification, view.reports.values())
         return Sight(
             specification=specification,
             running=sum(view.runs(instance) for instance in alive),
             starting=sum(view.starts(instance) for instance in alive),
-            error=_first_error(reports, InstanceStatus.ERRORED) or streak.error,
+            error=quarantine or _first_error(reports, InstanceStatus.ERRORED) or streak.error,
             delay=_first_error(reports, InstanceStatus.STARTING),
             failed=streak.failed,
+            quarantined=bool(quarantine),
         )
 
     # -- the dead and the unwanted -----------------------------------------------------------------
@@ -322,19 +333,23 @@ class Reconciler:
     def _bury_dead(self, view: View) -> None:
         dead: dict[str, list[Launched]] = {}
         for instance in view.launched:
-            if _stopping(instance) in self.chores or (instance.alive and not self._sick(view, instance)):
+            condemned = instance.alive and view.quarantined(instance)
+            alive = instance.alive and not condemned and not self._sick(view, instance)
+            if alive or _stopping(instance) in self.chores:
                 continue
             if instance in view.alive:
                 view.alive.remove(instance)
             if instance.instance_id not in self._buried:
                 self._buried.add(instance.instance_id)
                 dead.setdefault(instance.specification_id, []).append(instance)
-            self._stop_one(instance, view.reports.get(instance.instance_id), grace_s=DEAD_GRACE_S)
+            grace_s = self.settings.drain_s if condemned else DEAD_GRACE_S
+            self._stop_one(instance, view.reports.get(instance.instance_id), grace_s=grace_s)
         for specification_id, instances in dead.items():
             reports = [view.reports.get(instance.instance_id) for instance in instances]
             error = next((item.error for item in instances if item.error), "")
             error = error or next((report.error for report in reports if report), "")
-            self._note_deaths(specification_id, instances, error)
+            quarantined = any(view.quarantined(instance) for instance in instances)
+            self._note_deaths(specification_id, instances, error, quarantined=quarantined)
 
     def _sick(self, view: View, instance: Launched) -> bool:
         """It was healthy, and has not been for so long that it is not worth waiting for."""
@@ -344,14 +359,18 @@ class Reconciler:
             return False
         return self.now() - self._sick_at.setdefault(instance.instance_id, self.now()) >= SICK_S
 
-    def _note_deaths(self, specification_id: str, instances: Sequence[Launched], error: str) -> None:
+    def _note_deaths(
+        self, specification_id: str, instances: Sequence[Launched], error: str, *, quarantined: bool
+    ) -> None:
         """Those that one pass finds count as one death."""
-        now = self.now()
-        quick = any(now - self._started_at.get(item.instance_id, -inf) < QUICK_S for item in instances)
-        self._streaks.setdefault(specification_id, Streak()).death(error, quick=quick, now=now)
+        now, quick_s = self.now(), QUARANTINE_QUICK_S if quarantined else QUICK_S
+        quick = any(now - self._started_at.get(item.instance_id, -inf) < quick_s for item in instances)
+        longest_s = QUARANTINE_BACKOFF_S if quarantined else LONGEST_BACKOFF_S
+        streak = self._streaks.setdefault(specification_id, Streak())
+        streak.death(error, quick=quick, now=now, longest_s=longest_s)
         for instance in instances:
             logger.warning(
-                "instance_died",
+                "instance_quarantined" if quarantined else "instance_died",
                 extra={
                     "instance_id": instance.instance_id,
                     "version_id": instance.version_id,
@@ -439,6 +458,11 @@ class _Started:
 
 def _stopping(instance: Launched) -> str:
     return f"stop {instance.instance_id}"
+
+
+def quarantine_of(specification: GpuSpecification, reports: Iterable[Instance]) -> str:
+    """Why an instance of it is in quarantine, '' if none is; one that is being ended included."""
+    return next((item.error for item in reports if item.quarantined and item.specification_id == specification.id), "")
 
 
 def _first_error(reports: Iterable[Instance], status: InstanceStatus) -> str:

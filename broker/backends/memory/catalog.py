@@ -11,6 +11,7 @@ from broker.errors import RevisionConflict
 from broker.model import (
     Account,
     Cluster,
+    Crash,
     Deployment,
     Gpu,
     Instance,
@@ -20,7 +21,7 @@ from broker.model import (
     Sharing,
     Version,
 )
-from broker.ports import Row
+from broker.ports import CRASHES_KEPT_S, Row
 
 T = TypeVar("T")
 
@@ -65,6 +66,7 @@ class MemoryCatalog:
         self.secrets: MemoryTable[Secrets] = MemoryTable(lambda secrets: secrets.version_id, ())
         self.registry_credentials: MemoryTable[RegistryCredentials] = MemoryTable(lambda item: item.account, ())
         self._instances: dict[tuple[str, str], tuple[Instance, float]] = {}
+        self._crashes: dict[tuple[str, str], tuple[frozenset[Crash], float]] = {}
         self._gpus: tuple[list[Gpu], float] = ([], 0.0)
         self._leader = ("", 0.0)
 
@@ -78,6 +80,18 @@ class MemoryCatalog:
 
     async def retire(self, instance: Instance) -> None:
         self._instances.pop((instance.version_id, instance.id), None)
+
+    async def note_crash(self, version_id: str, instance_id: str, crash: Crash) -> None:
+        kept, _ = self._crashes.get((version_id, instance_id), (frozenset(), 0.0))
+        self._crashes[version_id, instance_id] = kept | {crash}, time.monotonic() + CRASHES_KEPT_S
+
+    async def crashes(self, version_id: str, instance_id: str) -> list[Crash]:
+        now = time.monotonic()
+        self._crashes = {key: held for key, held in self._crashes.items() if held[1] > now}
+        return list(self._crashes.get((version_id, instance_id), (frozenset(), 0.0))[0])
+
+    async def forget_crashes(self, version_id: str, instance_id: str) -> None:
+        self._crashes.pop((version_id, instance_id), None)
 
     async def offer(self, gpus: Sequence[Gpu], *, ttl_s: float) -> None:
         self._gpus = (list(gpus), time.monotonic() + ttl_s)

@@ -64,7 +64,7 @@ class Log:
 @dataclass(slots=True, kw_only=True)
 class Entry:
     """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it; `deaths` the
-    attempts whose lease ran out; `worker` is set from a claim until the attempt comes to nothing, and `past` holds
+    attempts whose worker died; `worker` is set from a claim until the attempt comes to nothing, and `past` holds
     those that did; `aside` keeps a queued one out of the order."""
 
     id: str
@@ -79,7 +79,7 @@ class Entry:
     state: RequestState = RequestState.QUEUED
     submitters: int = 1
     attempt: int = 0
-    deaths: int = 0
+    deaths: frozenset[int] = frozenset()
     token: str = ""
     worker: str = ""
     lease_until: float = 0.0
@@ -98,6 +98,18 @@ class Entry:
     given: int = 0
     aside: bool = False
     size_bytes: int = 0
+
+    def lost(self) -> Attempt | None:
+        """The attempt of a worker that fell silent, if one runs at all by the books."""
+        if self.state is not RequestState.RUNNING:
+            return None
+        return Attempt(
+            number=self.attempt,
+            worker=self.worker,
+            started_at=self.started_at,
+            ended_at=self.lease_until,
+            end=AttemptEnd.LOST,
+        )
 
     def take(self) -> tuple[Progress | None, bool]:
         """The next update that no poll has been given, and true; or the last one again."""
@@ -274,10 +286,11 @@ class MemoryResults:
         if entry.log.written:
             self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
-        deaths = entry.deaths + (entry.state is RequestState.RUNNING)
-        if hopeless := self._hopeless(entry, deaths, max_attempts):
+        lost = entry.lost()
+        deaths = entry.deaths | ({entry.attempt} if lost else set())
+        if hopeless := self._hopeless(entry, len(deaths), max_attempts):
             self.finish(entry, RequestState.DEAD, reason=hopeless)
-            return Claim(verdict=Verdict.SETTLED, state=entry.state)
+            return Claim(verdict=Verdict.SETTLED, state=entry.state, lost=lost)
         entry.deaths = deaths
         entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, RequestState.RUNNING)
@@ -288,7 +301,9 @@ class MemoryResults:
         entry.sequence = 0
         self.hints.tell(job.id, Interest.STEPS)
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=entry.attempt, token=entry.token)
-        return Claim(verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=entry.deadline_at - now)
+        return Claim(
+            verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=entry.deadline_at - now, lost=lost
+        )
 
     def _hopeless(self, entry: Entry, deaths: int, max_attempts: int) -> str:
         """Why it gets no further attempt, '' if it does."""
@@ -313,6 +328,8 @@ class MemoryResults:
         entry = self._entries.get(lease.request_id)
         if entry is None:
             return RequestState.QUEUED
+        if entry.token != lease.token:
+            entry.deaths -= {lease.attempt}
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
             if entry.log.written:
                 self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)

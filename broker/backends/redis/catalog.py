@@ -12,6 +12,7 @@ from broker.errors import RevisionConflict
 from broker.model import (
     Account,
     Cluster,
+    Crash,
     Deployment,
     Gpu,
     Instance,
@@ -21,7 +22,7 @@ from broker.model import (
     Sharing,
     Version,
 )
-from broker.ports import Row
+from broker.ports import CRASHES_KEPT_S, Row
 
 T = TypeVar("T")
 
@@ -102,6 +103,17 @@ class RedisCatalog:
     async def retire(self, instance: Instance) -> None:
         await self._connection.run(("HDEL", _instances(instance.version_id), instance.id))
 
+    async def note_crash(self, version_id: str, instance_id: str, crash: Crash) -> None:
+        key = _crashes(version_id, instance_id)
+        await self._connection.run(("SADD", key, pack(crash)), ("PEXPIRE", key, int(CRASHES_KEPT_S * 1000)))
+
+    async def crashes(self, version_id: str, instance_id: str) -> list[Crash]:
+        [held] = await self._connection.run(("SMEMBERS", _crashes(version_id, instance_id)))
+        return [unpack(Crash, item) for item in held]
+
+    async def forget_crashes(self, version_id: str, instance_id: str) -> None:
+        await self._connection.run(("DEL", _crashes(version_id, instance_id)))
+
     async def offer(self, gpus: Sequence[Gpu], *, ttl_s: float) -> None:
         await self._connection.run(("SET", "fnq:gpus", pack(list(gpus)), "PX", int(ttl_s * 1000)))
 
@@ -119,6 +131,10 @@ class RedisCatalog:
 
 def _instances(version_id: str) -> str:
     return f"fnq:i:{{{version_id}}}"
+
+
+def _crashes(version_id: str, instance_id: str) -> str:
+    return f"{_instances(version_id)}:{instance_id}"
 
 
 def _values(item: object, index: str) -> tuple[str, ...]:

@@ -324,6 +324,7 @@ class RedisResults:
             lease=lease if verdict is Verdict.GRANTED else None,
             remaining_s=int(claimed[4]) / 1000 if verdict is Verdict.GRANTED else 0.0,
             wait_s=int(claimed[3]) / 1000,
+            lost=_lost(claimed),
         )
 
     def entering(self, job: Job) -> tuple[Command, Command]:
@@ -343,7 +344,11 @@ class RedisResults:
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
         reply, account = await self._connection.run(
             scripts.RELEASE.call(
-                (_record(lease.request_id), _body(lease.request_id)), lease.token, int(refund), self._retention_ms
+                (_record(lease.request_id), _body(lease.request_id)),
+                lease.token,
+                int(refund),
+                self._retention_ms,
+                lease.attempt,
             ),
             ("HGET", _record(lease.request_id), "a"),
         )
@@ -726,6 +731,19 @@ def _pairs(reply: Sequence[Any]) -> list[tuple[bytes, float]]:
     if reply and isinstance(reply[0], list | tuple):
         return [(member, float(score)) for member, score in reply]
     return [(reply[at], float(reply[at + 1])) for at in range(0, len(reply), 2)]
+
+
+def _lost(claimed: Sequence[Any]) -> Attempt | None:
+    worker, started, ended = claimed[6:] if len(claimed) > 6 else (b"", 0, 0)
+    if not worker:
+        return None
+    return Attempt(
+        number=int(claimed[2]) - (_text(claimed[0]) == Verdict.GRANTED),
+        worker=_text(worker),
+        started_at=int(started) / 1000,
+        ended_at=int(ended) / 1000,
+        end=AttemptEnd.LOST,
+    )
 
 
 def _text(raw: bytes | str) -> str:

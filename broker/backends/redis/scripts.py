@@ -18,7 +18,7 @@ Record fields: s state · a account · f function · v version · c created · d
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
 Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
-D workers that died with it: whose lease ran out
+D numbers of the attempts whose worker died, space separated: its lease ran out, and it did not come back to say no
 G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
 means to be there · i channels of readers · j channel of a writer that waits, and how many unread bytes it waits for
@@ -246,7 +246,8 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 # KEYS record body
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
 #   queue_deadline run_ms max_deaths
-# returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt}
+# returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt; then of the
+#   attempt that this claim found lost: worker started ended}
 # What POSTPONE kept goes when the next attempt starts.
 # A new attempt begins without progress; the numbers go on, so that no listener takes its updates for old ones.
 CLAIM = Script(
@@ -269,18 +270,24 @@ if f[1] == 'running' and tonumber(f[4] or 0) > now then
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
 if f[7] then return {'settled', finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0), n, 0} end
-local deaths = tonumber(f[10] or 0) + (f[1] == 'running' and 1 or 0)
+local died, deaths, lost = f[10] or '', 0, {}
+if f[1] == 'running' then
+  died = died .. (died == '' and '' or ' ') .. n
+  lost = redis.call('HMGET', r, 'w', 'b', 'l')
+end
+for _ in string.gmatch(died, '%d+') do deaths = deaths + 1 end
+local function ended(n) return {'settled', 'dead', n, 0, 0, 0, lost[1] or '', lost[2] or 0, lost[3] or 0} end
 if deaths >= tonumber(ARGV[14]) then
   finish(r, KEYS[2], 'dead', 'the worker died in ' .. deaths .. ' attempts: it may be what kills them', ARGV[6] + 0)
-  return {'settled', 'dead', n, 0}
+  return ended(n)
 end
 if n >= tonumber(ARGV[5]) then
   finish(r, KEYS[2], 'dead', 'the worker or its container died in ' .. n .. ' attempts', ARGV[6] + 0)
-  return {'settled', 'dead', n, 0}
+  return ended(n)
 end
 if f[1] == 'running' then
   close(r, 'lost', f[4] or now)
-  redis.call('HSET', r, 'D', deaths)
+  redis.call('HSET', r, 'D', died)
 end
 redis.call('HSET', r, 's', 'running', 'n', n + 1, 't', ARGV[2], 'l', now + ARGV[4], 'w', ARGV[1], 'k', ARGV[3],
   'b', now)
@@ -290,7 +297,7 @@ if f[8] then
   redis.call('HSET', r, 'pu', f[8])
 end
 if f[9] then tell(f[9], string.match(r, '{(.-)}') .. ' 2') end
-return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt}
+return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt, lost[1] or '', lost[2] or 0, lost[3] or 0}
 """
 )
 
@@ -318,13 +325,21 @@ return 'running'
 """
 )
 
-# KEYS record body · ARGV token refund(0|1) retention_ms · returns the state left behind
+# Who gives back an attempt that was taken for lost is alive: that was no death.
+# KEYS record body · ARGV token refund(0|1) retention_ms attempt · returns the state left behind
 RELEASE = Script(
     _FINISH
     + _CUT
     + """
-local f = redis.call('HMGET', KEYS[1], 's', 't', 'z', 'hs')
+local f = redis.call('HMGET', KEYS[1], 's', 't', 'z', 'hs', 'D')
 if not f[1] then return 'queued' end
+if f[5] and f[2] ~= ARGV[1] then
+  local left = {}
+  for number in string.gmatch(f[5], '%d+') do
+    if number ~= ARGV[4] then left[#left + 1] = number end
+  end
+  redis.call('HSET', KEYS[1], 'D', table.concat(left, ' '))
+end
 if f[1] == 'running' and f[2] == ARGV[1] then
   if f[3] then return finish(KEYS[1], KEYS[2], 'errored', cut, ARGV[3] + 0) end
   close(KEYS[1], ARGV[2] == '1' and 'returned' or 'failed', now)
