@@ -196,6 +196,12 @@ class Rig:
 
 @pytest.fixture
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with a_rig(tmp_path) as made:
+        yield made
+
+
+@asynccontextmanager
+async def a_rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with container() as box:
         scratch = tmp_path / "scratch"
         scratch.mkdir()
