@@ -31,6 +31,7 @@ class FakeLauncher:
     def __init__(self) -> None:
         self.room: int | None = None  # None: any number
         self.instances: dict[str, FakeInstance] = {}
+        self.draining: asyncio.Event | None = None  # who is stopped goes when it is set
         self.stopped: list[tuple[str, float]] = []
         self.started = asyncio.Event()
         self.leaves_running = False
@@ -57,6 +58,8 @@ class FakeLauncher:
         self.started.set()
 
     async def stop(self, instance_id: str, *, grace_s: float) -> None:
+        if self.draining is not None:
+            await self.draining.wait()
         if self.instances.pop(instance_id, None) is not None:
             self.stopped.append((instance_id, grace_s))
 

@@ -59,7 +59,15 @@ class Controller:
         await self.seen()
         return found
 
-    async def beat(self, pod: Object, status: InstanceStatus = InstanceStatus.RUNNING, *, busy: int = 0) -> None:
+    async def beat(
+        self,
+        pod: Object,
+        status: InstanceStatus = InstanceStatus.RUNNING,
+        *,
+        busy: int = 0,
+        error: str = "",
+        quarantined: bool = False,
+    ) -> None:
         labels = pod["metadata"]["labels"]
         report = Instance(
             id=pod["metadata"]["uid"],
@@ -73,6 +81,8 @@ class Controller:
             created_at=0.0,
             updated_at=0.0,
             busy=busy,
+            error=error,
+            quarantined=quarantined,
             specification_id=labels[objects.SPECIFICATION],
         )
         await self.broker.catalog.beat(report, ttl_s=60)
@@ -181,6 +191,21 @@ async def test_an_evicted_instance_ends_and_is_forgotten(controller: Controller)
     row = await controller.broker.catalog.deployments.get(version.id)
     assert row is not None
     assert row.item.evicted == ()
+
+
+async def test_pods_in_quarantine_are_replaced_less_and_less_often(controller: Controller) -> None:
+    version = await controller.deploy(1)
+    await controller.step()
+    for pause_s in (0, 0, 1, 2):
+        (pod,) = await controller.pods()
+        await controller.beat(pod, InstanceStatus.ERRORED, error="quarantined: three", quarantined=True)
+        if pause_s:
+            await controller.step(after_s=pause_s - 0.5)
+            assert "deletionTimestamp" not in controller.api.one("Pod")["metadata"]
+        await controller.step(after_s=0.5)
+        assert await controller.errors(version) == ["quarantined: three"]
+        assert controller.api.one("Pod")["metadata"]["deletionTimestamp"]
+        await controller.api.end_pods()
 
 
 async def test_busy_pods_are_marked(controller: Controller) -> None:

@@ -37,6 +37,8 @@ from workers.controller.chores import Chores
 from workers.controller.leadership import LEASE_S, Leadership
 from workers.controller.reconcile import (
     LONGEST_BACKOFF_S,
+    QUARANTINE_BACKOFF_S,
+    QUARANTINE_QUICK_S,
     QUICK_S,
     SICK_S,
     STRAY_S,
@@ -67,8 +69,12 @@ class Controller:
 
     async def step(self, *, after_s: float = 0.0) -> None:
         self.clock += after_s
-        await self._reconciler.step()
+        await self.pass_over()
         await self.chores.finished()
+
+    async def pass_over(self) -> None:
+        """One pass, whose chores go on."""
+        await self._reconciler.step()
 
     async def ensure_queues(self) -> None:
         await self._reconciler.ensure_queues()
@@ -84,7 +90,13 @@ class Controller:
         return [instance.instance_id for instance in self.launcher.instances.values() if instance.alive]
 
     async def beat(
-        self, instance_id: str, status: InstanceStatus = InstanceStatus.RUNNING, error: str = "", *, busy: int = 0
+        self,
+        instance_id: str,
+        status: InstanceStatus = InstanceStatus.RUNNING,
+        error: str = "",
+        *,
+        busy: int = 0,
+        quarantined: bool = False,
     ) -> None:
         report = Instance(
             id=instance_id,
@@ -100,6 +112,7 @@ class Controller:
             busy=busy,
             error=error,
             specification_id=self.launcher.instances[instance_id].specification_id,
+            quarantined=quarantined,
         )
         await self.broker.catalog.beat(report, ttl_s=60)
 
@@ -514,6 +527,76 @@ async def test_a_sick_instance_is_replaced_after_a_long_while(controller: Contro
     await controller.step(after_s=1)
     assert sick not in controller.alive
     assert len(controller.alive) == 1
+
+
+async def quarantine(controller: Controller, instance_id: str) -> None:
+    await controller.beat(instance_id, InstanceStatus.ERRORED, f"quarantined: {instance_id}", quarantined=True)
+
+
+async def test_an_instance_in_quarantine_is_drained_and_replaced_at_once(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(2))
+    await controller.step()
+    await controller.all_run()
+    await controller.step()
+    condemned, other = controller.alive
+    await quarantine(controller, condemned)
+    await controller.step()
+    assert controller.launcher.stopped == [(condemned, 33.0)]
+    assert len(controller.alive) == 2
+    assert other in controller.alive
+    await controller.all_run()
+    await controller.step()
+    assert await status(controller.broker, version) is S.ACTIVE
+    assert await errors(controller.broker, version) == []
+
+
+async def test_a_quarantine_is_told_while_other_instances_run(controller: Controller) -> None:
+    version = await deployed(controller.broker, wanted(2))
+    await controller.step()
+    await controller.all_run()
+    condemned, _ = controller.alive
+    controller.launcher.draining = asyncio.Event()
+    await quarantine(controller, condemned)
+    await controller.pass_over()
+    told, alive = await errors(controller.broker, version), len(controller.alive)
+    controller.launcher.draining.set()
+    assert told == [f"quarantined: {condemned}"]
+    assert alive == 3  # one of them drains
+    await controller.step()
+    await controller.step()
+    assert await errors(controller.broker, version) == []
+
+
+async def test_a_function_that_every_payload_kills_gets_new_instances_more_and_more_slowly(
+    controller: Controller,
+) -> None:
+    version = await deployed(controller.broker)
+    await controller.step()
+    for pause_s in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, QUARANTINE_BACKOFF_S):
+        (condemned,) = controller.alive
+        await controller.all_run()
+        await controller.step(after_s=QUICK_S)  # past what a quick death is
+        await quarantine(controller, condemned)
+        await controller.step()
+        if pause_s:
+            await controller.step(after_s=pause_s - 0.5)
+            assert controller.alive == []
+            assert await errors(controller.broker, version) == [f"quarantined: {condemned}"]
+            await controller.step(after_s=0.5)
+        assert len(controller.alive) == 1
+        assert condemned not in controller.alive
+
+
+async def test_a_quarantine_after_a_good_while_is_replaced_at_once(controller: Controller) -> None:
+    await deployed(controller.broker)
+    for _ in range(4):
+        await controller.step()
+        (condemned,) = controller.alive
+        await controller.step(after_s=QUARANTINE_QUICK_S)
+        await quarantine(controller, condemned)
+        await controller.step()
+        assert len(controller.alive) == 1
+        assert condemned not in controller.alive
 
 
 # -- undeployed ------------------------------------------------------------------------------------
