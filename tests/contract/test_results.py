@@ -271,9 +271,12 @@ async def test_a_claim_tells_which_attempt_it_found_lost(results: Results, versi
     job = await accept(results, version_id)
     await lose(results, job)
     found = [await claim(results, job, worker="w2", lease_s=0.02)]
-    await eventually(
-        lambda: claim(results, job, worker="w3"), lambda claimed: bool(found.append(claimed) or claimed.lost)
-    )
+
+    async def last() -> Claim:
+        found.append(await claim(results, job, worker="w3"))
+        return found[-1]
+
+    await eventually(last, lambda claimed: claimed.lost is not None)
     record = await results.read(job.id)
     assert record is not None
     assert record.state is RequestState.DEAD

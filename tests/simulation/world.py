@@ -48,7 +48,7 @@ from tests.simulation.processes import Process
 from workers import loops
 from workers.channel import Dialer
 from workers.controller import undertaker
-from workers.inference import Answer, ContainerLost, Inference, RunTimedOut
+from workers.inference import Answer, ContainerBusy, ContainerLost, Inference, RunTimedOut
 from workers.sidecar import Sidecar
 
 CLIENT = Principal(account="acme", subject="key-1", scopes=frozenset(accounts.SCOPES))
@@ -127,7 +127,8 @@ class Confirms(MemoryQueue):
 
 class Container:
     """In the place of `Inference`: writes each attempt down, thinks for as long as its job says, and never gives the
-    same answer twice. A job that asks to `die` takes the container along in the middle of its answer."""
+    same answer twice. A job that asks to `die` takes the container along in the middle of its answer; one is told to
+    come back after `busy_s` for the first `busy` times, and one has a `large` answer."""
 
     fault = ""
     silent = False
@@ -142,7 +143,7 @@ class Container:
     def keeps(self, _: int) -> bool:
         return False
 
-    async def infer(self, job: Job, headers: object, *, budget_s: float, **_: object) -> Answer:
+    async def infer(self, job: Job, headers: object, *, spill: Path, budget_s: float, **_: object) -> Answer:
         await self._process.there()
         order = json.loads(job.body)
         self._starts[order["name"]] += 1
@@ -154,7 +155,17 @@ class Container:
         await self._process.there()
         if order["die"]:
             raise ContainerLost("the container closed the connection", sent=True)
+        if self._starts[order["name"]] <= order.get("busy", 0):
+            raise ContainerBusy(Outcome(status=503), order["busy_s"])
+        if order.get("large"):
+            return Answer(status=200, spilled=_written(spill))
         return Answer(status=200, body=uuid.uuid4().hex.encode())
+
+
+def _written(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(uuid.uuid4().bytes)
+    return path
 
 
 class World:
@@ -226,15 +237,22 @@ class World:
     # -- clients --------------------------------------------------------------------------
 
     async def submit(
-        self, name: str, *, front: int = 0, wait_s: float = 0.0, think_s: float = 1.0, die: bool = False
+        self,
+        name: str,
+        *,
+        front: int = 0,
+        wait_s: float = 0.0,
+        think_s: float = 1.0,
+        die: bool = False,
+        **asked: object,
     ) -> Operation:
-        """With `name` as the Idempotency-Key."""
+        """With `name` as the Idempotency-Key; what is `asked` goes to the container."""
         submission = Submission(
             principal=CLIENT,
             function_id=FUNCTION_ID,
             version_id=VERSION_ID,
             headers=(),
-            body=json.dumps({"name": name, "think_s": think_s, "die": die}).encode(),
+            body=json.dumps({"name": name, "think_s": think_s, "die": die, **asked}).encode(),
             idempotency_key=name,
         )
         process, began_at = self.fronts[front], self.now()
@@ -385,7 +403,9 @@ class World:
         if record is not None:
             state = record.state.value
             if record.outcome is not None:
-                digest = hashlib.sha256(b"%d %s" % (record.outcome.status, record.outcome.body)).hexdigest()
+                outcome = record.outcome
+                answer = b"%d %s %s" % (outcome.status, outcome.blob_key.encode(), outcome.body)
+                digest = hashlib.sha256(answer).hexdigest()
         elif isinstance(error, NotFound) and kind is Kind.READ:
             state = UNKNOWN_ID
         operation = Operation(

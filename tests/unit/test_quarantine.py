@@ -248,8 +248,9 @@ async def test_a_result_that_came_too_late_for_its_lease_tells_of_no_death(rig: 
 async def taken_over(rig: Rig, job: Job) -> Lease:
     rig.results.offset_s += 2
     claim = await rig.results.claim(job, worker="other", lease_s=30, max_attempts=4)
-    assert claim.lease is not None
-    return claim.lease
+    lease: Lease | None = claim.lease
+    assert lease is not None
+    return lease
 
 
 async def begin_again(rig: Rig, lease: Lease) -> None:

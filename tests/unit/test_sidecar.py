@@ -897,6 +897,41 @@ async def test_an_attempt_that_takes_too_long_is_cut_off(rig: Rig, asked_s: floa
     await rig.nothing_left()
 
 
+async def test_an_answer_that_stops_after_its_head_is_cut_off_at_the_deadline(rig: Rig) -> None:
+    async def stall(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "5"})
+        await response.prepare(request)
+        await response.write(b"{")
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    rig.box.handler = stall
+    async with rig.sidecar():
+        record = await rig.ended(await rig.submit(deadline_s=1))
+        assert (record.state, record.attempt) == (RequestState.EXPIRED, 1)
+        assert record.finished_at - record.deadline_at < 5
+        await rig.box.left.wait()
+        rig.box.handler = ok
+        assert (await rig.ended(await rig.submit())).state is RequestState.FULFILLED
+
+
+async def test_a_container_that_ends_in_the_middle_of_its_answer_three_times_over_is_no_end_of_the_worker(
+    rig: Rig,
+) -> None:
+    async def break_off(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "5"})
+        await response.prepare(request)
+        await response.write(b"{")
+        return await crash(request)
+
+    rig.box.handler = break_off
+    async with rig.sidecar():
+        record = await rig.ended(await rig.submit())
+        assert (record.state, record.attempt) == (RequestState.DEAD, 3)
+        rig.box.handler = ok
+        assert (await rig.ended(await rig.submit())).attempt == 1
+
+
 async def test_each_attempt_has_the_whole_run_timeout(rig: Rig) -> None:
     rig.box.handler = in_turn(crash, never)
     record = await rig.run(run_timeout_s=0.3)
