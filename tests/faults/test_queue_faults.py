@@ -255,13 +255,20 @@ async def test_a_consumer_outlives_a_restart_of_the_broker(
         assert await receive(deliveries, 1) == jobs[1:]
 
 
+@pytest.mark.parametrize(
+    ("limit", "alarming", "harmless"),
+    [
+        pytest.param("set_vm_memory_high_watermark", "0.0000001", "0.4", id="memory"),
+        pytest.param("set_disk_free_limit", "1000TB", "50MB", id="disk"),
+    ],
+)
 async def test_an_alarm_stops_publishing_and_not_consuming(
-    server: RabbitMQ, queue: RabbitQueue, version_id: str
+    server: RabbitMQ, queue: RabbitQueue, version_id: str, limit: str, alarming: str, harmless: str
 ) -> None:
     jobs = [a_job(version_id) for _ in range(3)]
     for job in jobs:
         await queue.publish(job, timeout_s=PUBLISH_S)
-    await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.0000001")
+    await asyncio.to_thread(server.ctl, limit, alarming)
     try:
         with pytest.raises(PublishUnconfirmed):
             await soon(queue.publish(a_job(version_id), timeout_s=PUBLISH_S))
@@ -272,7 +279,7 @@ async def test_an_alarm_stops_publishing_and_not_consuming(
         async with queue.consume(version_id, prefetch=1) as deliveries:
             assert await receive(deliveries, 3) == jobs
     finally:
-        await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.4")
+        await asyncio.to_thread(server.ctl, limit, harmless)
     await soon(publish(queue, a_job(version_id)))
 
 

@@ -158,6 +158,42 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
         assert record.outcome == OUTCOME
 
 
+async def test_a_store_without_memory_refuses_what_is_new_and_keeps_what_it_has(
+    new_redis: Callable[[], Redis],
+) -> None:
+    server, version_id = await asyncio.to_thread(new_redis), str(uuid.uuid4())
+    async with open_store(server.url, Settings()) as (results, *_), Client.from_url(server.url) as client:
+        done, running = [
+            make_job(await results.create(make_draft(version_id), queue_limit=10, watch=False)) for _ in range(2)
+        ]
+        await finish(results, done)
+        claimed = await results.claim(running, worker="w", lease_s=60, max_attempts=3)
+        assert claimed.lease is not None
+        await client.config_set("maxmemory", 1)
+        refused = make_draft(version_id)
+        with pytest.raises(StoreUnavailable):
+            await results.create(refused, queue_limit=10, watch=False)
+        with pytest.raises(StoreUnavailable):
+            await results.settle(claimed.lease, running, RequestState.FULFILLED, OUTCOME)
+        await client.config_set("maxmemory", 0)
+
+        async def settled() -> RequestState | None:
+            try:
+                assert claimed.lease is not None
+                return await results.settle(claimed.lease, running, RequestState.FULFILLED, OUTCOME)
+            except StoreUnavailable:
+                return None
+
+        assert await eventually(settled, lambda state: state is not None) is RequestState.FULFILLED
+        for job in (done, running):
+            record = await results.read(job.id)
+            assert record is not None
+            assert (record.state, record.outcome) == (RequestState.FULFILLED, OUTCOME)
+        assert await results.read(refused.id) is None
+        assert (await client.info("stats"))["evicted_keys"] == 0
+        await results.create(make_draft(version_id), queue_limit=10, watch=False)
+
+
 async def test_cancelled_callers_never_get_each_others_replies(new_redis: Callable[[], Redis]) -> None:
     server = await asyncio.to_thread(new_redis)
     async with open_store(server.url, Settings()) as (results, *_):

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -17,7 +17,7 @@ import pytest
 from broker.model import EVENT_STREAM, STREAM_CUT, Flow, Job, Lease, Outcome, Record, RequestState
 from broker.ports import StreamWriter
 from tests.eventually import eventually
-from tests.unit.test_server import INVOKE, NVCF, VERSION, House, opened
+from tests.unit.test_server import INVOKE, NVCF, VERSION, House, Results, opened
 from workers.events import Events, Pieces
 
 KEPT_BYTES = 64 * 1024
@@ -252,6 +252,19 @@ async def test_a_call_that_waits_in_vain_is_answered_202_and_can_be_streamed_lat
         await job.settle()
     async with resumed(house, request_id) as again:
         assert without_ids(await again.read()) == b"data: 1\n\n"
+
+
+async def test_nobody_is_told_to_have_had_everything_before_the_end_is_durable(house: House) -> None:
+    request_id = await finished(house, [b"id: a\ndata: 1\n\n"])
+    store = cast("Results", house.broker.results)
+    store.replica_away = True
+    async with resumed(house, request_id, "a", **{"NVCF-POLL-SECONDS": "0"}) as response:
+        assert response.status == 200
+        assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"  # the end is held back
+        store.replica_away = False
+        assert b"data" not in await response.read()
+    async with resumed(house, request_id, "a") as response:
+        assert response.status == 204
 
 
 async def test_a_worker_that_dies_ends_the_stream_with_an_error(house: House) -> None:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +15,7 @@ from broker import accounts, invocations, request_ids
 from broker.backends.memory.queue import MemoryQueue
 from broker.errors import (
     AlreadyFinished,
+    BlobsUnavailable,
     FnqueueError,
     Forbidden,
     IdempotencyKeyReused,
@@ -39,7 +40,7 @@ from broker.model import (
     Verdict,
     Version,
 )
-from broker.ports import Broker, Delivery
+from broker.ports import Blobs, Broker, Delivery
 
 PRINCIPAL = Principal(account="acme", subject="key-1", scopes=frozenset(accounts.SCOPES))
 STRANGER = Principal(account="acme2", subject="key-2", scopes=frozenset(accounts.SCOPES))
@@ -190,6 +191,22 @@ async def test_a_body_too_large_for_a_message_waits_in_the_blob_store(
     assert delivery is not None
     assert delivery.job.body == b""
     assert await memory_broker.blobs.get(delivery.job.body_key, limit_bytes=len(body)) == body
+
+
+async def test_a_body_whose_blob_store_is_away_is_refused_and_leaves_nothing(
+    memory_broker: Broker, version: Version, tasks: Tasks
+) -> None:
+    class Away:
+        async def put(self, *_: object, **__: object) -> None:
+            raise BlobsUnavailable("the blob store does not answer")
+
+    broker = replace(memory_broker, blobs=cast("Blobs", Away()))
+    body = b"x" * (memory_broker.settings.inline_body_bytes + 1)
+    with pytest.raises(BlobsUnavailable):
+        await invoke(broker, version, tasks, body=body, idempotency_key="k")
+    assert (await memory_broker.results.load([version.id]))[0].queued == 0
+    assert await memory_broker.queue.take(version.id) is None
+    assert (await invoke(memory_broker, version, tasks, body=body, idempotency_key="k")).state is RequestState.QUEUED
 
 
 async def test_a_full_queue_refuses_and_parks_nothing(memory_broker: Broker, version: Version, tasks: Tasks) -> None:

@@ -18,9 +18,10 @@ from pydantic import SecretStr
 from api.server import serving
 from broker import ports
 from broker.accounts import SCOPES, create_key
+from broker.backends.hints import RecordWatch
 from broker.connect import open_broker
 from broker.errors import StoreUnavailable
-from broker.model import FunctionStatus, Job, Outcome, RequestState, Verdict, Version
+from broker.model import FunctionStatus, Interest, Job, Outcome, Record, RequestState, Verdict, Version
 from broker.ports import Broker
 from broker.settings import ApiSettings
 from tests.eventually import eventually
@@ -79,13 +80,17 @@ class House:
 
 
 class Results:
-    """The results in memory, but for what a test says fails."""
+    """The results in memory, but for what a test says fails. While `replica_away`, nothing that ended is durable: it
+    reads as running."""
 
     def __init__(self, inner: ports.Results, **failing: Exception) -> None:
         self._inner = inner
         self._failing = failing
+        self.replica_away = False
 
     def __getattr__(self, name: str) -> Any:
+        if self.replica_away and name in ("read", "watch"):
+            return self._read if name == "read" else self._watch
         if name not in self._failing:
             return getattr(self._inner, name)
 
@@ -93,6 +98,21 @@ class Results:
             raise self._failing[name]
 
         return fail
+
+    async def _read(self, request_id: str) -> Record | None:
+        return _still_running(await self._inner.read(request_id))
+
+    @asynccontextmanager
+    async def _watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[RecordWatch]:
+        async def read() -> Record | None:
+            return await self._read(request_id)
+
+        yield RecordWatch(read, interest)
+
+
+def _still_running(record: Record | None) -> Record | None:
+    terminal = record is not None and record.state.terminal
+    return replace(record, state=RequestState.RUNNING, outcome=None) if record and terminal else record
 
 
 @asynccontextmanager
