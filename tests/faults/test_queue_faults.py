@@ -259,7 +259,7 @@ async def test_a_consumer_outlives_a_restart_of_the_broker(
     ("limit", "alarming", "harmless"),
     [
         pytest.param("set_vm_memory_high_watermark", "0.0000001", "0.4", id="memory"),
-        pytest.param("set_disk_free_limit", "1000TB", "50MB", id="disk"),
+        pytest.param("set_disk_free_limit", str(10**15), "50000000", id="disk"),
     ],
 )
 async def test_an_alarm_stops_publishing_and_not_consuming(
