@@ -22,8 +22,8 @@ run: $(VENV)/.run ## Start fnqueue in one process, with a sample function, on no
 demo: $(VENV)/.ocr ## Register, deploy and invoke a text recognition function on a picture
 	$(PY) examples/demo.py
 
-stack: $(VENV)/.run ## Start the production shape: RabbitMQ, Redis, S3, api and controller
-	$(PY) -m infra.local.stack up
+stack: $(VENV)/.run ## Start the production shape: RabbitMQ, Redis, S3, api and controller; ENGINE=podman: with containers
+	ENGINE=$(ENGINE) $(PY) -m infra.local.stack up
 
 stack-down: $(VENV)/.run ## Stop the stack; its data stays in .fnqueue/stack
 	$(PY) -m infra.local.stack down
@@ -39,7 +39,7 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts, and the tests that
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not servers" tests/unit tests/contract
 
 test: $(VENV)/.dev ## All tests, against real servers (installed if missing: needs root, or says what to install)
-	$(PY) -m infra.local.servers ensure
+	$(PY) -m infra.local.servers ensure-all
 	$(PY) -m pytest $(ALONE)
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore $(ALONE)
 

@@ -18,6 +18,7 @@ from broker import accounts, registries
 from broker import secrets as function_secrets
 from broker.connect import open_broker
 from broker.errors import BadRequest, ConfigurationError, FnqueueError
+from broker.examination import profile_kept
 from broker.keyring import SETTING, Rotation
 from broker.model import ALL_RESOURCES, Key
 from broker.ports import Broker
@@ -37,7 +38,7 @@ class Misconfigured(click.ClickException):
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """What went wrong as one line: 2 for what was typed or set, 1 for a server or an object that is not there."""
     try:
         yield
@@ -64,7 +65,7 @@ def api(host: str | None, port: int | None) -> None:
     Settings come from FNQUEUE_* in the environment. Any number of these may serve the same queue; several on one
     machine may share a port. SIGTERM and Ctrl-C answer who waits, and stop.
     """
-    with _told():
+    with told():
         settings = load(ApiSettings, host=host, port=port)
         refuse_memory(settings, "queue_url", "store_url")
         logs.configure(settings.log_level, settings.log_format)
@@ -74,7 +75,11 @@ def api(host: str | None, port: int | None) -> None:
 async def _serve(settings: ApiSettings) -> None:
     stop = asyncio.Event()
     _on_signals(stop.set)
-    async with open_broker(settings) as broker, serving(broker, settings, reuse_port=settings.port != 0):
+    async with (
+        profile_kept(settings, stop),
+        open_broker(settings) as broker,
+        serving(broker, settings, reuse_port=settings.port != 0),
+    ):
         await stop.wait()
 
 
@@ -108,7 +113,7 @@ def dev(host: str | None, port: int | None, key: str | None, data_dir: Path | No
     Queue and results live in memory and end with it; assets and large results are files in the data folder.
     Ctrl-C stops all that it started, a second one at once.
     """
-    with _told():
+    with told():
         shared = {"queue_url": "memory://", "store_url": "memory://", "blobs_url": "file://", "data_dir": data_dir}
         settings = load(ApiSettings, host=host, port=port, admin_key=key, **shared)
         workers = load(ControllerSettings, **shared, launcher_url="process://")
@@ -262,7 +267,7 @@ def _with_store(
         async with open_broker(settings) as broker:
             return await work(broker)
 
-    with _told():
+    with told():
         settings = load(kind, queue_url="memory://")
         for name in needs:
             if not getattr(settings, name).get_secret_value():

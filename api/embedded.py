@@ -18,6 +18,7 @@ from api.server import serving
 from broker.accounts import new_token
 from broker.connect import open_broker
 from broker.errors import ConfigurationError, FnqueueError
+from broker.examination import profile_kept
 from broker.ports import Broker, Launcher
 from broker.settings import ApiSettings, ControllerSettings, SidecarSettings
 from fnqueue.welcome import Failed, welcome
@@ -55,7 +56,7 @@ async def run(settings: ApiSettings, workers: ControllerSettings, *, announce: C
     stop = asyncio.Event()
     _stop_on_signals(stop)
     try:
-        async with open_broker(settings) as broker, together() as tasks:
+        async with profile_kept(settings, stop), open_broker(settings) as broker, together() as tasks:
             sidecars = Sidecars(broker, tasks)
             async with open_launcher(workers, start_sidecar=sidecars.start) as launcher:
                 await launcher.launched()  # refuses a data folder that another server works in

@@ -15,6 +15,7 @@ from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
+from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.backends.rabbitmq import queue as rabbitmq
 from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
@@ -49,6 +50,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
             streams=store.streams,
             catalog=store.catalog,
             counters=store.counters,
+            upkeep=store.upkeep,
             blobs=blobs,
             settings=settings,
             keyring=keyring,
@@ -63,7 +65,8 @@ async def _memory_queue(url: str, settings: Settings) -> AsyncIterator[Queue]:
 @asynccontextmanager
 async def _memory_store(url: str, settings: Settings) -> AsyncIterator[Store]:
     results = MemoryResults(settings)
-    yield Store(results, MemoryCatalog(), MemoryCounters(), MemoryStreams(results, settings))
+    streams = MemoryStreams(results, settings)
+    yield Store(results, MemoryCatalog(), MemoryCounters(), streams, MemoryUpkeep(results))
 
 
 QUEUES: Mapping[str, Opener[Queue]] = {

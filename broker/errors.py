@@ -25,7 +25,8 @@
     │       ├── PublishUnconfirmed  the job may or may not be in the queue
     │       ├── PublishRejected     the queue's own backstop refused the job
     │       ├── StoreUnavailable
-    │       └── BlobsUnavailable
+    │       ├── BlobsUnavailable
+    │       └── LauncherUnavailable what runs instances is away, or failed at it
     └── ConfigurationError          a setting is wrong; the process cannot start
 
 No class knows a status code: `api.problems` holds the only table.
@@ -149,6 +150,10 @@ class StoreUnavailable(Unavailable):
 
 
 class BlobsUnavailable(Unavailable):
+    pass
+
+
+class LauncherUnavailable(Unavailable):
     pass
 
 

@@ -5,6 +5,7 @@ Times that end in `_at` are unix seconds by the store's clock; durations end in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
@@ -708,6 +709,19 @@ class Load:
     oldest_age_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What one look at a part of all records found. `states` counts those that can be read, by state; `unreadable`
+    the others. `expired` were overdue and are not any more, `placed` were missing from their version's books. `cursor`
+    is where the next look goes on; 0 when all were seen."""
+
+    cursor: int
+    states: Mapping[RequestState, int]
+    unreadable: int = 0
+    expired: int = 0
+    placed: int = 0
+
+
 # -- streams -----------------------------------------------------------------------------------
 
 STREAM_CUT = "the worker stopped in the middle of the answer, which is not begun again"
@@ -796,6 +810,15 @@ class RegistryCredential:
     tags: tuple[str, ...] = ()
     description: str = ""
     provisioned_by: str = "USER"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Login:
+    """An opened registry credential, for whoever pulls an image. Never stored, never shown."""
+
+    hostname: str
+    username: str
+    password: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

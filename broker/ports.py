@@ -6,11 +6,11 @@ errors named here; vendor errors never pass.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from broker.keyring import Keyring
 from broker.model import (
@@ -33,6 +33,7 @@ from broker.model import (
     Key,
     Lease,
     Load,
+    Login,
     Outcome,
     Position,
     Progress,
@@ -43,6 +44,7 @@ from broker.model import (
     RequestState,
     Secrets,
     Sharing,
+    Survey,
     Taken,
     Timings,
     Version,
@@ -111,6 +113,10 @@ class Queue(Protocol):
 
     async def take(self, version_id: str) -> Delivery | None:
         """One delivery now, or None when the queue is empty or missing. Raises Unavailable."""
+
+    async def depth(self, version_id: str) -> int | None:
+        """How many messages wait in the version's queue, or with "" among the dead letters, those on loan left out;
+        None when there is no such queue. Raises Unavailable."""
 
     async def ping(self) -> None:
         """Return if a publish could work now. Raises Unavailable."""
@@ -242,6 +248,36 @@ class Results(Protocol):
         """The present life of the store's data, a few seconds old at most unless `fresh`."""
 
     async def ping(self) -> None: ...
+
+
+# -- Upkeep ------------------------------------------------------------------------------------
+
+
+class Upkeep(Protocol):
+    """Keeps the books of the store straight: records, and beside them the places of requests in their versions.
+
+    Every method looks at a bounded number of things and may be broken off anywhere. None ends a request that is not
+    overdue: a front end that was paused between record and publish may still answer 202 for it, so that only it may
+    abandon it (PROTOCOL §2.4). All raise StoreUnavailable.
+    """
+
+    async def survey(self, cursor: int, *, limit: int) -> Survey:
+        """Look at the records from `cursor` on, 0 for the first, about `limit` keys of the store: count them, expire
+        what is overdue, and give a place to what has none, so that it expires in time. While requests come and go, one
+        may be counted twice, or in the state before; one that exists all the time is seen."""
+
+    async def straighten(self, version_id: str, *, skip: int, limit: int) -> tuple[int, bool]:
+        """See that the places `skip` to `skip + limit` of the version's waiting and running requests are those of
+        requests that wait and run. Returns how many changed, and whether there are more places."""
+
+    async def restore(self, job: Job) -> RequestState:
+        """Make a lost record again from its message, see that the request has its place among those that wait or run,
+        and return its state."""
+
+    async def set_aside(self, version_id: str, *, older_than_s: float, limit: int) -> int:
+        """Take requests that were accepted longer ago than `older_than_s` and still wait out of the version's order, so
+        that nothing is kept running for them; not those that were postponed. They stay `queued`: a claim is granted as
+        ever, and they expire when they are due. Returns how many, of the oldest `limit`."""
 
 
 # -- Streams -----------------------------------------------------------------------------------
@@ -441,6 +477,13 @@ class Blobs(Protocol):
 
     async def delete(self, key: str) -> bool: ...
 
+    async def page(self, prefix: str, *, after: str, limit: int) -> tuple[Blob, ...]:
+        """As `list`, by key, at most `limit` (up to 1000) of those behind the key `after`, "" for the first ones. None
+        are there any more when it is empty."""
+
+    async def discard_unfinished(self, *, older_than_s: float) -> int:
+        """Remove what writes left behind that began so long ago and never ended; returns how many."""
+
     async def ping(self) -> None: ...
 
 
@@ -472,11 +515,23 @@ class Launcher(Protocol):
     async def gpus(self) -> list[Gpu]: ...
 
     async def start(
-        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+        self,
+        instance_id: str,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        secrets: bytes | None = None,
+        login: Login | None = None,
     ) -> None:
-        """Begin to start an instance; its sidecar reports when it is ready. `secrets` is the content of its secrets
-        file, there before the container starts; None for a version without. Raises ConfigurationError when it can
-        never start (an unknown image, say), NoCapacity when only room is missing."""
+        """Begin to start an instance, and return soon; its sidecar reports when it is ready, and what goes wrong
+        meanwhile is its `error`. `secrets` is the content of its secrets file, there before the container starts;
+        None for a version without. `login` is for the registry of its image, None for one that needs none.
+
+        Raises:
+            ConfigurationError: it can never start (an unknown image, say).
+            NoCapacity: only room is missing.
+            LauncherUnavailable: what runs instances is away.
+        """
 
     async def deliver(self, instance_id: str, secrets: bytes) -> None:
         """Replace an instance's secrets file in one step. Nothing, if the instance is gone or started without."""
@@ -488,6 +543,58 @@ class Launcher(Protocol):
         """Every instance started here and not yet stopped, the dead ones included."""
 
 
+# -- Fleet -------------------------------------------------------------------------------------
+
+
+class Replica(Launched, Protocol):
+    """An instance that its platform started, and starts again in its place when its containers end. One that is being
+    ended is not alive, and stands here until it has gone."""
+
+    @property
+    def delay(self) -> str:
+        """What keeps it from being started, '' if nothing does: no room, most often."""
+
+    @property
+    def restarts(self) -> int:
+        """How often one of its containers was started again."""
+
+
+@runtime_checkable
+class Fleet(Protocol):
+    """Keeps whole GPU specifications running, where a platform starts and stops the instances by itself and chooses
+    their number between minimum and maximum. In the place of a Launcher. All methods raise LauncherUnavailable."""
+
+    async def gpus(self) -> list[Gpu]: ...
+
+    async def keep(
+        self,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        secrets: bytes | None = None,
+        login: Login | None = None,
+    ) -> None:
+        """Make the platform keep instances of `specification`, now as it is given here. Idempotent, and cheap while
+        nothing changes. `secrets` is the content of their secrets file, which running ones see replaced within about
+        a minute; `login` is for the registry of the image. Raises ConfigurationError when they can never start."""
+
+    async def drop(self, specification_id: str, *, grace_s: float) -> None:
+        """Begin to end the instances of a specification, and all that was made for it. Idempotent; it is over when
+        neither `kept` nor `replicas` shows it."""
+
+    async def evict(self, instance_id: str) -> None:
+        """Begin to drain and end one instance; the platform puts another one in its place. Idempotent."""
+
+    async def weigh(self, busy: Mapping[str, bool]) -> None:
+        """Tell which instances have work and which do not, so that of two the platform takes the idle one away."""
+
+    async def kept(self) -> Mapping[str, str]:
+        """The version's ID of each specification that is kept, or not yet wholly dropped."""
+
+    async def replicas(self) -> Sequence[Replica]:
+        """Every instance of the kept specifications."""
+
+
 class Store(NamedTuple):
     """The ports that one store serves together."""
 
@@ -495,6 +602,7 @@ class Store(NamedTuple):
     catalog: Catalog
     counters: Counters
     streams: Streams
+    upkeep: Upkeep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -506,6 +614,7 @@ class Broker:
     streams: Streams
     catalog: Catalog
     counters: Counters
+    upkeep: Upkeep
     blobs: Blobs
     settings: Settings
     keyring: Keyring

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 
 from broker.errors import AlreadyExists, BadRequest, ConfigurationError, NotFound, StateConflict
 from broker.keyring import Rotation, Sealed
-from broker.model import Principal, RegistryCredential, RegistryCredentials
+from broker.model import Login, Principal, RegistryCredential, RegistryCredentials
 from broker.ports import Broker
 from broker.revisions import edit
 
@@ -59,13 +59,6 @@ class Change:
     artifact_types: tuple[str, ...] = ()
     tags: tuple[str, ...] | None = None
     description: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Login:
-    hostname: str
-    username: str
-    password: str = field(repr=False)
 
 
 def recognized(registries: str, custom: str) -> list[Registry]:

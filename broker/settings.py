@@ -50,7 +50,12 @@ class Settings(BaseSettings):
         description="Where large bytes live: `file://` (under the data folder) or `file:///a/folder`, or "
         "`s3://access:secret@host:port/bucket?tls=false&region=us-east-1&public_endpoint=http://…`.",
     )
-    launcher_url: str = Field("process://", description="What starts instances: `process://`.")
+    launcher_url: str = Field(
+        "process://",
+        description="What starts instances: `process://`; a container engine: `docker://` (DOCKER_HOST, or the usual "
+        "socket), `docker:///run/podman/podman.sock`, `docker://host:port`; or "
+        "`kubernetes://namespace?image=…&load_url=http://…` (docs/kubernetes.md).",
+    )
     data_dir: Path = Field(Path(".fnqueue"), description="Folder for files, logs and state of local processes.")
     secret_key: SecretStr = Field(
         SecretStr(""),
@@ -60,6 +65,17 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
     log_format: Literal["json", "text"] = Field("json", description="`json`: one object a line; `text`: for people.")
 
+    profile: Literal["A", "B", "C", "D"] = Field(
+        "A",
+        description="What the servers are to survive (docs/operations.md): `A` nothing for certain, `B` a crash of any "
+        "process or of the host, `C` the loss of any one host, `D` as C, with what is large in S3. A process does "
+        "not start, or stops, when a server is configured otherwise.",
+    )
+    profile_asserted: bool = Field(
+        False,
+        description="Take what a server does not let be read, as a managed one may, for what the profile needs: its "
+        "operator's word.",
+    )
     request_deadline_s: float = Field(
         86_400,
         ge=1,
@@ -105,7 +121,11 @@ class Settings(BaseSettings):
         description="Progress updates kept of one running request, in bytes; the oldest make way.",
     )
     durable_replicas: int = Field(
-        0, ge=0, le=5, description="Redis replicas that must hold a result before it is acknowledged or shown (WAIT)."
+        0,
+        ge=0,
+        le=5,
+        description="Redis replicas that must hold a result before it is acknowledged or shown (WAIT); 1 by default in "
+        "the profiles C and D.",
     )
     inline_body_bytes: int = Field(
         256 * 1024,
@@ -147,6 +167,18 @@ class Settings(BaseSettings):
         8, ge=1, le=10_000, description="Valid API keys that one owner in an account may have through `POST /v1/keys`."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _profiles_with_replicas_wait_for_one(cls, given: dict[str, Any]) -> dict[str, Any]:
+        replicated = given.get("profile") in ("C", "D")
+        return {"durable_replicas": 1, **given} if replicated else given
+
+    @model_validator(mode="after")
+    def _profiles_with_replicas_wait(self) -> Self:
+        if self.profile in ("C", "D") and not self.durable_replicas:
+            raise ValueError(f"durable_replicas must be at least 1 in profile {self.profile}")
+        return self
+
     @model_validator(mode="after")
     def _a_key_never_outlives_its_result(self) -> Self:
         if self.idempotency_ttl_s > self.result_ttl_s:
@@ -155,14 +187,26 @@ class Settings(BaseSettings):
 
 
 class SecretSettings(Settings):
-    """Of those that seal or open secrets: front ends and controllers. A sidecar runs beside its user's code and is
-    given no key."""
+    """Of front ends and controllers. A sidecar runs beside its user's code and is given neither keys nor the way to
+    administer RabbitMQ."""
 
     encryption_keys: SecretStr = Field(
         SecretStr(""),
         description="Keys for secrets and registry credentials at rest: `id:hex,id:hex`, 64 hex digits each. The first "
         "seals, all open; the same on every front end and controller. Empty: secrets are refused.",
     )
+
+    queue_management_url: SecretStr = Field(
+        SecretStr(""),
+        description="RabbitMQ's management API, `http://user:password@host:15672`, of a user with the tag "
+        "`monitoring`: for what AMQP does not tell when a profile is checked, and for `fnqueue doctor`.",
+    )
+
+
+class DoctorSettings(SecretSettings):
+    """`fnqueue doctor`."""
+
+    run_timeout_s: float = Field(3600, ge=1, le=7 * 86_400, description="That of the sidecars.")
 
 
 class ApiSettings(SecretSettings):
@@ -303,6 +347,69 @@ class ControllerSettings(SecretSettings):
         None,
         description="TOML file that maps image references to commands for `process://`; added to the samples.",
     )
+    docker_project: str = Field(
+        "fnqueue",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,30}$",
+        description="With `docker://`, begins the name of everything that is created, and stands on its label "
+        "`fnqueue.project`: what carries it belongs to this controller. One for each installation on an engine.",
+    )
+    docker_sidecar_image: str = Field(
+        "fnqueue/fnqueue:local",
+        description="Image of the sidecars: infra/docker/Dockerfile. Pulled without credentials.",
+    )
+    docker_network: str = Field(
+        "host",
+        description="Network on which sidecars reach the queue, the store, the blobs and the front ends, by the URLs "
+        "that the controller has: a network of the engine, or `host` for that of its machine.",
+    )
+    docker_egress: bool = Field(
+        True, description="Whether containers of functions reach anything but their sidecar, such as the internet."
+    )
+    docker_pull: Literal["missing", "always", "never"] = Field(
+        "missing",
+        description="When images are pulled. `missing` also gives an account an image that another one's credentials "
+        "have pulled.",
+    )
+    docker_pull_timeout_s: float = Field(
+        1800, ge=1, le=86_400, description="Seconds that the pull of one image may take."
+    )
+    docker_runtime: str = Field(
+        "", description="OCI runtime of all containers, such as `runc`; empty: the engine's own."
+    )
+    docker_ulimits: str = Field(
+        "", description="Limits of all containers: `name=soft:hard`, separated by commas; empty: the engine's own."
+    )
+    docker_restarts: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Times that the engine starts a function's container again that ended with an error, before its "
+        "instance is replaced. Not with `docker_network=host`: a container's address may change.",
+    )
+    docker_cpus: float = Field(
+        0, ge=0, description="CPUs of one function's container; 0: its cards' share of the machine, or no limit."
+    )
+    docker_memory_bytes: int = Field(
+        0, ge=0, description="Memory of one function's container; 0: its cards' share of the machine, or no limit."
+    )
+    docker_shm_bytes: int = Field(
+        1024 * MIB,
+        ge=0,
+        description="Size of `/dev/shm` in it, which frameworks use between processes; 0: the engine's.",
+    )
+    docker_log_bytes: int = Field(
+        50 * MIB, ge=1024, description="Log that the engine keeps of one container while it runs."
+    )
+    docker_gpus: Literal["nvidia", "cdi"] = Field(
+        "nvidia",
+        description="How cards are asked for: `nvidia`, of NVIDIA's container toolkit, or `cdi`, as "
+        "`nvidia.com/gpu=<UUID>`.",
+    )
+    docker_artifacts_dir: str = Field(
+        "",
+        description="Folder on the engine's machine with `models/<name>/<version>` and `resources/<name>/<version>`, "
+        "which containers see, read-only, as `/config/models/<name>` and `/config/resources/<name>`.",
+    )
     cluster: str = Field(
         "local",
         max_length=256,
@@ -320,6 +427,19 @@ class ControllerSettings(SecretSettings):
     )
     reconcile_s: float = Field(1, gt=0, le=60, description="Seconds between two looks at desired and actual instances.")
     sweep_s: float = Field(10, gt=0, le=600, description="Seconds between two sweeps for overdue requests.")
+    audit_s: float = Field(
+        60,
+        gt=0,
+        le=86_400,
+        description="Seconds between two passes of the auditor through all records, and through the queues of all "
+        "versions. A pass looks at 2,000 keys a second at most.",
+    )
+    audit_objects_s: float = Field(
+        3600,
+        gt=0,
+        le=30 * 86_400,
+        description="Seconds between its passes through the bodies and results in the blob store.",
+    )
     deploy_timeout_s: float = Field(
         1800, ge=1, description="Seconds a deployment may take to become ACTIVE before it is ERROR."
     )
@@ -334,6 +454,13 @@ class ControllerSettings(SecretSettings):
     )
     error_ttl_s: float = Field(
         7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
+    )
+    status_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port of `/v1/health/live`, `/v1/health/ready`, `/v1/versions/{id}/load` (for autoscalers) and "
+        "`/v1/conservation` (what the auditor counted and mended, as JSON); 0 serves none.",
     )
 
 

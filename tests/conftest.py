@@ -9,13 +9,24 @@ from typing import TypeVar
 import pytest
 
 from infra.local import binaries
+from infra.local.podman import Podman
 from infra.local.process import Server
 from infra.local.servers import S3, RabbitMQ, Redis
+from tests import images
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 
-SERVER_FIXTURES = {"rabbitmq", "product_rabbitmq", "redis_server", "s3", "new_rabbitmq", "new_redis", "new_s3"}
-SERVER_BACKENDS = {"rabbitmq", "redis", "s3"}  # as parameters of the contract suites
+SERVER_FIXTURES = {
+    "rabbitmq",
+    "product_rabbitmq",
+    "redis_server",
+    "s3",
+    "new_rabbitmq",
+    "new_redis",
+    "new_s3",
+    "podman",
+}
+SERVER_BACKENDS = {"rabbitmq", "redis", "s3", "docker"}  # as parameters of the contract suites
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,6 +80,20 @@ def s3(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]
     """An S3 server for all tests: name objects uniquely, do not stop it."""
     with _starter(lambda: S3(tmp_path_factory.mktemp("s3"))) as start:
         yield start()
+
+
+@pytest.fixture(scope="session")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
+    """A container engine for all tests, with the images of `tests.images`: do not stop it. It pulls without TLS from
+    a registry at `REGISTRY`."""
+    binaries.ensure(binaries.ENGINE)
+    engine = Podman(tmp_path_factory.mktemp("podman"), insecure=[images.REGISTRY])
+    try:
+        engine.start()
+        images.build_all(engine, tmp_path_factory.mktemp("images"))
+        yield engine
+    finally:
+        engine.discard()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def eventually(look: Callable[[], Awaitable[T]], until: Callable[[T], bool], *, within_s: float = 10.0) -> T:
+async def eventually(look: Callable[[], Awaitable[T]], until: Callable[[T], bool], *, within_s: float = 60.0) -> T:
     """What `look` saw first that satisfies `until`. Fails with what it saw last."""
     deadline = asyncio.get_running_loop().time() + within_s
     while not until(seen := await look()):

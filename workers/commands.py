@@ -9,6 +9,7 @@ import click
 
 from broker.connect import open_broker
 from broker.errors import ConfigurationError
+from broker.examination import profile_kept
 from broker.settings import SidecarSettings, load, refuse_memory
 from broker.telemetry import logs
 from workers.health import NeverReady
@@ -54,7 +55,7 @@ async def _serve(settings: SidecarSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with open_broker(settings) as broker:
+    async with profile_kept(settings, stop), open_broker(settings) as broker:
         await serve(broker, settings, stop)
 
 

@@ -12,6 +12,8 @@ from broker.errors import ConfigurationError, FnqueueError
 from broker.settings import SidecarSettings
 from workers.inference import Inference
 
+_LAST_ANSWERS_S = 5.0
+
 
 class NeverReady(FnqueueError):
     """The container did not become healthy in time; names what was checked and what it said."""
@@ -87,10 +89,11 @@ class Gate:
 
 
 @asynccontextmanager
-async def status_server(port: int, ready: Callable[[], Awaitable[str]]) -> AsyncIterator[None]:
-    """Serve `/v1/health/live` and `/v1/health/ready` on every address while the body runs; port 0 serves none.
+async def status_server(port: int, ready: Callable[[], Awaitable[str]], *routes: web.RouteDef) -> AsyncIterator[None]:
+    """Serve `/v1/health/live`, `/v1/health/ready` and `routes` on every address while the body runs; port 0 serves
+    none.
 
-    `ready` returns '' or what is missing.
+    `ready` returns '' or what is missing. Calls that are being answered when the body is over get a few seconds more.
 
     Raises:
         ConfigurationError: the port cannot be listened on.
@@ -107,8 +110,8 @@ async def status_server(port: int, ready: Callable[[], Awaitable[str]]) -> Async
         return web.json_response({"status": missing or "OK"}, status=503 if missing else 200)
 
     app = web.Application()
-    app.add_routes([web.get("/v1/health/live", live_route), web.get("/v1/health/ready", ready_route)])
-    runner = web.AppRunner(app, access_log=None)
+    app.add_routes([web.get("/v1/health/live", live_route), web.get("/v1/health/ready", ready_route), *routes])
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_ANSWERS_S)
     await runner.setup()
     try:
         try:

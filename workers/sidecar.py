@@ -16,6 +16,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from aiohttp import web
+
 from broker.errors import StoreUnavailable, Unavailable
 from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Timings, Verdict
 from broker.ports import Broker, Delivery
@@ -150,17 +152,28 @@ class Sidecar:
 
     async def run(self, stop: asyncio.Event) -> None:
         """As `serve`; once in the life of a Sidecar."""
+        over = asyncio.Event()
+
+        async def drain_route(_: web.Request) -> web.Response:
+            """What Kubernetes asks before it ends a container of the pod: answered when no job runs any more."""
+            stop.set()
+            await over.wait()
+            return web.json_response({"status": "OK"})
+
         try:
             async with (
                 loops.beside(
                     loops.every(self._settings.beat_s, self._beat, name="beat"),
                     loops.every(HEARTBEAT_S, self._report, name="metering"),
                 ),
-                status_server(self._settings.status_port, self._missing),
+                status_server(self._settings.status_port, self._missing, web.get("/v1/drain", drain_route)),
             ):
-                await loops.either(self._gate.start(), stop.wait())
-                if not stop.is_set():
-                    await self._work(stop)
+                try:
+                    await loops.either(self._gate.start(), stop.wait())
+                    if not stop.is_set():
+                        await self._work(stop)
+                finally:
+                    over.set()
         finally:
             await self._report()
             with suppress(Unavailable, TimeoutError):
@@ -513,8 +526,7 @@ class Sidecar:
             self._discard(job.body_key)
 
     def _discard(self, key: str) -> None:
-        """Delete an object in the background. Best effort: what a blob store that is away keeps is left to its own
-        expiry."""
+        """Delete an object in the background. Best effort: what is left there is the controller's auditor's to find."""
         if key and self._discarding < MOST_DISCARDED:
             self._discarding += 1
             self._jobs.create_task(self._delete(key))

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import heapq
 import hmac
 import json
 import os
@@ -140,9 +141,16 @@ class FileBlobs:
     async def ping(self) -> None:
         await _in_thread(self._make_folders)
 
+    async def page(self, prefix: str, *, after: str, limit: int) -> tuple[Blob, ...]:
+        _checked(prefix.removesuffix("/"))
+        return await _in_thread(self._found, prefix, after, limit)
+
+    async def discard_unfinished(self, *, older_than_s: float) -> int:
+        return await _in_thread(self._sweep, older_than_s)
+
     async def sweep(self) -> None:
         """Remove drafts of processes that were killed; younger ones than a day may be somebody's at work."""
-        await _in_thread(self._sweep)
+        await _in_thread(self._sweep, ABANDONED_S)
 
     def _signed(self, verb: str, key: str, expires_s: float, about: Mapping[str, str]) -> str:
         if not self._base_url:
@@ -236,9 +244,10 @@ class FileBlobs:
             return "application/octet-stream", ""
         return about["content_type"], about["description"]
 
-    def _found(self, prefix: str) -> tuple[Blob, ...]:
+    def _found(self, prefix: str, after: str = "", limit: int | None = None) -> tuple[Blob, ...]:
         found = (Path(folder) / name for folder, _, names in os.walk(self._objects / prefix) for name in names)
-        keys = sorted(path.relative_to(self._objects).as_posix() for path in found)
+        listed = (path.relative_to(self._objects).as_posix() for path in found)
+        keys = sorted(listed) if limit is None else heapq.nsmallest(limit, (key for key in listed if key > after))
         return tuple(blob for blob in map(self._head, keys) if blob is not None)
 
     def _read(self, key: str, limit_bytes: int) -> bytes:
@@ -278,11 +287,14 @@ class FileBlobs:
         probe.touch()
         probe.unlink()
 
-    def _sweep(self) -> None:
+    def _sweep(self, older_than_s: float) -> int:
+        removed = 0
         for draft in self._drafts.iterdir():
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - draft.stat().st_mtime > ABANDONED_S:
+                if time.time() - draft.stat().st_mtime >= older_than_s:
                     draft.unlink()
+                    removed += 1
+        return removed
 
 
 @contextlib.asynccontextmanager
@@ -292,10 +304,7 @@ async def open_blobs(url: str, settings: Settings) -> AsyncIterator[FileBlobs]:
     Raises:
         ConfigurationError: the URL is not one of ours, or its folder cannot be written.
     """
-    parts = urlsplit(url)
-    if parts.netloc or parts.query or parts.fragment:
-        raise ConfigurationError("a file URL is file:// or file:///an/absolute/folder")
-    folder = Path(unquote(parts.path)) if parts.path else settings.data_dir.absolute() / "blobs"
+    folder = folder_of(url, settings)
     secret = settings.secret_key.get_secret_value().encode() or secrets.token_bytes(32)
     blobs = FileBlobs(folder, secret=secret)
     try:
@@ -304,6 +313,14 @@ async def open_blobs(url: str, settings: Settings) -> AsyncIterator[FileBlobs]:
         raise ConfigurationError(f"the blob folder {folder} cannot be used: {exc}") from exc
     await blobs.sweep()
     yield blobs
+
+
+def folder_of(url: str, settings: Settings) -> Path:
+    """Raises ConfigurationError for a URL that is not one of ours."""
+    parts = urlsplit(url)
+    if parts.netloc or parts.query or parts.fragment:
+        raise ConfigurationError("a file URL is file:// or file:///an/absolute/folder")
+    return Path(unquote(parts.path)) if parts.path else settings.data_dir.absolute() / "blobs"
 
 
 def _checked(key: str) -> str:

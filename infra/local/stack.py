@@ -3,6 +3,8 @@
 RabbitMQ, Redis and S3, then `fnqueue api` and `fnqueue controller`, under a supervisor that restarts what
 dies. Everything is kept in `.fnqueue/stack` (`FNQUEUE_STACK_DIR`). A server that `FNQUEUE_QUEUE_URL`,
 `FNQUEUE_STORE_URL` or `FNQUEUE_BLOBS_URL` names is used and not started.
+
+With `ENGINE=podman`, functions run as containers of a podman of the stack's own, with images made of what runs here.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from infra.local import binaries
+from infra.local import binaries, images
 from infra.local.compose import Compose
 from infra.local.daemon import Daemon, wait_until
+from infra.local.images import SIDECAR_IMPORTS
+from infra.local.podman import RUNTIME, ULIMITS, Podman
 from infra.local.process import Server, ServerFailed, kept_secret
 from infra.local.servers import S3, RabbitMQ, Redis
 
@@ -31,6 +35,18 @@ SERVERS: Mapping[str, type[RabbitMQ | Redis | S3]] = {
     "FNQUEUE_STORE_URL": Redis,
     "FNQUEUE_BLOBS_URL": S3,
 }
+
+
+SIDECAR_IMAGE = "fnqueue/fnqueue:local"
+# By the names that `process://` knows them by: the same function runs either way.
+SAMPLES = {
+    "docker.io/fnqueue/echo:latest": ("examples/echo", "import aiohttp.web"),
+    "docker.io/fnqueue/ocr:latest": (
+        "examples/ocr",
+        "import aiohttp.web, onnxruntime, PIL.Image, PIL.ImageDraw, rapidocr; rapidocr.RapidOCR()",
+    ),
+}
+LISTENS = {"HOST": "0.0.0.0", "PORT": "8000", "PYTHONUNBUFFERED": "1"}
 
 
 class Program(Server):
@@ -117,16 +133,29 @@ class Stack(Daemon):
         """Where the running stack's api is."""
         return (self.folder / "url").read_text()
 
+    @property
+    def podman(self) -> Podman:
+        return Podman(self.folder / "podman")
+
+    @property
+    def has_podman(self) -> bool:
+        """Whether there may be containers of a podman of this stack's."""
+        return (self.folder / "podman").exists()
+
     def children(self, address: Address) -> list[Server]:
         """In the order they are started."""
         (self.folder / "url").write_text(address.url)
         servers = {name: SERVERS[name](self.folder / SERVERS[name].name) for name in unnamed_servers()}
+        engine = [self.podman] if wants_podman() else []
         shared = {
             "FNQUEUE_LAUNCHER_URL": os.environ.get("FNQUEUE_LAUNCHER_URL", "process://"),
+            **(launched_by(engine[0]) if engine else {}),
             "FNQUEUE_DATA_DIR": os.environ.get("FNQUEUE_DATA_DIR", str(self.folder / "data")),
             "FNQUEUE_SECRET_KEY": kept_secret(self.folder / "secret.key"),
             "FNQUEUE_ENCRYPTION_KEYS": f"stack:{kept_secret(self.folder / 'encryption.key')}",
             **{name: server.url for name, server in servers.items()},
+            # What infra/redis and infra/rabbitmq configure; of other servers their owner has to say it.
+            "FNQUEUE_PROFILE": os.environ.get("FNQUEUE_PROFILE", "B" if len(servers) == len(SERVERS) else "A"),
         }
         front = {
             "FNQUEUE_ADMIN_KEY": self.admin_key,
@@ -135,6 +164,7 @@ class Stack(Daemon):
         }
         return [
             *servers.values(),
+            *engine,
             Program(
                 "api",
                 self.folder / "api",
@@ -154,6 +184,7 @@ def up(stack: Stack) -> None:
         stack.stop()  # what a supervisor that was killed has left on our ports
         address.refuse_if_taken()
         os.environ.update(provide_servers(stack.folder))
+        provide_engine(stack)
         stack.launch([sys.executable, "-m", "infra.local.stack", "supervise"])
     wait_until_ready(stack)
     print(f"The stack {'is already running' if running else 'is up'}; stop it with: make stack-down", flush=True)
@@ -163,6 +194,8 @@ def up(stack: Stack) -> None:
 def down(stack: Stack) -> None:
     """Stop everything; the data stays. Idempotent."""
     stopped = stack.stop()
+    if stack.has_podman:
+        stack.podman.clear()
     Compose(stack.folder).down()
     print("The stack is down." if stopped else "The stack was not running.")
 
@@ -197,6 +230,50 @@ def provide_servers(folder: Path) -> Mapping[str, str]:
         return Compose(folder).up([SERVERS[name].name for name in unnamed])
     binaries.ensure(lacking)
     return {}
+
+
+def wants_podman() -> bool:
+    """Raises ServerFailed for an engine that this cannot start."""
+    engine = os.environ.get("ENGINE", "")
+    if engine not in ("", "podman"):
+        raise ServerFailed(
+            f"ENGINE is {engine!r}; the one that can be started here is podman. An engine that runs already is named "
+            "by FNQUEUE_LAUNCHER_URL, such as docker://"
+        )
+    return engine == "podman"
+
+
+def provide_engine(stack: Stack) -> None:
+    """Podman without containers of an earlier run, and with the images of the sidecar and the samples. Those of
+    this checkout's code are made anew each time."""
+    if stack.has_podman:
+        stack.podman.clear()
+    if not wants_podman():
+        return
+    binaries.ensure(binaries.ENGINE)
+    folder = stack.folder / "images"
+    print("making container images of what runs here", flush=True)
+    sidecar = images.Program(reference=f"docker.io/{SIDECAR_IMAGE}", words=["-P", "-m", "fnqueue"])
+    packages = ("broker", "fnqueue", "workers")
+    images.build(stack.podman, folder, imports=SIDECAR_IMPORTS, packages=packages, programs=[sidecar])
+    for reference, (sample, imports) in SAMPLES.items():
+        words = [str(images.REPOSITORY / sample / "server.py")]
+        program = images.Program(reference=reference, words=words, environment=LISTENS)
+        try:
+            images.build(stack.podman, folder, imports=imports, packages=(sample,), programs=[program])
+        except images.NotInstalled as lacking:
+            print(f"without an image of {sample}: {lacking}", flush=True)
+
+
+def launched_by(podman: Podman) -> Mapping[str, str]:
+    """Settings of a controller whose instances are containers of this podman."""
+    return {
+        "FNQUEUE_LAUNCHER_URL": podman.url,
+        "FNQUEUE_DOCKER_SIDECAR_IMAGE": SIDECAR_IMAGE,
+        "FNQUEUE_DOCKER_PULL": "missing",
+        "FNQUEUE_DOCKER_RUNTIME": RUNTIME,
+        "FNQUEUE_DOCKER_ULIMITS": ULIMITS,
+    }
 
 
 def wait_until_ready(stack: Stack) -> None:

@@ -54,6 +54,9 @@ CHECKS = [
     response_schema_conformance,
 ]
 
+# Headers that no operation has a say in: HTTP itself refuses bad ones, before there is an operation.
+OF_THE_CONNECTION = ("Connection", "Content-Length", "Expect", "Host", "TE", "Trailer", "Transfer-Encoding", "Upgrade")
+
 # No operation asks anything of its front end before it serves.
 DESCRIBED = operations(cast("Front", None))
 API = schemathesis.openapi.from_dict(
@@ -200,6 +203,8 @@ def name_what_exists(case: Case[Any]) -> None:
 
 
 def answer(case: Case[Any], server: Server, client: requests.Session, *, headers: dict[str, str]) -> Response:
+    for name in OF_THE_CONNECTION:
+        case.headers.pop(name, None)
     response = case.call(base_url=server.url, session=client, headers=headers, allow_redirects=False, timeout=10)
     case.validate_response(response, checks=CHECKS, additional_checks=[])
     return response

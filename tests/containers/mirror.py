@@ -3,6 +3,7 @@
 Any method and path. The header X-Mirror holds a JSON object, every field optional:
     delay_s     wait that long first
     busy_until  unix time: before it, answer 503 with Retry-After
+    gate        path of a file: the same while it does not exist
     retry_after value of that header; 1 otherwise
     files       {name: text}: write these into the output directory
     linger_s    and then wait that long
@@ -41,7 +42,7 @@ async def mirror(request: web.Request) -> web.StreamResponse:
         return await stream(request, *order["stream"])
     body = await request.read()
     await asyncio.sleep(order.get("delay_s", 0))
-    if time.time() < order.get("busy_until", 0):
+    if time.time() < order.get("busy_until", 0) or not Path(order.get("gate", "/")).exists():  # noqa: ASYNC240  quick
         return web.json_response({"error": "busy"}, status=503, headers={"Retry-After": order.get("retry_after", "1")})
     write(Path(request.headers.get("NVCF-LARGE-OUTPUT-DIR", "/nowhere")), order.get("files", {}))
     await asyncio.sleep(order.get("linger_s", 0))

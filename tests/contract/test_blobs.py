@@ -192,6 +192,43 @@ async def test_list_never_leaves_its_prefix(blobs: Blobs) -> None:
     assert [blob.size_bytes for blob in listed] == [3, 3]
 
 
+async def test_pages_go_through_all_objects_in_order(blobs: Blobs) -> None:
+    prefix = f"inputs/{uuid.uuid4()}/"
+    keys = sorted(f"{prefix}{uuid.uuid4()}" for _ in range(7))
+    for key in keys:
+        await blobs.put(key, b"12", content_type="text/plain")
+    seen: list[str] = []
+    while page := await blobs.page(prefix, after=seen[-1] if seen else "", limit=3):
+        assert len(page) <= 3
+        assert all(time.time() - blob.modified_at < 60 for blob in page)
+        seen += [blob.key for blob in page]
+    assert seen == keys
+
+
+async def test_there_is_no_page_of_nothing(blobs: Blobs) -> None:
+    assert await blobs.page(f"inputs/{uuid.uuid4()}/", after="", limit=3) == ()
+
+
+async def test_only_what_was_cut_off_long_ago_is_discarded(blobs: Blobs) -> None:
+    assert await blobs.discard_unfinished(older_than_s=3600) == 0
+    await leave_half_an_upload(blobs)
+    assert await blobs.discard_unfinished(older_than_s=3600) == 0
+    assert await blobs.discard_unfinished(older_than_s=-60) == 1
+    assert await blobs.discard_unfinished(older_than_s=-60) == 0
+
+
+async def leave_half_an_upload(blobs: Blobs) -> None:
+    """As a sidecar that was killed."""
+    if isinstance(blobs, S3Blobs):
+        client, bucket = blobs._client, blobs._bucket
+        begun = await asyncio.to_thread(client.create_multipart_upload, Bucket=bucket, Key=new_key())
+        part = {"Bucket": bucket, "Key": begun["Key"], "UploadId": begun["UploadId"], "PartNumber": 1, "Body": b"x"}
+        await asyncio.to_thread(lambda: client.upload_part(**part))  # type: ignore[arg-type]  # as a whole it is right
+    else:
+        assert isinstance(blobs, FileBlobs)
+        (blobs.path("a").parent.parent / "drafts" / "half").write_bytes(b"x")
+
+
 async def test_list_returns_more_than_one_page(blobs: Blobs) -> None:
     prefix = f"results/{uuid.uuid4().hex}/"
     keys = [f"{prefix}{number:04}" for number in range(1050)]
@@ -787,6 +824,6 @@ async def silent_server() -> AsyncIterator[int]:
 
 async def until(true: Callable[[], Awaitable[bool]]) -> None:
     """Look again until it is so, for ten seconds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while not await true():  # noqa: ASYNC110  a server's clock tells nobody when it moves on
             await asyncio.sleep(0.01)

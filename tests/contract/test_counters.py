@@ -204,7 +204,7 @@ async def test_keys_of_a_version_share_a_slot_and_expire_with_their_window(
     redis_server: Redis, version_id: str
 ) -> None:
     async with (
-        open_store(redis_server.url, Settings()) as (_, _, counters, _),
+        open_store(redis_server.url, Settings()) as (_, _, counters, *_),
         Client.from_url(redis_server.url) as client,
     ):
         await counters.take(version_id, [window(5, SECOND), window(5, DAY), window(5, HOUR, counter="u:acme:{me}")])
@@ -223,7 +223,7 @@ async def test_what_left_the_window_is_neither_counted_nor_kept(
 ) -> None:
     """A day of takes, written here as the script would have."""
     async with (
-        open_store(redis_server.url, Settings()) as (_, _, counters, _),
+        open_store(redis_server.url, Settings()) as (_, _, counters, *_),
         Client.from_url(redis_server.url) as client,
     ):
         key = f"fnq:l:{{{version_id}}}:a:acme:{DAY}"
@@ -243,7 +243,7 @@ async def test_what_left_the_window_is_neither_counted_nor_kept(
 
 async def test_parts_of_a_clock_that_ran_ahead_are_let_go(redis_server: Redis, version_id: str) -> None:
     async with (
-        open_store(redis_server.url, Settings()) as (_, _, counters, _),
+        open_store(redis_server.url, Settings()) as (_, _, counters, *_),
         Client.from_url(redis_server.url) as client,
     ):
         key, ahead = f"fnq:l:{{{version_id}}}:a:acme:{MINUTE}", int((time.time() + DAY) * WINDOW_PARTS / MINUTE)
@@ -253,6 +253,6 @@ async def test_parts_of_a_clock_that_ran_ahead_are_let_go(redis_server: Redis, v
 
 async def test_a_store_that_is_away_is_told(version_id: str) -> None:
     settings = Settings(store_timeout_s=0.2)
-    async with open_store("redis://127.0.0.1:1/0", settings) as (_, _, counters, _):
+    async with open_store("redis://127.0.0.1:1/0", settings) as (_, _, counters, *_):
         with pytest.raises(StoreUnavailable):
             await counters.take(version_id, [window(1)])

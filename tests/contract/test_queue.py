@@ -23,6 +23,7 @@ from broker.ports import Queue
 from broker.settings import Settings
 from infra.local.servers import RabbitMQ
 from tests.contract.queues import a_job, a_job_to_expire, dead_letter, raw_channel, receive, soon
+from tests.eventually import eventually
 
 ROUNDS = range(3)  # concurrency is tried more than once
 PUBLISH_S = 10.0
@@ -253,6 +254,24 @@ async def test_take_lends_the_job_at_the_head(queue: Queue, version_id: str) -> 
 async def test_take_of_nothing_is_none(queue: Queue, version_id: str) -> None:
     assert await queue.take(version_id) is None
     assert await queue.take(str(uuid.uuid4())) is None
+
+
+async def test_depth_tells_what_is_ready_and_leaves_out_what_is_on_loan(queue: Queue, version_id: str) -> None:
+    await publish(queue, [a_job(version_id) for _ in range(3)])
+    await eventually(lambda: queue.depth(version_id), lambda depth: depth == 3)
+    delivery = await queue.take(version_id)
+    assert delivery is not None
+    await eventually(lambda: queue.depth(version_id), lambda depth: depth == 2)
+    await delivery.requeue()
+    await eventually(lambda: queue.depth(version_id), lambda depth: depth == 3)
+
+
+async def test_depth_without_a_queue_is_none(queue: Queue) -> None:
+    assert await queue.depth(str(uuid.uuid4())) is None
+
+
+async def test_the_dead_letters_have_a_depth(queue: Queue) -> None:
+    assert await queue.depth("") is not None
 
 
 async def test_a_publish_without_a_queue_is_refused(queue: Queue) -> None:

@@ -185,7 +185,7 @@ async def test_a_lapsed_lease_is_granted_again_and_its_old_holder_loses(results:
 
 async def test_a_renewed_lease_does_not_lapse(results: Results, version_id: str) -> None:
     job = await accept(results, version_id)
-    lease = await granted(results, job, lease_s=0.2)
+    lease = await granted(results, job, lease_s=10)
     assert await results.renew(lease, lease_s=30) is RequestState.RUNNING
     held = await claim(results, job)
     assert held.verdict is Verdict.HELD
@@ -440,7 +440,7 @@ async def test_a_watch_hears_of_the_result(results: Results, version_id: str) ->
         heard = asyncio.create_task(watch.changed(30))
         lease = await granted(results, job)
         await results.settle(lease, job, FULFILLED, OUTCOME)
-        await asyncio.wait_for(heard, 5)
+        await asyncio.wait_for(heard, 20)
         seen = await watch.read()
         assert seen is not None
         assert seen.outcome == OUTCOME
@@ -455,7 +455,7 @@ async def test_a_watch_opened_later_hears_after_its_read(results: Results, versi
             assert record.state is RequestState.QUEUED
         heard = asyncio.gather(watch.changed(30), other.changed(30))
         await results.cancel(job.id, reason="")
-        await asyncio.wait_for(heard, 5)
+        await asyncio.wait_for(heard, 20)
 
 
 async def test_the_worker_hears_of_a_cancel(results: Results, version_id: str) -> None:
@@ -464,7 +464,7 @@ async def test_the_worker_hears_of_a_cancel(results: Results, version_id: str) -
         lease = await granted(results, job)
         heard = asyncio.create_task(watch.changed(30))
         await results.cancel(job.id, reason="")
-        await asyncio.wait_for(heard, 5)
+        await asyncio.wait_for(heard, 20)
         assert await results.renew(lease, lease_s=30) is RequestState.CANCELLED
 
 
@@ -472,7 +472,7 @@ async def test_waiting_without_a_change_ends_in_time(results: Results, version_i
     job = await accept(results, version_id)
     async with results.watch(job.id) as watch:
         await watch.read()
-        await asyncio.wait_for(watch.changed(0.05), 5)
+        await asyncio.wait_for(watch.changed(0.05), 20)
         again = asyncio.create_task(watch.changed(30))
         await asyncio.sleep(0.05)
         assert not again.done()
@@ -584,7 +584,7 @@ async def test_postponing_twice_gives_back_once(results: Results, version_id: st
 
 
 async def test_the_last_refusal_is_the_result_at_the_deadline(results: Results, version_id: str) -> None:
-    job = await accept(results, version_id, deadline_s=0.4)
+    job = await accept(results, version_id, deadline_s=2)
     assert await results.postpone(await granted(results, job), REFUSED, wait_s=0.1) is RequestState.QUEUED
     record = await eventually(lambda: results.read(job.id), lambda seen: seen is not None and seen.state.terminal)
     assert record is not None
@@ -601,7 +601,7 @@ async def test_nothing_is_postponed_beyond_its_deadline(results: Results, versio
 
 
 async def test_a_postponed_request_that_starts_again_forgets_the_refusal(results: Results, version_id: str) -> None:
-    job = await accept(results, version_id, deadline_s=0.3)
+    job = await accept(results, version_id, deadline_s=2)
     await results.postpone(await granted(results, job), REFUSED, wait_s=0)
     await granted(results, job, lease_s=0.05)
     record = await eventually(lambda: results.read(job.id), lambda seen: seen is not None and seen.state.terminal)

@@ -125,7 +125,7 @@ async def test_who_it_is_no_longer_shared_with_cannot_invoke_anywhere(replicas: 
                 refused += 1
         return refused
 
-    await eventually(refusals, lambda seen: seen == 2, within_s=2.0)
+    await eventually(refusals, lambda seen: seen == 2)
     assert await functions.list_functions(second, partner) == []
 
 

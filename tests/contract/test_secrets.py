@@ -21,7 +21,7 @@ from broker.connect import open_broker
 from broker.errors import AlreadyExists, BadRequest, ConfigurationError, NotConfigured, NotFound, StateConflict
 from broker.functions import Definition
 from broker.keyring import Keyring, Rotation
-from broker.model import Deployment, FunctionStatus, Principal, Version
+from broker.model import Deployment, FunctionStatus, Login, Principal, Version
 from broker.ports import Broker
 from broker.registries import Change, Draft, Registry
 from broker.revisions import edit
@@ -198,7 +198,7 @@ async def test_a_value_moved_to_another_name_in_the_store_does_not_open(shop: Sh
 def test_no_plain_value_is_in_a_repr() -> None:
     change = Change(secret=CANARY)
     shown = [plain("A", CANARY), replace(ECHO, secrets=(plain("A", CANARY),)), draft(password=CANARY), change]
-    login = registries.Login(hostname="h", username="u", password=CANARY)
+    login = Login(hostname="h", username="u", password=CANARY)
     assert CANARY not in repr([*shown, login])
     assert base64.b64encode(f"user:{CANARY}".encode()).decode() not in repr(shown)
 

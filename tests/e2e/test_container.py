@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import random
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -80,21 +78,20 @@ async def one_slot(caller: Caller) -> AsyncIterator[Mirror]:
     await function.undeploy()
 
 
-async def test_a_busy_container_gets_the_job_again_and_others_run_meanwhile(one_slot: Mirror) -> None:
-    until = time.time() + 4
-    postponed = asyncio.create_task(one_slot.post(b"later", {"busy_until": until}, headers={"NVCF-POLL-SECONDS": "30"}))
-    await asyncio.sleep(0.5)  # so that it is the first
+async def test_a_busy_container_gets_the_job_again_and_others_run_meanwhile(one_slot: Mirror, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    postponed = await one_slot.post(b"later", {"gate": str(gate)}, headers={"Prefer": "respond-async"})
     others = [await one_slot.post(b"now") for _ in range(10)]
     assert {(reply.status, reply.body) for reply in others} == {(200, b"now")}
-    assert time.time() < until
-    reply = await postponed
+    assert (await one_slot.caller.status(postponed.request_id, wait_s=0)).status == 202
+    gate.touch()
+    reply = await one_slot.caller.result(postponed.request_id)
     assert (reply.status, reply.body) == (200, b"later")
-    assert time.time() >= until
 
 
-async def test_a_postponed_request_waits_in_its_place_and_can_be_cancelled(one_slot: Mirror) -> None:
+async def test_a_postponed_request_waits_in_its_place_and_can_be_cancelled(one_slot: Mirror, tmp_path: Path) -> None:
     caller = one_slot.caller
-    order = {"busy_until": time.time() + 60, "retry_after": "60"}
+    order = {"gate": str(tmp_path / "closed"), "retry_after": "60"}
     accepted = await one_slot.post(b"", order, headers={"Prefer": "respond-async"})
 
     async def place() -> tuple[int, str, int, int, int]:
@@ -111,9 +108,9 @@ async def test_a_postponed_request_waits_in_its_place_and_can_be_cancelled(one_s
     assert (queue["queueDepth"], queue["inFlight"]) == (0, 0)
 
 
-async def test_in_passthrough_the_caller_is_told_that_the_container_is_busy(one_slot: Mirror) -> None:
+async def test_in_passthrough_the_caller_is_told_that_the_container_is_busy(one_slot: Mirror, tmp_path: Path) -> None:
     raw = {"nvcf-feature-disable-worker-compatibility": "true"}
-    reply = await one_slot.post(b"", {"busy_until": time.time() + 60}, headers=raw)
+    reply = await one_slot.post(b"", {"gate": str(tmp_path / "closed")}, headers=raw)
     assert (reply.status, reply.headers["Retry-After"], reply.json) == (503, "1", {"error": "busy"})
 
 

@@ -390,7 +390,7 @@ async def test_a_poll_is_answered_as_soon_as_there_is_a_result(caller: Caller, r
     await asyncio.wait(polls, timeout=0.5)
     assert not any(poll.done() for poll in polls)
     gate.open()
-    replies = await asyncio.wait_for(asyncio.gather(*polls), 10)
+    replies = await asyncio.wait_for(asyncio.gather(*polls), 20)
     assert {(reply.status, reply.body) for reply in replies} == {(200, replies[0].body)}
 
 

@@ -48,9 +48,9 @@ async def test_the_answer_comes_after_the_delay(echo: Sample) -> None:
 
 async def test_delays_pass_side_by_side(echo: Sample) -> None:
     started_at = time.monotonic()
-    answers = await asyncio.gather(*(post(echo, {"message": "x", "delay": 0.5}) for _ in range(20)))
+    answers = await asyncio.gather(*(post(echo, {"message": "x", "delay": 5}) for _ in range(20)))
     assert {status for status, _ in answers} == {200}
-    assert time.monotonic() - started_at < 5  # one after another: 10 s
+    assert time.monotonic() - started_at < 60  # one after another: 100 s
 
 
 async def test_the_largest_message_is_said_back(echo: Sample) -> None:

@@ -419,7 +419,7 @@ async def test_a_front_end_told_to_stop_answers_everybody_who_waits(
 
         await eventually(accepted, lambda count: count == 500, within_s=60)
         stopping = asyncio.create_task(asyncio.to_thread(house.fronts[0].stop))
-        replies = await asyncio.wait_for(asyncio.gather(*posts), 15)
+        replies = await asyncio.wait_for(asyncio.gather(*posts), 20)
         await stopping
         assert [reply.status for reply in replies] == [202] * 500
         gate.open()

@@ -284,7 +284,7 @@ async def test_a_blocked_connection_refuses_at_once_without_sending(
     try:
         sent = asyncio.ensure_future(queue.publish(a_job(version_id), timeout_s=20))
         refusal: Unavailable | None = None
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(20):
             while type(refusal) is not Unavailable:  # until RabbitMQ has said that it blocks us
                 try:
                     await queue.publish(a_job(version_id), timeout_s=0.5)

@@ -17,7 +17,7 @@ SECRET_FILES = {"admin.key", "secret.key", "password", "secret"}  # those of Rab
 
 @pytest.fixture
 def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
-    for name in (*NAMES, "FNQUEUE_HOST", "FNQUEUE_PORT"):
+    for name in (*NAMES, "FNQUEUE_HOST", "FNQUEUE_PORT", "ENGINE"):
         monkeypatch.delenv(name, raising=False)
     return Stack(tmp_path / "stack")
 
@@ -43,6 +43,21 @@ def test_a_server_that_is_named_is_used_and_not_started(
     children = stack.children(Address.from_environment())
     assert server not in [child.name for child in children]
     assert children[-1].environment()[name] == "scheme://elsewhere"
+
+
+def test_with_podman_functions_run_as_containers(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE", "podman")
+    children = stack.children(Address.from_environment())
+    assert [child.name for child in children] == ["rabbitmq", "redis", "s3", "podman", "api", "controller"]
+    told = children[-1].environment()
+    assert told["FNQUEUE_LAUNCHER_URL"] == children[3].url
+    assert told["FNQUEUE_DOCKER_SIDECAR_IMAGE"] == "fnqueue/fnqueue:local"
+
+
+def test_another_engine_is_refused_with_what_to_do(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE", "docker")
+    with pytest.raises(ServerFailed, match=r"FNQUEUE_LAUNCHER_URL, such as docker://"):
+        stack.children(Address.from_environment())
 
 
 def test_secrets_are_kept_for_the_next_start_and_for_the_owner_only(stack: Stack) -> None:

@@ -7,7 +7,7 @@ import asyncio
 from dataclasses import dataclass
 
 from broker.errors import ConfigurationError, NoCapacity
-from broker.model import Gpu, GpuSpecification, Version
+from broker.model import Gpu, GpuSpecification, Login, Version
 from broker.ports import Launched
 
 KNOWN_IMAGE = "test/server:1"
@@ -38,7 +38,13 @@ class FakeLauncher:
         return [CPU]
 
     async def start(
-        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+        self,
+        instance_id: str,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        secrets: bytes | None = None,
+        login: Login | None = None,
     ) -> None:
         if version.container_image != KNOWN_IMAGE:
             raise ConfigurationError(

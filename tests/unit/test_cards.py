@@ -19,7 +19,7 @@ from broker.errors import NoCapacity
 from broker.model import GpuSpecification, Place, Version
 from broker.settings import ControllerSettings, SidecarSettings, load
 from tests.eventually import eventually
-from workers.launchers.cards import GIB, Cards, Nvml, gpu_name, inventory
+from workers.launchers.cards import GIB, Cards, Nvml, choose, device_environment, gpu_name, inventory
 from workers.launchers.children import Child
 from workers.launchers.process import ProcessLauncher
 
@@ -33,12 +33,14 @@ class FakeMemory:
 
 @dataclass
 class FakeNvml:
-    """The functions of `pynvml` that are used. `lost` cards answer nothing but an error."""
+    """The functions of `pynvml` that are used. `lost` cards answer nothing but an error; those in `slices` are cut into
+    MIG devices of these profiles, with an empty place before each."""
 
     products: list[str] = field(default_factory=list)
     memory_bytes: int = 80 * GIB
     driver: bool = True
     lost: set[int] = field(default_factory=set)
+    slices: dict[int, list[str]] = field(default_factory=dict)
     opened: int = 0
 
     def nvmlInit(self) -> None:
@@ -60,14 +62,30 @@ class FakeNvml:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
         return index
 
-    def nvmlDeviceGetName(self, handle: int, /) -> str:
-        return self.products[handle]
+    def nvmlDeviceGetName(self, handle: int | tuple[int, int], /) -> str:
+        if isinstance(handle, int):
+            return self.products[handle]
+        card, place = handle
+        return f"{self.products[card]} MIG {self.slices[card][place]}"
 
-    def nvmlDeviceGetUUID(self, handle: int, /) -> str:
-        return f"GPU-{handle}abc"
+    def nvmlDeviceGetUUID(self, handle: int | tuple[int, int], /) -> str:
+        return f"GPU-{handle}abc" if isinstance(handle, int) else "MIG-{}-{}".format(*handle)
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int, /) -> FakeMemory:
-        return FakeMemory(self.memory_bytes)
+    def nvmlDeviceGetMemoryInfo(self, handle: int | tuple[int, int], /) -> FakeMemory:
+        return FakeMemory(self.memory_bytes if isinstance(handle, int) else self.memory_bytes // 8)
+
+    def nvmlDeviceGetMigMode(self, handle: int, /) -> list[int]:
+        if "T4" in self.products[handle]:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [int(handle in self.slices)] * 2
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int, /) -> int:
+        return 2 * len(self.slices[handle])
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, index: int, /) -> tuple[int, int]:
+        if index % 2 == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return handle, index // 2
 
 
 def offered(nvml: Nvml, visible: str | None = None) -> list[tuple[str, int]]:
@@ -127,6 +145,33 @@ def test_a_driver_that_comes_later_is_found() -> None:
 
 def test_a_lost_card_is_not_offered_and_the_others_are() -> None:
     assert offered(FakeNvml([H100, H100], lost={0}))[0] == ("NCP.GPU.H100_1x", 1)
+
+
+def test_a_card_that_is_cut_is_offered_by_its_devices_one_for_each_instance() -> None:
+    nvml = FakeNvml([H100, "NVIDIA A100-SXM4-80GB", "Tesla T4"], slices={1: ["1g.10gb", "3g.40gb", "1g.10gb"]})
+    assert offered(nvml)[:-1] == [
+        ("NCP.GPU.H100_1x", 1),
+        ("NCP.GPU.A100_MIG_1g.10gb_1x", 2),
+        ("NCP.GPU.A100_MIG_3g.40gb_1x", 1),
+        ("NCP.GPU.T4_1x", 1),
+    ]
+    cards = Cards(nvml).read()
+    (first,) = choose(cards, "NCP.GPU.A100_MIG_1g.10gb_1x", "A100_MIG_1g.10gb", ())
+    (second,) = choose(cards, "NCP.GPU.A100_MIG_1g.10gb_1x", "A100_MIG_1g.10gb", {first.uuid})
+    assert [device_environment([card])["CUDA_VISIBLE_DEVICES"] for card in (first, second)] == ["MIG-1-0", "MIG-1-2"]
+    assert (first.memory_bytes, first.index) == (10 * GIB, 1)
+    with pytest.raises(NoCapacity, match="0 of 2 are free"):
+        choose(cards, "NCP.GPU.A100_MIG_1g.10gb_1x", "A100_MIG_1g.10gb", {first.uuid, second.uuid})
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0", 3), ("MIG-0-1", 1), ("1", 1), ("MIG-0-9", 0)])
+def test_mig_devices_are_left_visible_by_their_card_or_by_name(visible: str, count: int) -> None:
+    nvml = FakeNvml([H100, H100], slices={0: ["1g.10gb"] * 3})
+    assert len(Cards(nvml, visible=visible).read()) == count
+
+
+def test_a_card_without_any_device_yet_offers_nothing() -> None:
+    assert [name for name, _ in offered(FakeNvml([H100], slices={0: []}))] == ["CPU"]
 
 
 @pytest.mark.parametrize(("visible", "count"), [(None, 3), ("0,2", 2), ("GPU-1abc", 1), ("", 0), ("-1", 0)])

@@ -444,7 +444,7 @@ async def test_a_server_that_stops_lets_its_clients_go_on_elsewhere(tmp_path: Pa
             await job.send(b"data: 1\n\n")
             await reader.readuntil(b"data: 1\n")
             await server.aclose()
-            rest = await asyncio.wait_for(reader.read(), 5)
+            rest = await asyncio.wait_for(reader.read(), 20)
             assert b"this server is stopping" in rest
             assert not rest.endswith(b"0\r\n\r\n")  # which would be the end of the body
             assert (await job.record()).state is RequestState.RUNNING

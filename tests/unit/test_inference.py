@@ -371,7 +371,7 @@ async def test_the_budget_ends_a_slow_call_and_the_container_is_told(bench: Benc
     bench.box.handler = never
     with pytest.raises(RunTimedOut) as timed_out:
         await bench.infer(budget_s=0.05)
-    await asyncio.wait_for(bench.box.left.wait(), 5)
+    await asyncio.wait_for(bench.box.left.wait(), 20)
     assert timed_out.value.state is RequestState.EXPIRED
     assert timed_out.value.outcome.status == 504
 
@@ -382,7 +382,7 @@ async def test_a_cancelled_call_hangs_up(bench: Bench) -> None:
         task = group.create_task(bench.infer())
         await bench.box.called.wait()
         task.cancel()
-    await asyncio.wait_for(bench.box.left.wait(), 5)
+    await asyncio.wait_for(bench.box.left.wait(), 20)
 
 
 async def test_a_header_with_a_line_break_is_never_sent(bench: Bench) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -78,6 +77,9 @@ class UnreliableQueue:
 
     async def take(self, version_id: str) -> Delivery | None:
         return await self.inner.take(version_id)
+
+    async def depth(self, version_id: str) -> int | None:
+        return await self.inner.depth(version_id)
 
     async def ping(self) -> None:
         await self.inner.ping()
@@ -175,7 +177,7 @@ async def test_a_waiting_caller_gets_the_result(memory_broker: Broker, version: 
         claimed = await memory_broker.results.claim(delivery.job, worker="w", lease_s=30, max_attempts=3)
         assert claimed.lease is not None
         await memory_broker.results.settle(claimed.lease, delivery.job, RequestState.FULFILLED, OUTCOME)
-        record = await asyncio.wait_for(waiting, 5)
+        record = await asyncio.wait_for(waiting, 20)
     assert (record.state, record.outcome) == (RequestState.FULFILLED, OUTCOME)
 
 
@@ -307,7 +309,7 @@ async def test_a_request_that_already_runs_counts_as_accepted_although_its_confi
         claimed = await broker.results.claim(delivery.job, worker="w", lease_s=30, max_attempts=3)
         assert claimed.lease is not None
         await broker.results.settle(claimed.lease, delivery.job, RequestState.FULFILLED, OUTCOME)
-    assert (await asyncio.wait_for(invoking, 10)).outcome == OUTCOME
+    assert (await asyncio.wait_for(invoking, 20)).outcome == OUTCOME
 
 
 async def test_a_caller_who_leaves_does_not_interrupt_acceptance(
@@ -319,7 +321,7 @@ async def test_a_caller_who_leaves_does_not_interrupt_acceptance(
     with pytest.raises(asyncio.CancelledError):
         await invoking
     async with memory_broker.queue.consume(version.id, prefetch=1) as deliveries:
-        delivery = await asyncio.wait_for(anext(aiter(deliveries)), 5)
+        delivery = await asyncio.wait_for(anext(aiter(deliveries)), 20)
     record = await memory_broker.results.read(delivery.job.id)
     assert record is not None
     assert record.state is RequestState.QUEUED
@@ -379,10 +381,9 @@ async def test_a_request_has_its_own_limits_or_its_functions(
 async def test_a_waiting_caller_is_told_at_once_that_nobody_took_it(
     memory_broker: Broker, version: Version, tasks: Tasks
 ) -> None:
-    began = time.monotonic()
-    record = await invoke(memory_broker, version, tasks, wait_s=30, queue_timeout_s=0.1)
+    invoking = invoke(memory_broker, version, tasks, wait_s=120, queue_timeout_s=0.1)
+    record = await asyncio.wait_for(invoking, 20)
     assert record.overslept
-    assert time.monotonic() - began < 5
 
 
 async def test_a_key_for_one_function_lists_only_its_requests(

@@ -28,7 +28,7 @@ class Steps:
 
 
 async def run_through(steps: Steps) -> None:
-    async with asyncio.timeout(5), loops.beside(loops.every(0.001, steps, name="sweep")):
+    async with asyncio.timeout(20), loops.beside(loops.every(0.001, steps, name="sweep")):
         await steps.done.wait()
 
 

@@ -28,7 +28,7 @@ from tests.unit.launchers import KNOWN_IMAGE, FakeLauncher
 from workers.launchers import open_launcher
 from workers.launchers.children import Child
 from workers.launchers.images import find_image, read_images
-from workers.launchers.process import ERROR_BYTES, ProcessLauncher, sidecar_environment
+from workers.launchers.process import ProcessLauncher, sidecar_environment
 
 # Tells what it was given, starts a child of its own, and serves.
 SERVER = """
@@ -297,6 +297,15 @@ async def test_the_sidecar_is_told_all_about_its_instance(
     assert given.response_dir.is_dir()
 
 
+async def test_the_controllers_own_status_port_is_no_sidecars(
+    launcher: Launcher, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FNQUEUE_STATUS_PORT", "8090")
+    await started(launcher)
+    (given,) = sidecars.settings
+    assert given.status_port == 0
+
+
 def test_a_sidecar_process_reads_back_the_settings_it_was_meant_to_have(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -438,21 +447,6 @@ def test_a_sidecar_process_is_given_no_key(monkeypatch: pytest.MonkeyPatch, tmp_
 # -- life and death ----------------------------------------------------------------------------------
 
 
-async def test_a_crash_is_told_with_the_tail_of_the_log(launcher: Launcher) -> None:
-    instance = await started(launcher, replace(VERSION, container_image="test/crash:1"))
-    await until(lambda: not instance.alive)
-    assert instance.error.startswith("container exited with status 3\n")
-    assert instance.error.endswith("the reason")
-    assert len(instance.error.encode()) <= ERROR_BYTES
-
-
-async def test_an_instance_whose_sidecar_died_is_dead(launcher: Launcher, settings: ControllerSettings) -> None:
-    instance = await started(launcher)
-    os.kill(pids(instance, settings)[1], signal.SIGKILL)
-    await until(lambda: not instance.alive)
-    assert instance.error.startswith("sidecar was killed by signal 9")
-
-
 async def test_stopping_drains_the_sidecar_and_ends_the_whole_group(
     launcher: Launcher, settings: ControllerSettings, sidecars: Sidecars
 ) -> None:
@@ -579,6 +573,29 @@ async def test_half_an_instance_is_found_dead(settings: ControllerSettings, side
     reap(lost)
 
 
+@pytest.mark.parametrize("written_down", ["neither", "container"])
+async def test_what_was_started_and_not_yet_written_down_is_ended(
+    settings: ControllerSettings, sidecars: Sidecars, written_down: str
+) -> None:
+    """A controller that is killed between the start of a process and the note of it."""
+    first = ProcessLauncher(settings, start_sidecar=sidecars)
+    instance = await started(first)
+    container, sidecar = pids(instance, settings)
+    child = (await told(settings))["child"]
+    await first.close()
+    file = settings.data_dir / "instances" / instance.instance_id / "state.json"
+    if written_down == "neither":
+        file.unlink()
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"sidecar": None}))
+    async with process_launcher(settings, sidecars) as second:
+        assert [item.alive for item in await second.launched()] == ([] if written_down == "neither" else [False])
+        lost = [sidecar, container, child] if written_down == "neither" else [sidecar]
+        await until(lambda: not cast(Any, instance).sidecar.alive)
+        await until(lambda: cast(Any, instance).container.alive == (container not in lost))
+        await until(lambda: all(gone(pid) for pid in lost))
+
+
 async def test_a_process_id_used_again_is_nobody_of_ours(settings: ControllerSettings, sidecars: Sidecars) -> None:
     """An instance from before the machine started again: its process ID belongs to somebody else now."""
     folder = settings.data_dir / "instances" / "from-before"
@@ -631,5 +648,5 @@ def test_a_bad_images_file_says_what_is_bad(tmp_path: Path, text: str, fault: st
 
 async def test_an_unknown_launcher_lists_the_known_one(settings: ControllerSettings) -> None:
     with pytest.raises(ConfigurationError, match="process://"):
-        async with open_launcher(settings.model_copy(update={"launcher_url": "docker://"})):
+        async with open_launcher(settings.model_copy(update={"launcher_url": "nomad://"})):
             raise AssertionError

@@ -38,7 +38,6 @@ from workers.controller.leadership import LEASE_S, Leadership
 from workers.controller.reconcile import (
     LONGEST_BACKOFF_S,
     QUICK_S,
-    QUIET_S,
     SICK_S,
     STRAY_S,
     UNDEPLOY_GRACE_S,
@@ -46,6 +45,7 @@ from workers.controller.reconcile import (
     Streak,
     View,
 )
+from workers.controller.removal import QUIET_S
 
 OURS = Principal(account="ours", subject="me", scopes=frozenset())
 SERVER = Definition(name="server", inference_url="/echo", container_image=KNOWN_IMAGE)
@@ -669,7 +669,7 @@ async def test_one_controller_leads_and_another_takes_over_when_it_resigns(memor
     await memory_broker.catalog.resign("first")
     await second.renew()
     await first.renew()
-    await asyncio.wait_for(first.lost(), 1)
+    await asyncio.wait_for(first.lost(), 20)
     assert (first.held, second.held) == (False, True)
 
 
@@ -700,7 +700,7 @@ async def test_the_lease_is_given_up_before_another_may_have_it() -> None:
     assert held == [True, False]
     with pytest.raises(StoreUnavailable):
         await leadership.renew()
-    await asyncio.wait_for(leadership.lost(), 1)
+    await asyncio.wait_for(leadership.lost(), 20)
 
 
 # -- all of it -------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
+from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.keyring import Keyring
 from broker.model import (
@@ -125,6 +126,7 @@ class Rig:
             streams=MemoryStreams(self.results, self.settings),
             catalog=self.catalog,
             counters=MemoryCounters(),
+            upkeep=MemoryUpkeep(self.results),
             blobs=self.blobs,
             settings=self.settings,
             keyring=Keyring({}),
@@ -500,13 +502,13 @@ async def test_a_job_whose_worker_died_runs_when_its_lease_ends(rig: Rig) -> Non
 
 async def test_a_held_job_does_not_keep_others_from_the_slot_for_longer_than_a_lease(rig: Rig) -> None:
     held = await rig.submit()
-    claim = await rig.results.claim(held, worker="other", lease_s=0.3, max_attempts=3)
+    claim = await rig.results.claim(held, worker="other", lease_s=3, max_attempts=3)
     assert claim.lease is not None
     behind = await rig.submit()
     async with rig.sidecar():
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while not (await rig.results.read(behind.id) or fail()).state.terminal:
-                await rig.results.renew(claim.lease, lease_s=0.3)
+                await rig.results.renew(claim.lease, lease_s=3)
                 await asyncio.sleep(0.02)
         await rig.results.settle(claim.lease, held, RequestState.FULFILLED, Outcome(status=200))
         await rig.ended(await rig.submit())
@@ -885,7 +887,7 @@ async def test_an_attempt_that_takes_too_long_is_cut_off(rig: Rig, asked_s: floa
     record = await rig.run(run_timeout_s=asked_s)
     assert record.state is RequestState.TIMED_OUT
     assert record.status_code == 504
-    await asyncio.wait_for(rig.box.left.wait(), 5)
+    await asyncio.wait_for(rig.box.left.wait(), 20)
     await rig.nothing_left()
 
 
@@ -920,10 +922,8 @@ async def test_what_missed_its_queue_timeout_never_starts(rig: Rig) -> None:
 async def test_the_deadline_aborts_the_call_whatever_this_hosts_clock_says(rig: Rig, offset_s: float) -> None:
     rig.results.offset_s = offset_s
     rig.box.handler = never
-    began = time.monotonic()
-    record = await rig.run(deadline_s=0.5)
+    record = await asyncio.wait_for(rig.run(deadline_s=0.5), 20)
     assert record.state is RequestState.EXPIRED
-    assert time.monotonic() - began < 5
 
 
 async def test_time_spent_in_the_queue_counts_against_the_deadline(rig: Rig) -> None:
@@ -1029,7 +1029,7 @@ async def test_a_cancelled_run_is_billed_for_what_it_took(rig: Rig, caplog: pyte
         job = await rig.submit()
         await rig.box.called.wait()
         await rig.results.cancel(job.id, reason="")
-        await asyncio.wait_for(rig.box.left.wait(), 5)
+        await asyncio.wait_for(rig.box.left.wait(), 20)
     [line] = metered(caplog)
     assert (line["request_id"], line["response_type"], line["state"]) == (job.id, "ERRORED", "cancelled")
 
@@ -1149,7 +1149,7 @@ async def test_what_a_drain_cannot_finish_is_handed_back_at_no_cost(rig: Rig) ->
     async with rig.sidecar():
         job = await rig.submit()
         await rig.box.called.wait()
-    await asyncio.wait_for(rig.box.left.wait(), 5)
+    await asyncio.wait_for(rig.box.left.wait(), 20)
     record = await rig.until(job, lambda _: True)
     assert (record.state, record.attempt) == (RequestState.QUEUED, 0)
     rig.stop.clear()
@@ -1164,7 +1164,7 @@ async def test_a_drain_does_not_wait_for_a_job_that_another_worker_holds(rig: Ri
     async with rig.sidecar() as task:
         await eventually(lambda: looked(rig), lambda loans: loans == 1)
         rig.stop.set()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(20):
             await task
     assert await rig.queue.take(VERSION_ID) is not None
 
@@ -1226,6 +1226,32 @@ async def test_the_status_server_tells_live_from_ready(rig: Rig) -> None:
         assert await status("/v1/health/ready") == 503
         rig.box.healthy = True
         await eventually(lambda: status("/v1/health/ready"), lambda seen: seen == 200)
+
+
+async def test_who_asks_for_a_drain_is_answered_when_no_job_runs(rig: Rig) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    rig.set(status_port=port)
+    gate = Gate()
+    rig.box.handler = gate
+
+    async def drain() -> int:
+        async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{port}/v1/drain") as response:
+            return response.status
+
+    async with rig.sidecar() as task:
+        running = await rig.submit()
+        await rig.box.called.wait()
+        hooks = [asyncio.create_task(drain()) for _ in range(2)]
+        await rig.stop.wait()
+        waiting = await rig.submit()
+        assert not any(hook.done() for hook in hooks)
+        gate.open.set()
+        assert await asyncio.gather(*hooks) == [200, 200]
+        await task
+    assert (await rig.ended(running)).state is RequestState.FULFILLED
+    assert (await rig.until(waiting, lambda _: True)).state is RequestState.QUEUED
 
 
 async def test_a_status_port_that_is_taken_is_a_bad_setting(rig: Rig) -> None:

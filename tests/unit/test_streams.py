@@ -64,7 +64,7 @@ class Stream:
         return excerpt
 
     async def written(self, size_bytes: int) -> Excerpt:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while (excerpt := await self.read()).written < size_bytes:
                 await self.reader.changed(1)
         return excerpt
@@ -110,13 +110,13 @@ async def test_an_event_is_there_before_the_answer_ends(rig: Rig) -> None:
         excerpt = await stream.written(9)
         assert (excerpt.state, excerpt.head is not None) == (RequestState.RUNNING, True)
         await rig.results.cancel(job.id, reason="seen enough")
-        await asyncio.wait_for(rig.box.left.wait(), 5)
+        await asyncio.wait_for(rig.box.left.wait(), 20)
 
 
 async def test_the_head_is_there_before_the_body(rig: Rig) -> None:
     rig.box.handler = streaming(then=hangs)
     async with started(rig) as (job, stream):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while (await stream.read()).head is None:
                 await stream.reader.changed(1)
         await rig.results.cancel(job.id, reason="seen enough")
@@ -233,7 +233,7 @@ async def test_a_request_whose_reader_left_for_good_is_cancelled(rig: Rig) -> No
         await stream.reader.leave(expected_back=False)
         record = await rig.ended(job)
         assert (record.state, record.reason) == (RequestState.CANCELLED, ABANDONED)
-        await asyncio.wait_for(rig.box.left.wait(), 5)
+        await asyncio.wait_for(rig.box.left.wait(), 20)
     await rig.nothing_left()
 
 
@@ -292,7 +292,7 @@ async def test_an_expired_lease_appends_nothing_more(rig: Rig) -> None:
         rig.results.offset_s = 10
         claim = await rig.results.claim(job, worker="other", lease_s=30, max_attempts=3)
         assert claim.state is RequestState.ERRORED
-        await asyncio.wait_for(rig.box.left.wait(), 5)
+        await asyncio.wait_for(rig.box.left.wait(), 20)
         assert (await stream.read()).written == 9
 
         async def idle() -> int:

@@ -217,7 +217,7 @@ async def test_the_job_is_what_was_asked_for(house: House, method: str) -> None:
 async def test_a_target_is_taken_off_the_wire_as_it_came(house: House, line: str, target: str) -> None:
     named = [f"function-id: {FUNCTION}", "Prefer: respond-async", "Content-Length: 0"]
     reader, writer = await house.connect(f"{line} HTTP/1.1", *named)
-    assert b" 202 " in await asyncio.wait_for(reader.readline(), 5)
+    assert b" 202 " in await asyncio.wait_for(reader.readline(), 20)
     writer.close()
     assert (await house.finish()).target == target
 
@@ -225,7 +225,7 @@ async def test_a_target_is_taken_off_the_wire_as_it_came(house: House, line: str
 @pytest.mark.parametrize("line", ["GET /\u00e9", "GET /a#b", "CONNECT elsewhere.example:443"])
 async def test_what_is_no_target_is_400(house: House, line: str) -> None:
     reader, writer = await house.connect(f"{line} HTTP/1.1", f"function-id: {FUNCTION}", "Content-Length: 0")
-    assert b" 400 " in await asyncio.wait_for(reader.readline(), 5)
+    assert b" 400 " in await asyncio.wait_for(reader.readline(), 20)
     writer.close()
     assert await house.queued() == 0
 
@@ -258,7 +258,7 @@ async def test_the_function_is_not_told_what_is_spoken_to_us(house: House) -> No
 
 
 async def test_the_wait_of_an_event_stream_is_that_of_any_other(house: House) -> None:
-    waiting = asyncio.create_task(asyncio.wait_for(get(house, headers={"Accept": "text/event-stream"}), 10))
+    waiting = asyncio.create_task(asyncio.wait_for(get(house, headers={"Accept": "text/event-stream"}), 20))
     await house.some_queued()
     assert (await house.finish()).poll_s == 60
     await waiting
@@ -448,7 +448,7 @@ async def test_a_body_that_stops_coming_is_408_and_leaves_nothing(tmp_path: Path
     async with opened(tmp_path, spool_dir=str(spool), body_timeout_s=0.2, inline_body_bytes=1000) as house:
         reader, writer = await house.connect("PUT / HTTP/1.1", f"function-id: {FUNCTION}", "Content-Length: 4000")
         writer.write(b"x" * 3000)
-        answer = await asyncio.wait_for(reader.readuntil(b"}"), 15)
+        answer = await asyncio.wait_for(reader.readuntil(b"}"), 20)
         assert answer.startswith(b"HTTP/1.1 408 ")
         writer.close()
         assert list(spool.iterdir()) == []

@@ -100,7 +100,7 @@ async def test_every_dead_letter_becomes_a_terminal_record_with_a_reason(
     loan = Loan(job_of(), death=death)
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(undertaker.serve(replace(broker, queue=OneDeadLetter(loan))))  # type: ignore[arg-type]  # all of a Queue that it uses
-        await asyncio.wait_for(loan.over.wait(), 10)
+        await asyncio.wait_for(loan.over.wait(), 20)
         serving.cancel()
     record = await read(broker, loan.job)
     assert record.state is state
@@ -144,7 +144,7 @@ async def test_a_rejected_message_is_buried_from_the_real_dead_letters(memory_br
         delivery = await memory_broker.queue.take("v")
         assert delivery is not None
         await delivery.reject()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while (record := await watch.read()) is None or not record.state.terminal:
                 await watch.changed(0.01)
         burying.cancel()

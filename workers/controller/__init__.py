@@ -13,14 +13,17 @@ import uuid
 from functools import partial
 
 from broker.errors import FnqueueError
-from broker.ports import Broker, Launcher
+from broker.ports import Broker, Fleet, Launcher
 from broker.secrets import sweep as sweep_secrets
 from broker.settings import ControllerSettings
 from workers.controller import undertaker
+from workers.controller.auditor import Auditor
 from workers.controller.chores import Chores
+from workers.controller.fleets import FleetReconciler
 from workers.controller.leadership import RENEW_S, Leadership
 from workers.controller.reconcile import Reconciler
 from workers.controller.secrets import REFRESH_S, SWEEP_S, Refresher
+from workers.controller.status import Status
 from workers.loops import beside, every
 
 logger = logging.getLogger(__name__)
@@ -34,27 +37,31 @@ _AFTER_GRACE_S = 20.0
 async def serve(
     broker: Broker,
     settings: ControllerSettings,
-    launcher: Launcher,
+    launcher: Launcher | Fleet,
     stop: asyncio.Event,
     *,
     offered: asyncio.Event | None = None,
 ) -> None:
     """Act for as long as this controller leads, until `stop`; then drain and stop this launcher's instances, all
-    at once and in `drain_s` at most, and let another controller lead.
+    at once and in `drain_s` at most, and let another controller lead. A fleet's go on without any controller.
 
     `offered` is set once the inventory can be deployed to. When cancelled instead, it leaves the instances
     running, as a crash would; the next controller on the data folder finds them again.
     """
     holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     leadership = Leadership(broker.catalog, holder)
-    async with beside(
-        every(RENEW_S, leadership.renew, name="leadership"),
-        _lead(broker, settings, launcher, leadership, offered or asyncio.Event()),
+    status = Status(broker)
+    async with (
+        status.shown(settings.status_port),
+        beside(
+            every(RENEW_S, leadership.renew, name="leadership"),
+            _lead(broker, settings, launcher, leadership, status, offered or asyncio.Event()),
+        ),
     ):
         await stop.wait()
     # First, so that another controller's instances take over while ours drain.
     await _resign(broker, holder)
-    if leadership.ever_held:
+    if leadership.ever_held and not isinstance(launcher, Fleet):
         await stop_all(launcher, grace_s=settings.drain_s)
 
 
@@ -75,8 +82,9 @@ async def stop_all(launcher: Launcher, *, grace_s: float) -> None:
 async def _lead(
     broker: Broker,
     settings: ControllerSettings,
-    launcher: Launcher,
+    launcher: Launcher | Fleet,
     leadership: Leadership,
+    status: Status,
     offered: asyncio.Event,
 ) -> None:
     """One term after another."""
@@ -90,18 +98,28 @@ async def _lead(
         logger.info("leadership_won", extra={"holder": leadership.holder})
         async with asyncio.TaskGroup() as group:
             chores = Chores(group)
-            reconciler = Reconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
-            refresher = Refresher(broker, launcher)
+            reconciler: Reconciler | FleetReconciler
+            if isinstance(launcher, Fleet):  # whose passes deliver secrets too
+                reconciler = FleetReconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
+                also = []
+            else:
+                reconciler = Reconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
+                also = [every(REFRESH_S, leadership.only(Refresher(broker, launcher).step), name="secrets")]
+            auditor = status.auditor = Auditor(broker, settings, leads=lambda: leadership.held)
             async with beside(
                 every(OFFER_S, leadership.only(offer), name="offer"),
                 every(settings.reconcile_s, leadership.only(reconciler.step), name="reconcile"),
-                every(REFRESH_S, leadership.only(refresher.step), name="secrets"),
+                *also,
                 every(SWEEP_S, leadership.only(lambda: sweep_secrets(broker)), name="secrets_sweep"),
                 every(settings.sweep_s, leadership.only(reconciler.ensure_queues), name="queues"),
                 every(settings.sweep_s, leadership.only(lambda: undertaker.sweep(broker)), name="sweep"),
                 every(1.0, leadership.only(lambda: undertaker.serve(broker)), name="undertaker"),
+                every(auditor.records.pause_s, leadership.only(auditor.records.step), name="audit_records"),
+                every(auditor.versions.pause_s, leadership.only(auditor.versions.step), name="audit_versions"),
+                every(auditor.objects.pause_s, leadership.only(auditor.objects.step), name="audit_objects"),
             ):
                 await leadership.lost()
+            status.auditor = None
             chores.cancel()
         logger.warning("leadership_lost", extra={"holder": leadership.holder})
 

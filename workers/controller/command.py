@@ -10,10 +10,11 @@ import click
 
 from broker.connect import open_broker
 from broker.errors import ConfigurationError
+from broker.examination import profile_kept
 from broker.settings import ControllerSettings, load, refuse_memory
 from broker.telemetry import logs
 from workers.controller import serve
-from workers.launchers import open_launcher
+from workers.launchers import open_platform
 
 
 @click.command()
@@ -22,7 +23,7 @@ def controller() -> None:
 
     Settings come from FNQUEUE_* in the environment. SIGTERM and Ctrl-C drain this controller's instances, for
     FNQUEUE_DRAIN_S seconds at most, and stop them; a second one ends the controller at once, and the next one on
-    the same data folder takes its instances over.
+    the same data folder takes its instances over. On Kubernetes, instances go on without it.
     """
     try:
         settings = load(ControllerSettings)
@@ -44,5 +45,9 @@ async def _run(settings: ControllerSettings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
-    async with open_broker(settings) as broker, open_launcher(settings) as launcher:
+    async with (
+        profile_kept(settings, stop),
+        open_broker(settings) as broker,
+        open_platform(settings) as launcher,
+    ):
         await serve(broker, settings, launcher, stop)

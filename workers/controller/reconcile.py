@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import inf
 
-from broker import deployments, secrets
+from broker import deployments, registries, secrets
 from broker.deployments import Sight
-from broker.errors import ConfigurationError, NoCapacity, RevisionConflict
+from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity, RevisionConflict
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
 from broker.ports import Broker, Launched, Launcher
 from broker.settings import ControllerSettings
-from workers.controller import autoscale, undertaker
+from workers.controller import autoscale
 from workers.controller.autoscale import Decision, History, Reading
 from workers.controller.chores import Chores
+from workers.controller.removal import Removals
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ SICK_S = 1800.0
 DEAD_GRACE_S = 10.0
 # Undeploying without `graceful` gives up what runs; the sidecar gets a moment to say so.
 UNDEPLOY_GRACE_S = 5.0
-# Longer than a front end may still pick a version that was undeployed, and take to write the request down.
-QUIET_S = 3.0
 STRAY_S = 60.0
 # Of one specification in one pass, so that a burst of one version does not hold up the others.
 MOST_STARTS = 16
@@ -130,10 +129,12 @@ class Reconciler:
     _streaks: dict[str, Streak] = field(default_factory=dict)
     _started_at: dict[str, float] = field(default_factory=dict)
     _buried: set[str] = field(default_factory=set)
-    _undeployed_at: dict[str, float] = field(default_factory=dict)
-    _busy_at: dict[str, float] = field(default_factory=dict)
     _sick_at: dict[str, float] = field(default_factory=dict)
     _stray_at: dict[str, float] = field(default_factory=dict)
+    removals: Removals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.removals = Removals(self.broker, self.chores, self.now)
 
     async def step(self) -> None:
         """Raises StoreUnavailable: nothing was decided about the deployments that it did not get to."""
@@ -188,7 +189,7 @@ class Reconciler:
         deployment, version = view.deployment, view.version
         if version is None and not deployment.undeployed:
             await deployments.disown(self.broker, deployment)
-        elif deployment.undeployed and (version is None or not deployment.draining or self._drained(view)):
+        elif deployment.undeployed and (version is None or self.removals.due(deployment, view.load)):
             await self._remove(view)
         elif version is not None and version.status is FunctionStatus.ERROR:
             self._stop(view, view.alive, grace_s=UNDEPLOY_GRACE_S)
@@ -272,13 +273,14 @@ class Reconciler:
         try:
             row = await self.broker.catalog.secrets.get(version.id)
             content = secrets.reveal(self.broker, row.item) if row else None
+            login = await registries.credential_for(self.broker, version.account, version.container_image)
             if not self.leads():
                 return False
-            await self.launcher.start(instance_id, version, specification, secrets=content)
+            await self.launcher.start(instance_id, version, specification, secrets=content, login=login)
         except NoCapacity as exc:
             streak.waits(str(exc))
             return False
-        except (ConfigurationError, OSError) as exc:
+        except (ConfigurationError, LauncherUnavailable, OSError) as exc:
             streak.cannot_start(str(exc), hopeless=isinstance(exc, ConfigurationError), now=self.now())
             logger.warning("instance_cannot_start", extra={"version_id": version.id, "cause": str(exc)})
             return False
@@ -398,44 +400,14 @@ class Reconciler:
 
     # -- removing ----------------------------------------------------------------------------------
 
-    def _drained(self, view: View) -> bool:
-        """Nothing queued or running, for long enough that no front end still sends anything."""
-        deployment = view.deployment
-        now = self.now()
-        if view.load.queued + view.load.running or deployment.id not in self._busy_at:
-            self._busy_at[deployment.id] = now
-        return now - self._busy_at[deployment.id] >= QUIET_S
-
     async def _remove(self, view: View) -> None:
         """First the instances, then the requests, the queue and the row. Begun again by every pass until done."""
-        deployment, version = view.deployment, view.version
-        since = self._undeployed_at.setdefault(deployment.id, self.now())
-        if version is not None and version.status is not FunctionStatus.INACTIVE:
-            await deployments.deactivate(self.broker, deployment.version_id)
+        deployment = view.deployment
+        await self.removals.deactivate(deployment, view.version)
         if view.launched:
             self._stop(view, view.alive, grace_s=self.settings.drain_s if deployment.draining else UNDEPLOY_GRACE_S)
             return
-        self.chores.begin(f"remove {deployment.version_id}", lambda: self._clear(deployment, since))
-
-    async def _clear(self, deployment: Deployment, since: float) -> None:
-        if not await undertaker.clear(self.broker, deployment.version_id) or not await self._silent(deployment, since):
-            return
-        if not await deployments.claim_removal(self.broker, deployment):
-            return
-        # Whoever was late: now nobody can be later.
-        if await undertaker.clear(self.broker, deployment.version_id):
-            await deployments.finish_removal(self.broker, deployment)
-            logger.info("deployment_removed", extra={"version_id": deployment.version_id})
-
-    async def _silent(self, deployment: Deployment, since: float) -> bool:
-        """Whether no front end can still be publishing: none has written a request down and is yet to publish it,
-        or, if one seems to have, for longer than publishing may take. Then it died in between, and accepted
-        nothing."""
-        elapsed_s = self.now() - since
-        (load,) = await self.broker.results.load([deployment.version_id])
-        if load.queued + load.running == 0:
-            return elapsed_s >= QUIET_S
-        return elapsed_s >= QUIET_S + self.broker.settings.accept_timeout_s + self.broker.settings.lease_s
+        self.removals.clear(deployment)
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -449,8 +421,7 @@ class Reconciler:
         self._histories = {key: kept for key, kept in self._histories.items() if key in ids}
         self._decisions = {key: kept for key, kept in self._decisions.items() if key in ids}
         self._started_at = {key: kept for key, kept in self._started_at.items() if key in instances}
-        self._undeployed_at = {key: kept for key, kept in self._undeployed_at.items() if key in ids}
-        self._busy_at = {key: kept for key, kept in self._busy_at.items() if key in ids}
+        self.removals.forget(ids)
         self._sick_at = {key: kept for key, kept in self._sick_at.items() if key in instances}
         self._buried &= instances
 

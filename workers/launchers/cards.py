@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ _NO_PART_OF_A_NAME = re.compile(
 )
 # Upstream tells the two sizes of this one apart by name (contract/management.md §3.1).
 _LARGE_A100 = "A100_80GB"
+_MIG = "MIG-"
+_NAMES = ("GPU-", _MIG)
 _LARGE_A100_BYTES = 60 * GIB
 
 
@@ -47,17 +50,25 @@ class Nvml(Protocol):
     def nvmlDeviceGetName(self, handle: Any, /) -> str: ...
     def nvmlDeviceGetUUID(self, handle: Any, /) -> str: ...
     def nvmlDeviceGetMemoryInfo(self, handle: Any, /) -> Memory: ...
+    def nvmlDeviceGetMigMode(self, handle: Any, /) -> Sequence[int]: ...
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: Any, /) -> int: ...
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: Any, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """`index` is the place on the PCI bus among all cards, `uuid` the card's own for life."""
+    """A card, or one MIG device of it. `index` is the card's place on the PCI bus among all, `uuid` the card's own for
+    life, or that of the MIG device."""
 
     uuid: str
     index: int
     name: str
     memory_bytes: int
     driver_version: str
+
+    @property
+    def is_slice(self) -> bool:
+        return self.uuid.startswith(_MIG)
 
 
 class Cards:
@@ -102,13 +113,36 @@ class Cards:
         except pynvml.NVMLError:
             self.close()
             return []
-        cards = [self._card(index, driver_version) for index in range(count)]
-        return [card for card in cards if card is not None]
+        return [card for index in range(count) for card in self._at(index, driver_version)]
 
-    def _card(self, index: int, driver_version: str) -> Card | None:
-        """None for a card that is lost ("fallen off the bus"): the others are still of use."""
+    def _at(self, index: int, driver_version: str) -> list[Card]:
+        """The card, or its MIG devices when it is cut into those; nothing for a card that is lost ("fallen off the
+        bus"): the others are still of use."""
         try:
             handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+        except pynvml.NVMLError:
+            return []
+        slices = self._slices(handle)
+        found = [self._card(each, index, driver_version) for each in ([handle] if slices is None else slices)]
+        return [card for card in found if card is not None]
+
+    def _slices(self, handle: Any) -> list[Any] | None:
+        """Handles of the MIG devices; None for a card that is whole, or of a kind that cannot be cut."""
+        try:
+            current, _ = self._nvml.nvmlDeviceGetMigMode(handle)
+            if current != pynvml.NVML_DEVICE_MIG_ENABLE:
+                return None
+            most = self._nvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+        except pynvml.NVMLError:
+            return None
+        found = []
+        for index in range(most):
+            with suppress(pynvml.NVMLError):  # a place where no device was made
+                found.append(self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
+        return found
+
+    def _card(self, handle: Any, index: int, driver_version: str) -> Card | None:
+        try:
             memory_bytes = self._nvml.nvmlDeviceGetMemoryInfo(handle).total
             return Card(
                 uuid=self._nvml.nvmlDeviceGetUUID(handle),
@@ -154,7 +188,7 @@ def choose(cards: Iterable[Card], specification_type: str, gpu: str, taken: Coll
     """Free cards for one instance of the type, neighbours on the bus first. Raises NoCapacity."""
     fitting = [card for card in cards if card.name == gpu]
     free = [card for card in fitting if card.uuid not in taken]
-    count = _count(specification_type)
+    count = card_count(specification_type)
     if len(free) < count:
         raise NoCapacity(f"{count} {gpu} needed: {len(free)} of {len(fitting)} are free on this machine")
     return tuple(free[:count])
@@ -162,16 +196,16 @@ def choose(cards: Iterable[Card], specification_type: str, gpu: str, taken: Coll
 
 def device_environment(given: Sequence[Card]) -> dict[str, str]:
     """What shows a process these cards and no others. Indices, because some frameworks read nothing else; with them
-    the order to which they refer."""
-    return {
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": ",".join(str(card.index) for card in given),
-    }
+    the order to which they refer. A MIG device has no index."""
+    words = (card.uuid if card.is_slice else str(card.index) for card in given)
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(words)}
 
 
 def _types(name: str, cards: Sequence[Card], machine: Gpu) -> list[Gpu]:
     own = [card for card in cards if card.name == name]
-    counts = [count for count in (1, 2, 4, 8, 16) if count <= len(own)]
+    # CUDA shows a process one MIG device at most.
+    sizes = (1,) if own[0].is_slice else (1, 2, 4, 8, 16)
+    counts = [count for count in sizes if count <= len(own)]
     return [
         Gpu(
             name=name,
@@ -190,7 +224,7 @@ def _types(name: str, cards: Sequence[Card], machine: Gpu) -> list[Gpu]:
     ]
 
 
-def _count(specification_type: str) -> int:
+def card_count(specification_type: str) -> int:
     """How many cards the type's name says; one, where it says nothing."""
     found = re.search(r"_(\d+)x$", specification_type)
     return int(found[1]) if found else 1
@@ -201,4 +235,4 @@ def _names(visible: str | None, card: Card) -> bool:
     if visible is None:
         return True
     words = [word.strip() for word in visible.split(",")]
-    return any(word == str(card.index) or (word.startswith("GPU-") and card.uuid.startswith(word)) for word in words)
+    return any(word == str(card.index) or (word.startswith(_NAMES) and card.uuid.startswith(word)) for word in words)

@@ -16,6 +16,7 @@ import psutil
 
 _KILLED_S = 5.0
 _LOOK_S = 0.02
+_STDOUT = 1
 # The start time that the system tells may shift a little when the machine's clock is set.
 _SAME_START_S = 2.0
 
@@ -102,6 +103,25 @@ class Child:
         if leader is not None and not _same(leader, self.identity):
             return []
         return [pid for pid in psutil.pids() if _group_of(pid) == self.identity.pid and _runs_now(pid)]
+
+
+def writers(root: Path) -> dict[int, Path]:
+    """Whose output goes to a file below `root`, by process group. Blocks for a while: it looks at every process of
+    this user."""
+    found: dict[int, Path] = {}
+    for process in psutil.process_iter():
+        try:
+            if process.uids().real != os.getuid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            files = [Path(file.path) for file in process.open_files() if file.fd == _STDOUT]
+        except (psutil.Error, OSError):
+            continue
+        for file in files:
+            if file.is_relative_to(root):
+                found[_group_of(process.pid)] = file
+    found.pop(-1, None)
+    found.pop(os.getpgrp(), None)
+    return found
 
 
 def _group_of(pid: int) -> int:

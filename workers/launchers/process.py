@@ -24,34 +24,42 @@ import json
 import logging
 import os
 import random
-import shlex
 import shutil
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import pynvml
-from pydantic import AliasChoices, SecretStr, TypeAdapter, ValidationError
+from pydantic import AliasChoices
 
-from broker.deployments import left_out
-from broker.errors import ConfigurationError, NoCapacity
-from broker.model import Gpu, GpuSpecification, Place, Version
+from broker.errors import ConfigurationError
+from broker.model import Gpu, GpuSpecification, Login, Version
 from broker.ports import Launched
-from broker.settings import ControllerSettings, Settings, SidecarSettings, load
+from broker.settings import ControllerSettings, SidecarSettings
+from workers.launchers import logs
 from workers.launchers import secrets as secrets_file
 from workers.launchers.cards import CPU, Card, Cards, Nvml, choose, device_environment, inventory
-from workers.launchers.children import Child, Identity
+from workers.launchers.children import Child, Identity, writers
 from workers.launchers.images import Image, find_image, read_images
+from workers.launchers.instances import (
+    ERROR_BYTES,
+    container_arguments,
+    container_variables,
+    place_of,
+    refuse_elsewhere,
+    sidecar_settings,
+    sidecar_variables,
+    told,
+)
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "local"
-ERROR_BYTES = 4096
 
 _INHERITED = (
     "PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE",
@@ -62,9 +70,7 @@ _HOST = "127.0.0.1"
 _PORTS = range(20_000, 32_000)
 _PORT_TRIES = 100
 _CONTAINER_GRACE_S = 5.0
-_KEPT_LOGS = 20
 _REQUEST_FOLDERS = ("assets", "responses", "scratch")
-_DURATION: TypeAdapter[timedelta] = TypeAdapter(timedelta)
 
 
 class Sidecar(Protocol):
@@ -110,8 +116,7 @@ def sidecar_environment(settings: SidecarSettings) -> dict[str, str]:
         words = {name.upper(), *(str(spelling).upper() for spelling in spellings)} if spellings else set()
         for word in [word for word in environment if word.upper() in words]:
             del environment[word]
-        environment[f"FNQUEUE_{name.upper()}"] = _as_text(getattr(settings, name))
-    return environment
+    return environment | sidecar_variables(settings)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,11 +138,11 @@ class _Instance:
     def error(self) -> str:
         container, sidecar = self.folder / "container.log", self.folder / "sidecar.log"
         if not self.container.alive:
-            return _told(f"container {self.container.fate}", container, "")
+            return told(f"container {self.container.fate}", _tail(container))
         if self.sidecar is None:
-            return _told("its sidecar did not start", container, "")
+            return told("its sidecar did not start", _tail(container))
         if not self.sidecar.alive:
-            return _told(f"sidecar {self.sidecar.fate}", container, _tail(sidecar, ERROR_BYTES // 4))
+            return told(f"sidecar {self.sidecar.fate}", _tail(container), _tail(sidecar))
         return ""
 
     def save(self) -> None:
@@ -179,10 +184,7 @@ class ProcessLauncher:
         self._lock: IO[bytes] | None = None
         self._cards = Cards(nvml, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
         self._secrets_lock = asyncio.Lock()
-        attributes = (name.strip() for name in settings.attributes.split(","))
-        self._place = Place(
-            cluster=settings.cluster, region=settings.region, attributes=tuple(name for name in attributes if name)
-        )
+        self._place = place_of(settings)
 
     async def gpus(self) -> list[Gpu]:
         """The types of this machine's NVIDIA cards, and `CPU`, whose capacity is not enforced."""
@@ -190,7 +192,13 @@ class ProcessLauncher:
         return [replace(gpu, place=self._place) for gpu in gpus]
 
     async def start(
-        self, instance_id: str, version: Version, specification: GpuSpecification, *, secrets: bytes | None = None
+        self,
+        instance_id: str,
+        version: Version,
+        specification: GpuSpecification,
+        *,
+        secrets: bytes | None = None,
+        login: Login | None = None,
     ) -> None:
         await self._open()
         image = find_image(self._images, version.container_image)
@@ -261,11 +269,7 @@ class ProcessLauncher:
 
     async def _choose(self, specification: GpuSpecification) -> tuple[Card, ...]:
         """The cards for one more instance. Raises NoCapacity."""
-        if field := left_out(specification, self._place):  # it was placed by a controller somewhere else
-            raise NoCapacity(
-                f"{field}: {', '.join(getattr(specification, field))}: no controller runs there now, only in "
-                f"{self._place.cluster} of {self._place.region}"
-            )
+        refuse_elsewhere(specification, self._place)
         if specification.gpu == CPU:
             return ()
         cards = self._cards.seen or await asyncio.to_thread(self._cards.read)
@@ -287,31 +291,18 @@ class ProcessLauncher:
         folder: Path,
         gpu_count: int,
     ) -> SidecarSettings:
-        shared = {name: getattr(self._settings, name) for name in Settings.model_fields}
-        return load(
-            SidecarSettings,
-            **shared | {"data_dir": self._settings.data_dir.resolve(), "drain_s": self._settings.drain_s},
-            function_id=version.function_id,
-            function_version_id=version.id,
-            function_name=version.name,
-            account=version.account,
-            instance_id=instance_id,
-            specification_id=specification.id,
-            gpu=specification.gpu,
-            instance_type=specification.instance_type,
+        return sidecar_settings(
+            self._settings,
+            instance_id,
+            version,
+            specification,
+            backend=BACKEND,
+            data_dir=self._settings.data_dir.resolve(),
             gpu_count=gpu_count,
-            backend=specification.backend or BACKEND,
-            region=self._place.region,
-            environment=BACKEND,
+            status_port=0,  # one that this environment names is the controller's
             inference_host=_HOST,
             inference_port=port,
-            inference_url=version.inference_url,
-            health_protocol=version.health.protocol,
-            health_uri=version.health.uri,
             health_port=health_port,
-            health_timeout_s=_seconds(version.health.timeout),
-            health_expected_status=version.health.expected_status,
-            max_request_concurrency=specification.max_request_concurrency,
             asset_dir=folder / "assets",
             response_dir=folder / "responses",
             scratch_dir=str(folder / "scratch"),
@@ -326,9 +317,7 @@ class ProcessLauncher:
         secrets_file.remove(folder / "secrets")
         (folder / "state.json").unlink(missing_ok=True)
         _clear_requests(folder)
-        over = [path for path in self._root.iterdir() if path.is_dir() and not (path / "state.json").exists()]
-        for old in sorted(over, key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
-            shutil.rmtree(old, ignore_errors=True)
+        logs.forget_oldest(self._root, in_use=lambda path: (path / "state.json").exists())
 
 
 def _clear_requests(folder: Path) -> None:
@@ -348,11 +337,7 @@ def _spawn_container(
 ) -> Child:
     for path in (folder, settings.asset_dir, settings.response_dir, Path(settings.scratch_dir)):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        arguments = shlex.split(version.container_args)
-    except ValueError as exc:
-        raise ConfigurationError(f"containerArgs cannot be split into words: {exc}") from exc
-    command = image.command_for(settings.inference_port) + arguments
+    command = image.command_for(settings.inference_port) + container_arguments(version)
     environment = _container_environment(image, version, settings) | device_environment(cards)
     if secrets is not None:
         secrets_file.lay(folder / "secrets", secrets)
@@ -377,14 +362,7 @@ def _container_environment(image: Image, version: Version, settings: SidecarSett
         "HOST": _HOST,
         "PORT": str(settings.inference_port),
         **({"HEALTH_PORT": str(settings.health_port)} if settings.health_port != settings.inference_port else {}),
-        "NVCF_BACKEND": settings.backend,
-        "NVCF_ENV": settings.environment,
-        "NVCF_FUNCTION_ID": version.function_id,
-        "NVCF_FUNCTION_NAME": version.name,
-        "NVCF_FUNCTION_VERSION_ID": version.id,
-        "NVCF_INSTANCETYPE": settings.instance_type,
-        "NVCF_NCA_ID": version.account,
-        "NVCF_REGION": settings.region,
+        **container_variables(version, settings),
     }
 
 
@@ -403,10 +381,22 @@ def _take_over(root: Path) -> tuple[IO[bytes], dict[str, _Instance]]:
             _clear_requests(folder)
     adopted = [_adopt(state.parent) for state in root.glob("*/state.json")]
     found = {instance.instance_id: instance for instance in adopted if instance is not None}
+    _end_unknown(root, found.values())
     for leftover in root.glob("*/secrets"):
         if leftover.parent.name not in found:  # its controller was killed before it had written the instance down
             secrets_file.remove(leftover)
     return lock, found
+
+
+def _end_unknown(root: Path, found: Collection[_Instance]) -> None:
+    """Kill what a controller started and was killed before it had written down."""
+    known = {instance.container.identity.pid for instance in found}
+    known |= {item.sidecar.identity.pid for item in found if item.sidecar is not None and item.sidecar.identity}
+    for group, log in writers(root).items():
+        if group not in known:
+            logger.warning("unknown_process_killed", extra={"group": group, "instance_id": log.parent.name})
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
 
 
 def _adopt(folder: Path) -> _Instance | None:
@@ -446,28 +436,10 @@ def _free_port(taken: set[int]) -> int:
     raise OSError(f"no free port among {_PORT_TRIES} from {_PORTS.start} to {_PORTS.stop}")
 
 
-def _seconds(duration: str) -> float:
-    """An ISO-8601 duration in seconds, at most what the sidecar takes. Raises ConfigurationError."""
-    try:
-        return min(max(_DURATION.validate_python(duration).total_seconds(), 0.1), 600.0)
-    except ValidationError as exc:
-        raise ConfigurationError(f"health.timeout: {duration!r} is not an ISO-8601 duration") from exc
-
-
-def _as_text(value: object) -> str:
-    return str(value.get_secret_value() if isinstance(value, SecretStr) else value)
-
-
-def _told(what: str, container_log: Path, sidecar_tail: str) -> str:
-    parts = [what, sidecar_tail]
-    room = ERROR_BYTES - sum(len(part.encode()) + 1 for part in parts)
-    return "\n".join(part for part in [*parts, _tail(container_log, room)] if part)
-
-
-def _tail(log: Path, limit_bytes: int) -> str:
+def _tail(log: Path) -> str:
     try:
         with log.open("rb") as lines:
-            lines.seek(max(0, lines.seek(0, os.SEEK_END) - limit_bytes))
-            return lines.read(limit_bytes).decode(errors="ignore").strip()
+            lines.seek(max(0, lines.seek(0, os.SEEK_END) - ERROR_BYTES))
+            return lines.read(ERROR_BYTES).decode(errors="ignore").strip()
     except OSError:
         return ""

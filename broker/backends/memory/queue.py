@@ -80,6 +80,13 @@ class MemoryQueue:
     async def take(self, version_id: str) -> Delivery | None:
         return self.lend(version_id, None)
 
+    async def depth(self, version_id: str) -> int | None:
+        pile = self._pile(version_id)
+        if pile is None:
+            return None
+        self._expire(pile)
+        return len(pile.waiting)
+
     async def ping(self) -> None:
         return
 

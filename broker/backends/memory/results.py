@@ -64,7 +64,7 @@ class Log:
 class Entry:
     """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it; `deaths` the
     attempts whose lease ran out; `worker` is set from a claim until the attempt comes to nothing, and `past` holds
-    those that did."""
+    those that did; `aside` keeps a queued one out of the order."""
 
     id: str
     account: str
@@ -95,6 +95,7 @@ class Entry:
     sequence: int = 0
     numbered: int = 0
     given: int = 0
+    aside: bool = False
 
     def take(self) -> tuple[Progress | None, bool]:
         """The next update that no poll has been given, and true; or the last one again."""
@@ -182,6 +183,7 @@ class MemoryResults:
         entry = self._entries.get(draft.id)
         if entry is not None:
             entry.submitters += 1
+            self._line_up(entry)
             return entry.record()
         if len(self._waiting.get(draft.version_id, ())) >= queue_limit:
             raise QueueFull(f"{queue_limit} requests already wait for this function version")
@@ -384,6 +386,8 @@ class MemoryResults:
         entry = self._entries.get(record.id)
         if entry is None or entry.state is not RequestState.QUEUED:
             return Position(rank=0, length=len(waiting))
+        if entry.aside:
+            return Position(rank=len(waiting) + 1, length=len(waiting))
         return Position(rank=bisect.bisect_left(waiting, (entry.order, entry.id)) + 1, length=len(waiting))
 
     async def places(self, version_id: str, request_ids: Sequence[str]) -> list[Position]:
@@ -408,6 +412,39 @@ class MemoryResults:
 
     async def ping(self) -> None:
         return None
+
+    # -- for upkeep -------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    def waiting(self, version_id: str) -> list[Entry]:
+        """Oldest first."""
+        return [self._entries[request_id] for _, request_id in self._waiting.get(version_id, ())]
+
+    def expire(self, entry: Entry) -> bool:
+        return self._expire(entry)
+
+    def put_back(self, job: Job) -> Entry:
+        """The request's record, made again if it is lost, and among those that wait if it waits."""
+        entry = self._entries.get(job.id) or self._rebuild(job)
+        self._line_up(entry)
+        return entry
+
+    def set_aside(self, entry: Entry) -> None:
+        """Out of the order, and to be looked at when it is due."""
+        waiting = self._waiting[entry.version_id]
+        del waiting[bisect.bisect_left(waiting, (entry.order, entry.id))]
+        entry.aside = True
+        heapq.heappush(self._due.setdefault(entry.version_id, []), (entry.record().due_at, entry.id))
+
+    # -- pieces -----------------------------------------------------------------------------------
+
+    def _line_up(self, entry: Entry) -> None:
+        """Back to its place, if it was set aside."""
+        if entry.aside:
+            entry.aside = False
+            bisect.insort(self._waiting.setdefault(entry.version_id, []), (entry.order, entry.id))
 
     def _load(self, version_id: str) -> Load:
         waiting = self._waiting.get(version_id, [])
@@ -487,9 +524,10 @@ class MemoryResults:
 
     def _move(self, entry: Entry, state: RequestState) -> None:
         """The one place where a state changes, with the order and the running set beside it."""
-        if entry.state is RequestState.QUEUED:
+        if entry.state is RequestState.QUEUED and not entry.aside:
             waiting = self._waiting[entry.version_id]
             del waiting[bisect.bisect_left(waiting, (entry.order, entry.id))]
+        entry.aside = False
         self._running.setdefault(entry.version_id, set()).discard(entry.id)
         entry.state = state
         if state is RequestState.QUEUED:

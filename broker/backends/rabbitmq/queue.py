@@ -77,7 +77,7 @@ class RabbitQueue:
         """As the port says. Of a queue that is new it returns only once a crash of the broker would not lose it."""
         if not self._prepared:
             await self._declare_dead_letters()
-        existed = await self._exists(version_id)
+        existed = await self.depth(version_id) is not None
         async with self._consuming.question() as channel:
             await channel.declare_queue(queue_name(version_id), durable=True, arguments=_QUORUM)
         if not existed:
@@ -131,6 +131,17 @@ class RabbitQueue:
             finally:
                 lane.end()
 
+    async def depth(self, version_id: str) -> int | None:
+        """Asked on a throw-away channel, which knows nothing from before."""
+        try:
+            async with self._consuming.question() as channel:
+                found = await channel.declare_queue(queue_name(version_id), passive=True)
+        except Unavailable as exc:
+            if isinstance(exc.__cause__, amqp.ChannelNotFoundEntity):
+                return None
+            raise
+        return found.declaration_result.message_count or 0
+
     async def ping(self) -> None:
         async with answering(self._answer_s, Unavailable, self._publishing.away):
             publisher = await self._new_publisher()
@@ -155,13 +166,3 @@ class RabbitQueue:
             queue = await channel.declare_queue(DEAD, durable=True, arguments=_QUORUM)
             await queue.bind(exchange)
         self._prepared = True
-
-    async def _exists(self, version_id: str) -> bool:
-        try:
-            async with self._consuming.question() as channel:
-                await channel.declare_queue(queue_name(version_id), passive=True)
-        except Unavailable as exc:
-            if isinstance(exc.__cause__, amqp.ChannelNotFoundEntity):
-                return False
-            raise
-        return True

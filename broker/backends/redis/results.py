@@ -19,6 +19,13 @@ from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Command, Connection
+from broker.backends.redis.keys import account as _account
+from broker.backends.redis.keys import body as _body
+from broker.backends.redis.keys import due as _due
+from broker.backends.redis.keys import record as _record
+from broker.backends.redis.keys import running as _running
+from broker.backends.redis.keys import updates as _updates
+from broker.backends.redis.keys import waiting as _waiting
 from broker.errors import IdempotencyKeyReused, QueueFull, StoreUnavailable
 from broker.model import (
     NO_TIMINGS,
@@ -139,7 +146,7 @@ class RedisResults:
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
         before, [version_id, queue_deadline] = await self._connection.run(
             scripts.CANCEL.call((_record(request_id), _body(request_id)), reason, self._retention_ms),
-            ("HMGET", _record(request_id), "v", "q"),
+            ("HMGET", _record(request_id), "v", "Q"),
             durable=True,
         )
         if before is None:
@@ -266,7 +273,7 @@ class RedisResults:
                 int(lease_s * 1000),
                 max_attempts,
                 self._retention_ms,
-                *_job(job),
+                *job_arguments(job),
                 self._settings.max_worker_deaths,
             ),
             scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
@@ -278,9 +285,7 @@ class RedisResults:
             await self._back_in_line(job.version_id, job.id)
         elif verdict is Verdict.GRANTED and int(claimed[5]):
             with suppress(StoreUnavailable):
-                await self._connection.run(
-                    self._index(job.account, job.id, job.deadline_at - job.created_at, _order(job.created_at))
-                )
+                await self.relist(job)
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=int(claimed[2]), token=token)
         return Claim(
             verdict=verdict,
@@ -288,6 +293,12 @@ class RedisResults:
             lease=lease if verdict is Verdict.GRANTED else None,
             remaining_s=int(claimed[4]) / 1000 if verdict is Verdict.GRANTED else 0.0,
             wait_s=int(claimed[3]) / 1000,
+        )
+
+    async def relist(self, job: Job) -> None:
+        """Put a request whose record was rebuilt back to its place among those of its account."""
+        await self._connection.run(
+            self._index(job.account, job.id, job.deadline_at - job.created_at, _order(job.created_at))
         )
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
@@ -336,7 +347,7 @@ class RedisResults:
                 pack_outcome(outcome),
                 _numbers(outcome, timings),
                 self._retention_ms,
-                *_job(job),
+                *job_arguments(job),
             ),
             *_leaving(job.version_id, job.id, timed=job.queue_deadline_at > 0),
             durable=True,
@@ -365,7 +376,7 @@ class RedisResults:
 
     async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
         [ended] = await self._connection.run(
-            scripts.END.call((_record(job.id), _body(job.id)), state, reason, self._retention_ms, *_job(job)),
+            scripts.END.call((_record(job.id), _body(job.id)), state, reason, self._retention_ms, *job_arguments(job)),
             durable=True,
         )
         claim = Claim(
@@ -383,7 +394,8 @@ class RedisResults:
         return changed + await self._sweep_due(version_id, epoch.now, limit)
 
     async def _sweep_due(self, version_id: str, now: float, limit: int) -> int:
-        """Queue timeouts end in another order than that of the queue, and far behind what a sweep looks at there."""
+        """Queue timeouts end in another order than that of the queue, and far behind what a sweep looks at there; what
+        was set aside is in no other place."""
         [ids] = await self._connection.run(
             ("ZRANGE", _due(version_id), "-inf", int(now * 1000), "BYSCORE", "LIMIT", 0, limit)
         )
@@ -391,7 +403,7 @@ class RedisResults:
             return 0
         records = await self._read_all([_text(request_id) for request_id in ids], "", whole=False)
         await self._connection.run(("ZREM", _due(version_id), *ids))
-        return sum(record is not None and record.overslept for record in records)
+        return sum(record is not None and record.state is RequestState.EXPIRED for record in records)
 
     async def _sweep(self, place: str, belongs: RequestState, before: float, limit: int) -> int:
         """Reading expires what is overdue; an entry without a record may be one that is being created."""
@@ -594,7 +606,8 @@ def _progress(packed: bytes) -> Progress:
     return Progress(number=int(number), percent=int(percent), partial=partial)
 
 
-def _job(job: Job) -> tuple[str | int, ...]:
+def job_arguments(job: Job) -> tuple[str | int, ...]:
+    """What scripts rebuild a lost record from."""
     return (
         job.account,
         job.function_id,
@@ -604,34 +617,6 @@ def _job(job: Job) -> tuple[str | int, ...]:
         round(job.queue_deadline_at * 1000),
         round(job.run_timeout_s * 1000),
     )
-
-
-def _record(request_id: str) -> str:
-    return f"fnq:{{{request_id}}}:r"
-
-
-def _body(request_id: str) -> str:
-    return f"fnq:{{{request_id}}}:b"
-
-
-def _updates(request_id: str) -> str:
-    return f"fnq:{{{request_id}}}:p"
-
-
-def _waiting(version_id: str) -> str:
-    return f"fnq:{{{version_id}}}:q"
-
-
-def _running(version_id: str) -> str:
-    return f"fnq:{{{version_id}}}:x"
-
-
-def _due(version_id: str) -> str:
-    return f"fnq:{{{version_id}}}:d"
-
-
-def _account(account: str) -> str:
-    return f"fnq:{{{account}}}:a"
 
 
 def _member(request_id: str) -> bytes:

@@ -7,7 +7,7 @@ Keys of one request share a hash tag, so that they live in one slot of a Redis C
     fnq:{<id>}:p   list of the attempt's last updates: "<number> <percent> <partial>", oldest first, without gaps
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
-    fnq:{<version>}:d   sorted set of ids by queue deadline, of those that have one
+    fnq:{<version>}:d   sorted set of ids by when they are due, of those with a queue deadline or without a place
 An account's requests are another one, bounded, and mended by whoever reads it:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
 
@@ -288,6 +288,17 @@ if f[8] then
 end
 if f[9] then tell(f[9], string.match(r, '{(.-)}') .. ' 2') end
 return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt}
+"""
+)
+
+# KEYS record body · ARGV retention_ms account function version created deadline queue_deadline run_ms
+# returns {1 if the record was rebuilt, state}
+RESTORE = Script(
+    _REBUILD
+    + """
+local rebuilt = rebuild(KEYS[1], ARGV[1] + 0, ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] + 0, ARGV[7], ARGV[8])
+overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
+return {rebuilt, redis.call('HGET', KEYS[1], 's')}
 """
 )
 

@@ -1,4 +1,4 @@
-"""Opens Results, Streams, Catalog and Counters over one Redis."""
+"""Opens Results, Streams, Catalog, Counters and Upkeep over one Redis."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from broker.backends.redis.connection import Connection
 from broker.backends.redis.counters import RedisCounters
 from broker.backends.redis.results import RedisResults
 from broker.backends.redis.streams import RedisStreams
+from broker.backends.redis.upkeep import RedisUpkeep
 from broker.ports import Store
 from broker.settings import Settings
 
@@ -29,6 +30,7 @@ async def open_store(url: str, settings: Settings) -> AsyncIterator[Store]:
             streams=RedisStreams(connection, settings, hints=results.hints, channel=results.channel),
             catalog=RedisCatalog(connection),
             counters=RedisCounters(connection),
+            upkeep=RedisUpkeep(connection, settings, results),
         )
     finally:
         listening.cancel()

@@ -20,6 +20,9 @@ from broker.backends.codec import pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, Watch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection
+from broker.backends.redis.keys import body as _body
+from broker.backends.redis.keys import record as _record
+from broker.backends.redis.keys import stream as _stream
 from broker.model import Chunk, Excerpt, Flow, Lease, Outcome, RequestState
 from broker.settings import Settings
 
@@ -101,7 +104,7 @@ class _Reader:
     def __init__(self, connection: Connection, settings: Settings, request_id: str, watch: _News, channel: str) -> None:
         self._connection = connection
         self._watch = watch
-        self._keys = _record(request_id), f"fnq:{{{request_id}}}:b", _stream(request_id)
+        self._keys = _record(request_id), _body(request_id), _stream(request_id)
         ttl_ms, self._step_bytes = int(settings.result_ttl_s * 1000), settings.stream_bytes // _STEPS
         self._facts = channel, int(settings.lease_s * 1000), ttl_ms, self._step_bytes
         self._last: Excerpt | None = None
@@ -159,14 +162,6 @@ def _excerpt(reply: Sequence[Any]) -> Excerpt:
             for end, kind, event_id, data in chunks
         ),
     )
-
-
-def _record(request_id: str) -> str:
-    return f"fnq:{{{request_id}}}:r"
-
-
-def _stream(request_id: str) -> str:
-    return f"fnq:{{{request_id}}}:s"
 
 
 def _text(raw: bytes | str) -> str:

@@ -1,0 +1,35 @@
+"""The names of the keys of requests and versions; `scripts` says what each holds."""
+
+from __future__ import annotations
+
+
+def record(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:r"
+
+
+def body(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:b"
+
+
+def updates(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:p"
+
+
+def stream(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:s"
+
+
+def waiting(version_id: str) -> str:
+    return f"fnq:{{{version_id}}}:q"
+
+
+def running(version_id: str) -> str:
+    return f"fnq:{{{version_id}}}:x"
+
+
+def due(version_id: str) -> str:
+    return f"fnq:{{{version_id}}}:d"
+
+
+def account(name: str) -> str:
+    return f"fnq:{{{name}}}:a"

@@ -1,0 +1,177 @@
+"""Upkeep on Redis: a walk over all records by SCAN, and over the places of a version by rank, in small pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from broker.backends.redis import keys, scripts
+from broker.backends.redis.connection import Command, Connection
+from broker.backends.redis.results import RedisResults, job_arguments
+from broker.model import Job, RequestState, Survey
+from broker.settings import Settings
+
+_RECORDS = keys.record("*")
+# An entry that has been there for less may be of a record that is being made.
+_STRAY_AFTER_S = 60.0
+# What reading a record raises that is none.
+_GARBLED = (ValueError, TypeError, AttributeError)
+_QUEUED = RequestState.QUEUED.encode()
+_RUNNING = RequestState.RUNNING.encode()
+
+
+class RedisUpkeep:
+    """Opened by `broker.backends.redis.store`."""
+
+    def __init__(self, connection: Connection, settings: Settings, results: RedisResults) -> None:
+        self._connection = connection
+        self._retention_ms = int(settings.result_ttl_s * 1000)
+        self._results = results
+
+    async def survey(self, cursor: int, *, limit: int) -> Survey:
+        scan = ("SCAN", cursor, "MATCH", _RECORDS, "COUNT", limit, "TYPE", "hash")
+        [[following, found]] = await self._connection.run(scan)
+        ids = [key.decode(errors="replace")[5:-3] for key in found]
+        (seconds, micros), *records = await self._connection.run(
+            ("TIME",), *(("HMGET", key, "s", "v", "d", "Q", "n", "Z") for key in found)
+        )
+        states: Counter[RequestState] = Counter()
+        unreadable, live = 0, []
+        for request_id, fields in zip(ids, records, strict=True):
+            if all(field is None for field in fields):  # gone since the scan
+                continue
+            try:
+                state = RequestState(fields[0].decode())
+                if not state.terminal:
+                    live.append(_Entry(request_id, fields))
+                    continue
+            except _GARBLED:
+                unreadable += 1
+            else:
+                states[state] += 1
+        expired, placed = await self._tend(live, states, now_ms=seconds * 1000 + micros // 1000)
+        return Survey(cursor=int(following), states=states, unreadable=unreadable, expired=expired, placed=placed)
+
+    async def straighten(self, version_id: str, *, skip: int, limit: int) -> tuple[int, bool]:
+        waiting, running = keys.waiting(version_id), keys.running(version_id)
+        window = (skip, skip + limit - 1)
+        (seconds, _), queued, taken = await self._connection.run(
+            ("TIME",), ("ZRANGE", waiting, *window, "WITHSCORES"), ("ZRANGE", running, *window, "WITHSCORES")
+        )
+        fresh_after = (int(seconds) - _STRAY_AFTER_S) * 1_000_000
+        mending: list[Command] = []
+        for entries, place, other, belongs in (
+            (queued, waiting, running, _QUEUED),
+            (taken, running, waiting, _RUNNING),
+        ):
+            members = _members(entries)
+            if not members:
+                continue
+            states = await self._connection.run(*(("HGET", keys.record(each), "s") for each, _ in members))
+            for (request_id, score), raw in zip(members, states, strict=True):
+                if raw == belongs or (raw is None and score >= fresh_after):
+                    continue
+                if raw in (_QUEUED, _RUNNING):
+                    mending.append(scripts.MOVE.call((place, other), request_id))
+                else:
+                    mending.append(("ZREM", place, request_id))
+        if mending:
+            await self._connection.run(*mending)
+        return len(mending), max(len(_members(queued)), len(_members(taken))) == limit
+
+    async def restore(self, job: Job) -> RequestState:
+        [[rebuilt, raw]] = await self._connection.run(
+            scripts.RESTORE.call((keys.record(job.id), keys.body(job.id)), self._retention_ms, *job_arguments(job))
+        )
+        state = RequestState(raw.decode())
+        if state is RequestState.QUEUED:
+            commands: list[Command] = [("ZADD", keys.waiting(job.version_id), "NX", int(job.created_at * 1e6), job.id)]
+            if job.queue_deadline_at:
+                commands.append(("ZADD", keys.due(job.version_id), int(job.queue_deadline_at * 1000), job.id))
+            await self._connection.run(*commands)
+        elif state is RequestState.RUNNING:
+            places = keys.waiting(job.version_id), keys.running(job.version_id)
+            await self._connection.run(scripts.MOVE.call(places, job.id))
+        if rebuilt:
+            await self._results.relist(job)
+        return state
+
+    async def set_aside(self, version_id: str, *, older_than_s: float, limit: int) -> int:
+        now = (await self._results.epoch(fresh=True)).now
+        place, before = keys.waiting(version_id), int((now - older_than_s) * 1_000_000)
+        [members] = await self._connection.run(("ZRANGE", place, "-inf", before, "BYSCORE", "LIMIT", 0, limit))
+        if not members:
+            return 0
+        ids = [member.decode() for member in members]
+        found = await self._connection.run(
+            *(("HMGET", keys.record(each), "s", "v", "d", "Q", "n", "Z") for each in ids)
+        )
+        commands: list[Command] = []
+        for request_id, fields in zip(ids, found, strict=True):
+            if fields[0] != _QUEUED or fields[5] is not None:
+                continue
+            with suppress(*_GARBLED):
+                commands.append(("ZADD", keys.due(version_id), _Entry(request_id, fields).due_ms, request_id))
+                commands.append(("ZREM", place, request_id))
+        if commands:
+            await self._connection.run(*commands)
+        return len(commands) // 2
+
+    async def _tend(self, live: Sequence[_Entry], states: Counter[RequestState], *, now_ms: int) -> tuple[int, int]:
+        """Count what is not terminal, as it stands after the overdue ones were expired and the others have places."""
+        overdue = [entry for entry in live if entry.due_ms <= now_ms]
+        records = await asyncio.gather(*(self._results.glance(entry.id) for entry in overdue))
+        ended = {record.id: record.state for record in records if record is not None and record.state.terminal}
+        states.update(ended.get(entry.id, entry.state) for entry in live)
+        rest = [entry for entry in live if entry.id not in ended]
+        if not rest:
+            return len(ended), 0
+        lost = rest  # nearly all are at the first place that is asked for
+        for place in (_own_place, _due_place, _other_place):
+            lost = await self._missing(place, lost)
+        if lost:
+            # By its end, and not among those that wait: whether anything waits for a worker, only the queue can tell.
+            await self._connection.run(
+                *(("ZADD", keys.due(entry.version_id), entry.due_ms, entry.id) for entry in lost)
+            )
+        return len(ended), len(lost)
+
+    async def _missing(self, place: Callable[[_Entry], str], entries: Sequence[_Entry]) -> list[_Entry]:
+        if not entries:
+            return []
+        scores = await self._connection.run(*(("ZSCORE", place(entry), entry.id) for entry in entries))
+        return [entry for entry, score in zip(entries, scores, strict=True) if score is None]
+
+
+class _Entry:
+    """The fields of a record that is not terminal. Raises _GARBLED."""
+
+    __slots__ = ("due_ms", "id", "state", "version_id")
+
+    def __init__(self, request_id: str, fields: Sequence[Any]) -> None:
+        state, version_id, deadline, queue_deadline, attempt, postponed = fields
+        self.id = request_id
+        self.state = RequestState(state.decode())
+        self.version_id: str = version_id.decode()
+        waits = queue_deadline is not None and int(attempt) == 0 and postponed is None
+        self.due_ms = min(int(deadline), int(queue_deadline)) if waits else int(deadline)
+
+
+def _own_place(entry: _Entry) -> str:
+    return (keys.running if entry.state is RequestState.RUNNING else keys.waiting)(entry.version_id)
+
+
+def _other_place(entry: _Entry) -> str:
+    return (keys.waiting if entry.state is RequestState.RUNNING else keys.running)(entry.version_id)
+
+
+def _due_place(entry: _Entry) -> str:
+    return keys.due(entry.version_id)
+
+
+def _members(entries: Sequence[Any]) -> list[tuple[str, float]]:
+    """RESP3 answers pairs."""
+    return [(member.decode(), float(score)) for member, score in entries]
