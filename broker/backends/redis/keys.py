@@ -31,5 +31,13 @@ def due(version_id: str) -> str:
     return f"fnq:{{{version_id}}}:d"
 
 
+def letter(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:l"
+
+
+def letters(account_name: str) -> str:
+    return f"fnq:{{{account_name}}}:l"
+
+
 def account(name: str) -> str:
     return f"fnq:{{{name}}}:a"
