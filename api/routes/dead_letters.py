@@ -21,7 +21,7 @@ PAGE_DEFAULT = 50
 PAGE_MAX = 200
 CAUSES = tuple(cause.value for cause in DeadCause)
 # How long one call for many goes on before it answers, with a cursor.
-_BATCH_S = 20.0
+_BATCH_S = 15.0
 _INPUT_URL_S = 3600.0
 
 
