@@ -120,6 +120,8 @@ async def redrive(broker: Broker, principal: Principal, request_id: str, *, pick
     letter = await _own(broker, principal, request_id)
     if letter.redriven_at and letter.redriven_as != after:
         return Redriven(request_id=letter.id, redriven_as=letter.redriven_as)
+    # Any other ID is of no meaning here, and may be somebody else's.
+    after = after if after == letter.redriven_as else ""
     if after:
         before = await broker.results.glance(after)
         if before is not None and not before.state.terminal:

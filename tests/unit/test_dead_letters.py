@@ -257,6 +257,15 @@ async def test_once_more_is_asked_for_by_naming_the_last_one(house: House) -> No
     assert await redriven(house, request_id, {"after": first}) == second
 
 
+async def test_only_the_letters_own_redrive_can_be_named(house: House) -> None:
+    """Of any other request nothing is told, not even that it runs."""
+    request_id = await die(house)
+    others = await house.submit()
+    first = await redriven(house, request_id, {"after": others})
+    for name in (others, NOBODYS):
+        assert await redriven(house, request_id, {"after": name}) == first
+
+
 async def test_a_redrive_that_dies_is_a_dead_letter_of_its_own(house: House) -> None:
     request_id = await die(house)
     new_id = await redriven(house, request_id)
