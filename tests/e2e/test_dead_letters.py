@@ -8,7 +8,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.e2e.conftest import NVCF, UNKNOWN_ID, Site, production_only
+from tests.e2e.conftest import NVCF, Site
 from tests.eventually import eventually
 from tests.house import RECORDER, Caller
 
@@ -55,26 +55,4 @@ async def test_what_kills_its_container_is_kept_and_runs_once_it_is_cured(
         assert (await caller.call("GET", f"{LETTERS}/{request_id}")).status == 404
     finally:
         cure.touch()
-        await function.undeploy()
-
-
-@production_only
-async def test_a_strangers_dead_letter_is_one_that_never_was(caller: Caller, stranger: Caller) -> None:
-    function = await caller.deploy(RECORDER)
-    try:
-        request_id = await caller.submit(function.id, {"die": True})
-        await letter_of(caller, request_id)
-        for method, suffix, data in (("GET", "", None), ("DELETE", "", None), ("POST", "/redrive", {})):
-            replies = [
-                await stranger.call(method, f"{LETTERS}/{each}{suffix}", data=data) for each in (request_id, UNKNOWN_ID)
-            ]
-            bodies = {
-                reply.body.replace(each.encode(), b"")
-                for reply, each in zip(replies, (request_id, UNKNOWN_ID), strict=True)
-            }
-            assert ([reply.status for reply in replies], len(bodies)) == ([404, 404], 1)
-        every = await stranger.call("POST", f"{LETTERS}/purge", data={"select": {"all": True}})
-        assert every.json == {"purged": 0}
-        await letter_of(caller, request_id)
-    finally:
         await function.undeploy()
