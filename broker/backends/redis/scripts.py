@@ -4,6 +4,7 @@ Keys of one request share a hash tag, so that they live in one slot of a Redis C
     fnq:{<id>}:r   hash, the record      fnq:{<id>}:b   string, the packed outcome
     fnq:{<id>}:s   stream, the latest of a streamed body: entry <attempt>-<offset behind it>, fields d data · k kind
                    (0 bytes, 1 event) · c the container's ID of the event
+    fnq:{<id>}:l   hash, what is kept of a dead request to start it again
     fnq:{<id>}:p   list of the attempt's last updates: "<number> <percent> <partial>", oldest first, without gaps
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
@@ -13,12 +14,14 @@ An account's requests are another one, bounded, and mended by whoever reads it:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
                         behind in either is found in the version's
+    fnq:{<account>}:l   the same of its dead letters, by when they died
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
 Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
 D workers that died with it: whose lease ran out
+K why it is dead · L its dead letter was made · V the request that it was started again as
 G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
 means to be there · i channels of readers · j channel of a writer that waits, and how many unread bytes it waits for
@@ -195,7 +198,7 @@ return 1
 # KEYS record body · ARGV retention_ms channel touch whole poll steps
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
 #   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result,
-#   head of a stream that is not terminal, an update or '', 1 if no other poll was given it}
+#   head of a stream that is not terminal, an update or '', 1 if no other poll was given it, cause, redriven as}
 # A touched terminal record is written to, so that WAIT on this connection covers what was read. A `poll` is a nonce,
 # '' for none, and takes an update; with `steps` (0|1) the channel is told of every step.
 READ = Script(
@@ -219,7 +222,7 @@ end
 if redis.call('HEXISTS', KEYS[1], 's') == 0 or redis.call('HEXISTS', KEYS[1], 'x') == 1 then return nil end
 local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
 local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I',
-  'u', 'pn')
+  'u', 'pn', 'K', 'V')
 local body, progress, unread = '', '', 0
 if f[18] and (f[1] == 'running' or ARGV[6] == '1') then
   progress, unread = update(KEYS[1], tonumber(f[18]), f[1] == 'running' and ARGV[5] or '')
@@ -238,7 +241,7 @@ if not terminal[f[1]] and ARGV[6] == '1' then
 end
 return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
   f[10] or '', f[11] or '', body, expired and 1 or 0, f[13] or '0', f[14] or '0', f[15] or '', f[16] or '',
-  not terminal[f[1]] and f[17] or '', progress, unread}
+  not terminal[f[1]] and f[17] or '', progress, unread, f[19] or '', f[20] or ''}
 """
 )
 
@@ -271,10 +274,12 @@ end
 if f[7] then return {'settled', finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0), n, 0} end
 local deaths = tonumber(f[10] or 0) + (f[1] == 'running' and 1 or 0)
 if deaths >= tonumber(ARGV[14]) then
+  redis.call('HSET', r, 'K', 'worker-deaths')
   finish(r, KEYS[2], 'dead', 'the worker died in ' .. deaths .. ' attempts: it may be what kills them', ARGV[6] + 0)
   return {'settled', 'dead', n, 0}
 end
 if n >= tonumber(ARGV[5]) then
+  redis.call('HSET', r, 'K', 'attempts-exhausted')
   finish(r, KEYS[2], 'dead', 'the worker or its container died in ' .. n .. ' attempts', ARGV[6] + 0)
   return {'settled', 'dead', n, 0}
 end
@@ -413,7 +418,7 @@ return f[1]
 )
 
 # KEYS record body
-# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms
+# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms cause('' for none)
 # returns {verdict, state, wait_ms}
 END = Script(
     _REBUILD
@@ -423,6 +428,7 @@ rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9]
 local f = redis.call('HMGET', r, 's', 'l')
 if terminal[f[1]] then return {'settled', f[1], 0} end
 if f[1] == 'running' and tonumber(f[2] or 0) > now then return {'held', f[1], tonumber(f[2]) - now} end
+if ARGV[11] ~= '' then redis.call('HSET', r, 'K', ARGV[11]) end
 return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0}
 """
 )
@@ -569,6 +575,67 @@ local there = redis.call('HGET', KEYS[1], 'g')
 if not there then return 0 end
 if ARGV[1] == '1' then return redis.call('HDEL', KEYS[1], 'g') end
 redis.call('HSET', KEYS[1], 'g', math.min(now, tonumber(there)))
+return 1
+"""
+)
+
+# -- dead letters: a letter has the fields a account · f function · v version · s accepted · e died · n attempts
+# c cause · m reason · u kept until · j envelope · b body · k key of a body in the blob store · z its size
+# r the request that it is started again as · B since when that is settled · R since when it is accepted --------------
+
+# KEYS record letter · ARGV envelope body body_key size ttl_ms
+# returns when it died, in ms; 0 when there is nothing to keep it for. A letter is made once: the record outlives every
+# copy of the message.
+LETTER_KEEP = Script(
+    _NOW
+    + """
+local r, l = KEYS[1], KEYS[2]
+local died = redis.call('HGET', l, 'e')
+if died then return tonumber(died) end
+local f = redis.call('HMGET', r, 's', 'L', 'a', 'f', 'v', 'c', 'e', 'n', 'K', 'm')
+if f[1] ~= 'dead' or f[2] then return 0 end
+redis.call('HSET', r, 'L', 1)
+redis.call('HSET', l, 'j', ARGV[1], 'b', ARGV[2], 'k', ARGV[3], 'z', ARGV[4], 'a', f[3], 'f', f[4], 'v', f[5],
+  's', f[6], 'e', f[7], 'n', f[8], 'c', f[9] or 'dead-lettered', 'm', f[10] or '', 'u', now + ARGV[5])
+redis.call('PEXPIRE', l, ARGV[5])
+return tonumber(f[7])
+"""
+)
+
+# KEYS letter · ARGV candidate after('' for none) known_ms · returns nil, or {id, 1 if done}
+# What was settled longer than `known_ms` ago counts as done: its record may have come and gone.
+LETTER_BIND = Script(
+    _NOW
+    + """
+local f = redis.call('HMGET', KEYS[1], 'e', 'r', 'R', 'B')
+if not f[1] then return nil end
+if not f[2] or f[2] == ARGV[2] then
+  redis.call('HSET', KEYS[1], 'r', ARGV[1], 'B', now)
+  redis.call('HDEL', KEYS[1], 'R')
+  return {ARGV[1], 0}
+end
+if not f[3] and now - f[4] > tonumber(ARGV[3]) then
+  redis.call('HSET', KEYS[1], 'R', now)
+  return {f[2], 1}
+end
+return {f[2], f[3] and 1 or 0}
+"""
+)
+
+# KEYS letter · ARGV id
+LETTER_UNBIND = Script(
+    """
+if redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then return 0 end
+return redis.call('HDEL', KEYS[1], 'r', 'B', 'R')
+"""
+)
+
+# KEYS letter record · ARGV id
+LETTER_REDRIVEN = Script(
+    _NOW
+    + """
+if redis.call('HGET', KEYS[1], 'r') == ARGV[1] then redis.call('HSETNX', KEYS[1], 'R', now) end
+if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'V', ARGV[1]) end
 return 1
 """
 )
