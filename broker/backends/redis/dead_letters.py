@@ -44,7 +44,7 @@ class RedisDeadLetters:
         place = keys.letters(job.account)
         _, count = await self._connection.run(
             # Trimmed below instead, where the letters go too.
-            scripts.INDEX.call((place,), _member(job.id), int(died_ms) * 1000, 2**31, self._ttl_ms),
+            scripts.FILE.call((place,), _member(job.id), int(died_ms) * 1000, 2**31, self._ttl_ms),
             ("ZCARD", place),
             durable=True,
         )

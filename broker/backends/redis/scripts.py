@@ -693,29 +693,45 @@ return ''
 """
 )
 
+# file(): puts an id into an order, at a place of its own, of which the newest `limit` stay, and none for longer than
+# `ttl_ms`. That is seen to at one of sixteen: it would take as long as the rest.
+_FILE = """
+local function file(place, id, at_us, limit, ttl_ms)
+  local time = redis.call('TIME')
+  local now = time[1] * 1000000 + time[2]
+  local at = at_us == 0 and now or at_us
+  if redis.call('ZADD', place, 'NX', at, id) == 0 then return end
+  while redis.call('ZCOUNT', place, at, at) > 1 do
+    at = at + 1
+    redis.call('ZADD', place, 'XX', at, id)
+  end
+  redis.call('PEXPIRE', place, ttl_ms)
+  if at % 16 == 0 then
+    redis.call('ZREMRANGEBYRANK', place, 0, -limit - 1)
+    redis.call('ZREMRANGEBYSCORE', place, '-inf', now - ttl_ms * 1000)
+  end
+end
+"""
+
+# KEYS order · ARGV id at_us limit ttl_ms
+FILE = Script(
+    _FILE
+    + """
+file(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0)
+return 1
+"""
+)
+
 # KEYS account ledger · ARGV id accepted_us(0: now) limit ttl_ms bytes most_requests most_bytes (0: any number)
-# returns as ENQUEUE
-# Puts a request among those of its account, of which the newest `limit` stay, and none for longer than a record lives.
-# That is seen to at one of sixteen: it would take as long as the rest.
+# returns as ENQUEUE · puts a request among those of its account
 INDEX = Script(
     _ADMIT
+    + _FILE
     + """
 local met = admit(KEYS[2], ARGV[1], ARGV[5] + 0, ARGV[5], ARGV[6] + 0, ARGV[7] + 0)
 if met ~= '' then return met end
 if redis.call('PTTL', KEYS[2]) < tonumber(ARGV[4]) then redis.call('PEXPIRE', KEYS[2], ARGV[4]) end
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-local at = ARGV[2] == '0' and now or tonumber(ARGV[2])
-if redis.call('ZADD', KEYS[1], 'NX', at, ARGV[1]) == 0 then return '' end
-while redis.call('ZCOUNT', KEYS[1], at, at) > 1 do
-  at = at + 1
-  redis.call('ZADD', KEYS[1], 'XX', at, ARGV[1])
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-if at % 16 == 0 then
-  redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -ARGV[3] - 1)
-  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[4] * 1000)
-end
+file(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0)
 return ''
 """
 )
