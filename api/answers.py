@@ -138,7 +138,7 @@ def _ended(record: Record) -> Answer:
     found["Content-Type"] = problems.CONTENT_TYPE
     if kind.status == 503:
         found["Retry-After"] = POLL_AGAIN_S
-    content = problems.body(kind, record.reason or sentence, requestId=record.id)
+    content = problems.body(kind, record.reason or sentence, requestId=record.id, cause=record.cause)
     return Answer(status=kind.status, headers=found, body=content)
 
 

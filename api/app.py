@@ -15,6 +15,7 @@ from api.routes import (
     assets,
     authorizations,
     clusters,
+    dead_letters,
     deployments,
     envelopes,
     events,
@@ -251,6 +252,7 @@ def _management(front: Front) -> list[Operation]:
         looks.get(f"{NVCF}/queues{VERSION}", queues.of_version, "Queue of a version", gives=wire.Queues),
         polls.get(f"{NVCF}/queues/{REQUEST}/position", queues.position, "Place of a request", gives=wire.Position),
         *_requests(front),
+        *_dead_letters(front),
     ]
 
 
@@ -265,6 +267,50 @@ def _requests(front: Front) -> list[Operation]:
             parameters=WHICH_REQUESTS,
         ),
         asks.get(f"{NVCF}/requests/{REQUEST}", requests.get, "Get a request's receipt", gives=wire.RequestReceipt),
+    ]
+
+
+def _dead_letters(front: Front) -> list[Operation]:
+    owns, at = scoped(front, INVOKE), f"{NVCF}/dead-letters"
+    return [
+        owns.get(
+            at,
+            dead_letters.list_letters,
+            "List dead letters",
+            gives=wire.DeadLetterList,
+            parameters=[*WHICH_DEAD_LETTERS, *PAGE],
+        ),
+        owns.get(
+            f"{at}/causes",
+            dead_letters.causes,
+            "Count dead letters by what they died of",
+            gives=wire.DeadLetterCauses,
+            parameters=WHICH_DEAD_LETTERS,
+        ),
+        owns.post(
+            f"{at}/redrive",
+            dead_letters.redrive_many,
+            "Start dead requests again",
+            takes=wire.RedriveDeadLetters,
+            gives=wire.DeadLettersRedriven,
+        ),
+        owns.post(
+            f"{at}/purge",
+            dead_letters.purge_many,
+            "Throw dead letters away",
+            takes=wire.PurgeDeadLetters,
+            gives=wire.DeadLettersPurged,
+        ),
+        owns.get(f"{at}/{REQUEST}", dead_letters.get, "Get a dead letter with its input", gives=wire.DeadLetterDetail),
+        owns.delete(f"{at}/{REQUEST}", dead_letters.purge, "Throw a dead letter away"),
+        owns.post(
+            f"{at}/{REQUEST}/redrive",
+            dead_letters.redrive,
+            "Start a dead request again",
+            takes=wire.RedriveDeadLetter,
+            gives=wire.DeadLetterRedriven,
+            status=202,
+        ),
     ]
 
 
@@ -507,6 +553,34 @@ WHICH_REQUESTS = [
     ),
     Parameter(
         name="cursor", where="query", description="From the page before. Absent: the newest.", schema={"type": "string"}
+    ),
+]
+PAGE = WHICH_REQUESTS[-2:]
+WHICH_DEAD_LETTERS = [
+    *WHICH_REQUESTS[:2],
+    Parameter(
+        name="cause",
+        where="query",
+        description="Those that died of any of these. Absent: all.",
+        schema={"type": "array", "items": {"type": "string", "enum": list(dead_letters.CAUSES)}},
+    ),
+    Parameter(
+        name="diedAfter",
+        where="query",
+        description="Those that died at this time or later.",
+        schema={"type": "string", "format": "date-time"},
+    ),
+    Parameter(
+        name="diedBefore",
+        where="query",
+        description="Those that died before this time.",
+        schema={"type": "string", "format": "date-time"},
+    ),
+    Parameter(
+        name="redriven",
+        where="query",
+        description="Those that were started again, or those that were not. Absent: both.",
+        schema={"type": "boolean"},
     ),
 ]
 OF_ACCOUNT = Parameter(

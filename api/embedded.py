@@ -21,7 +21,8 @@ from broker.errors import ConfigurationError, FnqueueError
 from broker.examination import profile_kept
 from broker.ports import Broker, Launcher
 from broker.settings import ApiSettings, ControllerSettings, SidecarSettings
-from fnqueue.welcome import Failed, welcome
+from fnqueue.calls import Failed
+from fnqueue.welcome import welcome
 from workers import controller, sidecar
 from workers.health import NeverReady
 from workers.launchers import open_launcher

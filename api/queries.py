@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import datetime
 
 from multidict import MultiMapping
@@ -20,7 +20,12 @@ def words(query: MultiMapping[str], name: str) -> list[str]:
 
 def choices(query: MultiMapping[str], name: str, known: Collection[str]) -> list[str]:
     """A list, as `words`, of known words in any case. Raises BadRequest that names those there are."""
-    given = [word.lower() for word in words(query, name)]
+    return among(words(query, name), name, known)
+
+
+def among(words: Iterable[str], name: str, known: Collection[str]) -> list[str]:
+    """These words, in any case, which have to be known ones. Raises BadRequest that names those there are."""
+    given = [word.lower() for word in words]
     if any(word not in known for word in given):
         raise BadRequest(f"{name}: must be of {', '.join(known)}", field=name)
     return given

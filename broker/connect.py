@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from broker.backends import files, s3
 from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
+from broker.backends.memory.dead_letters import MemoryDeadLetters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
@@ -55,6 +56,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
             catalog=store.catalog,
             counters=store.counters,
             upkeep=store.upkeep,
+            dead_letters=store.dead_letters,
             blobs=blobs,
             settings=settings,
             keyring=keyring,
@@ -70,7 +72,8 @@ async def _memory_queue(url: str, settings: Settings, signatures: Signatures) ->
 async def _memory_store(url: str, settings: Settings) -> AsyncIterator[Store]:
     results = MemoryResults(settings)
     streams = MemoryStreams(results, settings)
-    yield Store(results, MemoryCatalog(), MemoryCounters(), streams, MemoryUpkeep(results))
+    letters = MemoryDeadLetters(results, settings)
+    yield Store(results, MemoryCatalog(), MemoryCounters(), streams, MemoryUpkeep(results), letters)
 
 
 QUEUES: Mapping[str, QueueOpener] = {

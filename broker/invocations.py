@@ -21,7 +21,6 @@ from broker.errors import (
     AlreadyFinished,
     CircuitOpen,
     FnqueueError,
-    Forbidden,
     NotFound,
     PublishRejected,
     PublishUnconfirmed,
@@ -45,7 +44,7 @@ from broker.model import (
     Version,
 )
 from broker.ports import Broker, Sink, Watch
-from broker.visibility import check_request
+from broker.visibility import check_request, is_covered
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         StreamNotKept: as `status`, for a key that was used before.
     """
     account, streaming = submission.principal.account, submission.streaming
-    request_id = request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
+    request_id = await new_id(broker, account)
     async with broker.results.watch(request_id, Interest.PROGRESS) as watch:
         submitting = spawn(submit(broker, submission, version, request_id, watch=wait_s > 0))
         del submission
@@ -204,7 +203,7 @@ async def page(
     covered: dict[str, bool] = {}
     for record in found.records:
         if record.version_id not in covered:
-            covered[record.version_id] = await _covers(broker, principal, record)
+            covered[record.version_id] = await is_covered(broker, principal, record)
     return replace(found, records=tuple(record for record in found.records if covered[record.version_id]))
 
 
@@ -230,6 +229,16 @@ async def withdraw(broker: Broker, record: Record, *, reason: str = NOT_PICKED_U
     """End a request whose caller does not wait for it any more, and return it as it then stands."""
     await broker.results.cancel(record.id, reason=reason)
     return await broker.results.read(record.id) or record
+
+
+def owns_id(broker: Broker, principal: Principal, request_id: str) -> bool:
+    """Whether an ID was made for the caller's account, told without asking the store."""
+    return request_ids.belongs(_secret(broker), principal.account, request_id)
+
+
+async def new_id(broker: Broker, account: str) -> str:
+    """For a request of this account, in the present life of the store's data. Raises StoreUnavailable."""
+    return request_ids.mint(_secret(broker), account, (await broker.results.epoch()).number)
 
 
 async def position(broker: Broker, principal: Principal, request_id: str) -> tuple[Record, Position]:
@@ -272,7 +281,7 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         channel=submission.channel,
     )
     try:
-        await _publish(broker, job)
+        await publish(broker, job)
     except Unavailable as exc:
         return await _refuse(broker, record, exc)
     return record
@@ -280,7 +289,7 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
 
 async def _park_body(broker: Broker, draft: Draft, body: bytes | BodyFile) -> tuple[bytes, str]:
     """Bodies that are too large for a message wait in the blob store; nothing waits in this process."""
-    key = f"inputs/{draft.account}/{draft.id}"
+    key = input_key(draft.account, draft.id)
     if isinstance(body, BodyFile):
         await broker.blobs.upload(key, body.copy_to, content_type="application/octet-stream", scratch=body.path.parent)
     elif len(body) <= broker.settings.inline_body_bytes:
@@ -290,9 +299,14 @@ async def _park_body(broker: Broker, draft: Draft, body: bytes | BodyFile) -> tu
     return b"", key
 
 
-async def _publish(broker: Broker, job: Job) -> None:
+def input_key(account: str, request_id: str) -> str:
+    """Where in the blob store the body of a request is that no message carries."""
+    return f"inputs/{account}/{request_id}"
+
+
+async def publish(broker: Broker, job: Job) -> None:
     """Publish until confirmed, over new connections, for as long as a caller may be kept waiting. Copies are
-    harmless: a claim runs a request once."""
+    harmless: a claim runs a request once. Raises as `Queue.publish`."""
     loop = asyncio.get_running_loop()
     until = loop.time() + broker.settings.accept_timeout_s
     pause_s = 0.05
@@ -369,7 +383,7 @@ async def _missing(broker: Broker, principal: Principal, request_id: str) -> Rec
 
 
 def _own_id(broker: Broker, principal: Principal, request_id: str) -> None:
-    if not request_ids.belongs(_secret(broker), principal.account, request_id):
+    if not owns_id(broker, principal, request_id):
         raise NotFound(UNKNOWN)
 
 
@@ -378,14 +392,6 @@ async def _own(broker: Broker, principal: Principal, record: Record) -> Record:
         raise NotFound(UNKNOWN)
     await check_request(broker, principal, record)
     return record
-
-
-async def _covers(broker: Broker, principal: Principal, record: Record) -> bool:
-    try:
-        await check_request(broker, principal, record)
-    except Forbidden:
-        return False
-    return True
 
 
 def _secret(broker: Broker) -> bytes:

@@ -498,6 +498,18 @@ class Outcome:
         return kind == EVENT_STREAM and named.get("content-encoding", "identity") == "identity"
 
 
+class DeadCause(StrEnum):
+    """Why a request is `dead`. REJECTED: a worker could not take its message for one of its own; OTHER: the queue gave
+    its message up and does not say why."""
+
+    ATTEMPTS = "attempts-exhausted"
+    WORKER_DEATHS = "worker-deaths"
+    DELIVERY_LIMIT = "delivery-limit"
+    REJECTED = "rejected"
+    QUEUE_FULL = "queue-full"
+    OTHER = "dead-lettered"
+
+
 class AttemptEnd(StrEnum):
     """What became of an attempt. RETURNED cost none of the attempts that a request has; the last six are those of the
     request that ended with it."""
@@ -563,7 +575,8 @@ class Record:
 
     `queue_deadline_at` is until when its first attempt must start, `run_timeout_s` how long each may take; 0 is no
     limit but that of `deadline_at`. `attempts` are in order, the newest MOST_ATTEMPTS_KEPT of those that came to
-    nothing, and then the one that runs or ended the request.
+    nothing, and then the one that runs or ended the request. `cause` is a DeadCause of one that is dead, "" of others
+    and of one that an older release ended; `redriven_as` is the request that was made of it.
     """
 
     id: str
@@ -587,6 +600,8 @@ class Record:
     head: Outcome | None = None
     progress: Progress | None = None
     unread: bool = False
+    cause: str = ""
+    redriven_as: str = ""
 
     @property
     def due_at(self) -> float:
@@ -634,6 +649,83 @@ class RequestPage:
 
     records: tuple[Record, ...]
     after: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A dead request that can be started once more: what is known of it, and `job`, its input, where it was asked for.
+
+    `size_bytes` is that of the body, which is in the blob store when there is a `body_key`. `redriven_as` is the
+    request that its redrive makes, from before that is accepted; `redriven_at` is set once it is.
+    """
+
+    id: str
+    account: str
+    function_id: str
+    version_id: str
+    cause: str
+    reason: str
+    attempts: int
+    created_at: float
+    died_at: float
+    kept_until: float
+    size_bytes: int = 0
+    body_key: str = ""
+    redriven_as: str = ""
+    redriven_at: float = 0.0
+    job: Job | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetterFilter:
+    """Which dead letters of an account; what is left empty, 0 or None leaves nothing out. `since` and `until` are about
+    when they died; the first is included, the second is not."""
+
+    function_id: str = ""
+    version_id: str = ""
+    causes: frozenset[str] = frozenset()
+    since: float = 0.0
+    until: float = 0.0
+    redriven: bool | None = None
+
+    def keeps(self, letter: DeadLetter) -> bool:
+        return (
+            self.function_id in ("", letter.function_id)
+            and self.version_id in ("", letter.version_id)
+            and (not self.causes or letter.cause in self.causes)
+            and self.since <= letter.died_at
+            and (not self.until or letter.died_at < self.until)
+            and self.redriven in (None, letter.redriven_at > 0)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetterPage:
+    """Dead letters without their jobs, the latest first. `after` is where the next page begins; 0 when there is
+    none."""
+
+    letters: tuple[DeadLetter, ...]
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """How many dead letters of one version have one cause, and when the first and the last of them died."""
+
+    function_id: str
+    version_id: str
+    cause: str
+    count: int
+    first_at: float
+    last_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redrive:
+    """The request that a dead letter is started again as; `done` once it was accepted."""
+
+    id: str
+    done: bool
 
 
 class Interest(IntEnum):

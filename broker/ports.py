@@ -21,6 +21,9 @@ from broker.model import (
     Claim,
     Cluster,
     Crash,
+    DeadLetter,
+    DeadLetterFilter,
+    DeadLetterPage,
     Deployment,
     Draft,
     Epoch,
@@ -39,6 +42,7 @@ from broker.model import (
     Position,
     Progress,
     Record,
+    Redrive,
     RegistryCredentials,
     RequestFilter,
     RequestPage,
@@ -47,6 +51,7 @@ from broker.model import (
     Sharing,
     Survey,
     Taken,
+    Tally,
     Timings,
     Version,
     Window,
@@ -231,9 +236,9 @@ class Results(Protocol):
         """The first `limit` updates numbered above `after` that are still there, in order. Takes nothing from polls.
         Those of an ended request stay for a few minutes."""
 
-    async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
-        """End a request that nobody runs (`dead`, `expired` or `cancelled`), rebuilding a missing record.
-        HELD when a worker has a live lease on it."""
+    async def end(self, job: Job, state: RequestState, *, reason: str, cause: str = "") -> Claim:
+        """End a request that nobody runs (`dead`, `expired` or `cancelled`), rebuilding a missing record. `cause` is
+        the DeadCause of one that becomes dead. HELD when a worker has a live lease on it."""
 
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
         """Turn a queued or running record `cancelled`; returns the state that stood before."""
@@ -259,6 +264,48 @@ class Results(Protocol):
         """The present life of the store's data, a few seconds old at most unless `fresh`."""
 
     async def ping(self) -> None: ...
+
+
+# -- Dead letters ------------------------------------------------------------------------------
+
+
+class DeadLetters(Protocol):
+    """Dead requests with their inputs, for `dead_letter_ttl_s`, and of each account the latest `dead_letters_kept`.
+    Every change is safe to run twice. All methods raise StoreUnavailable."""
+
+    async def keep(self, job: Job, *, size_bytes: int) -> bool:
+        """Keep the job of a request whose record is `dead`, durably. False when there is nothing to keep it for: the
+        request is not dead, or its letter was kept before and is gone. `size_bytes` is that of its body."""
+
+    async def read(self, request_id: str) -> DeadLetter | None:
+        """With its job; None if there is none."""
+
+    async def glance(self, request_id: str) -> DeadLetter | None:
+        """As `read`, without the job."""
+
+    async def page(self, account: str, wanted: DeadLetterFilter, *, limit: int, after: int = 0) -> DeadLetterPage:
+        """Those of the account that died last and that `wanted` keeps, at most `limit`, each as `glance` shows it.
+
+        At most PAGE_SCAN are looked at, so that a page may be short, or empty, and still have a next one."""
+
+    async def tally(self, account: str, wanted: DeadLetterFilter) -> list[Tally]:
+        """How many of the account's letters that `wanted` keeps have which cause in which version."""
+
+    async def bind(self, request_id: str, candidate: str, *, after: str = "") -> Redrive | None:
+        """Settle under which ID the request is started again, durably: the one that was settled before, or `candidate`
+        when none was, or when that one is `after`. None without a letter.
+
+        One that was settled longer ago than its record may have lived counts as done: whether it ran cannot be
+        known."""
+
+    async def unbind(self, request_id: str, redrive_id: str) -> None:
+        """Forget an ID that was settled and that no request has."""
+
+    async def redriven(self, request_id: str, redrive_id: str) -> None:
+        """Note in letter and record that the request was started again under the ID that was settled."""
+
+    async def drop(self, account: str, request_id: str) -> DeadLetter | None:
+        """Remove a letter, and return it without its job; None if there is none. It is not kept again."""
 
 
 # -- Upkeep ------------------------------------------------------------------------------------
@@ -499,6 +546,9 @@ class Blobs(Protocol):
     async def download(self, key: str, path: Path) -> None:
         """Write an object to a new file; memory stays flat. Raises NotFound."""
 
+    async def copy(self, source: str, target: str) -> None:
+        """Store an object once more under another key, without its description. Raises NotFound."""
+
     async def delete(self, key: str) -> bool: ...
 
     async def page(self, prefix: str, *, after: str, limit: int) -> tuple[Blob, ...]:
@@ -632,6 +682,7 @@ class Store(NamedTuple):
     counters: Counters
     streams: Streams
     upkeep: Upkeep
+    dead_letters: DeadLetters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -644,6 +695,7 @@ class Broker:
     catalog: Catalog
     counters: Counters
     upkeep: Upkeep
+    dead_letters: DeadLetters
     blobs: Blobs
     settings: Settings
     keyring: Keyring

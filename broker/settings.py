@@ -131,6 +131,14 @@ class Settings(BaseSettings):
         description="Different requests that may die in a row with one instance before it takes no more work and is "
         "replaced; an answer of its container ends the row, and 0 means never.",
     )
+    dead_letter_ttl_s: float = Field(
+        7 * 86_400, ge=60, le=90 * 86_400, description="Seconds for which a dead request is kept with its input."
+    )
+    dead_letters_kept: int = Field(
+        10_000,
+        ge=1,
+        description="Dead requests that are kept with their inputs for one account; the oldest make way.",
+    )
     lease_s: float = Field(
         15, ge=1, le=300, description="Seconds after which a silent worker's attempt may be run again."
     )
@@ -341,6 +349,13 @@ class ApiSettings(SecretSettings):
         "",
         description="Other management calls per second, for single IDs of accounts, functions or versions: "
         "`ID=NUMBER`, separated by commas; 0 for any number.",
+    )
+    redrives_per_s: int = Field(
+        20,
+        ge=1,
+        le=1000,
+        description="Dead requests of one account that are started again in a second when many are asked for at once, "
+        "on all front ends together.",
     )
     shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
     attach_host: str = Field(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from broker.errors import Forbidden, NotFound, StateConflict
-from broker.model import ALL_RESOURCES, EVERYONE, Principal, Record, Sharing, Version
+from broker.model import ALL_RESOURCES, EVERYONE, DeadLetter, Principal, Record, Sharing, Tally, Version
 from broker.ports import Broker
 
 UNKNOWN_FUNCTION = "no such function"
@@ -137,7 +137,7 @@ def refuse_public(principal: Principal, family: Family) -> None:
         raise StateConflict(PUBLIC_FUNCTION)
 
 
-async def check_request(broker: Broker, principal: Principal, record: Record) -> None:
+async def check_request(broker: Broker, principal: Principal, record: Record | DeadLetter | Tally) -> None:
     """Return if the caller's key covers the function of its account's request. Raises Forbidden.
 
     A function that is gone belongs to nobody any more: then any key that covers functions at large is good enough.
@@ -151,6 +151,15 @@ async def check_request(broker: Broker, principal: Principal, record: Record) ->
     if whole and (row is None or covers(principal, row.item)):
         return
     raise Forbidden(NOT_COVERED)
+
+
+async def is_covered(broker: Broker, principal: Principal, record: Record | DeadLetter | Tally) -> bool:
+    """Whether `check_request` would return."""
+    try:
+        await check_request(broker, principal, record)
+    except Forbidden:
+        return False
+    return True
 
 
 def _within(named: frozenset[str] | None, function_id: str, version_id: str) -> bool:

@@ -13,7 +13,9 @@ from importlib.metadata import EntryPoint, entry_points
 import click
 
 from fnqueue import __version__
-from fnqueue.welcome import Failed, Welcome, welcome
+from fnqueue.calls import Failed
+from fnqueue.dead_letters import dead_letters
+from fnqueue.welcome import Welcome, welcome
 
 GROUP = "fnqueue.commands"
 INTERRUPTED = 130
@@ -75,6 +77,9 @@ def welcome_command(url: str, key: str, as_json: bool) -> None:
     except Failed as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(to_json(result) if as_json else result.text())
+
+
+cli.add_command(dead_letters)
 
 
 def to_json(result: Welcome) -> str:

@@ -1,20 +1,14 @@
-"""A first visit to a server: find or make the sample function, deploy it, invoke it once, and say how to go on.
-
-By the standard library alone, so that it runs before anything else is installed.
-"""
+"""A first visit to a server: find or make the sample function, deploy it, invoke it once, and say how to go on."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
-from types import MappingProxyType
 from typing import Any
+
+from fnqueue.calls import Answer, Failed, NotYet, Server
 
 NAME = "echo"
 IMAGE = "fnqueue/echo:latest"
@@ -34,36 +28,8 @@ INPUT = {"message": "hello", "repeats": 2, "delay": 0}
 
 ACTIVE_WITHIN_S = 60.0
 RESULT_WITHIN_S = 60.0
-CALL_TIMEOUT_S = 30.0
 _LOOK_S = 0.1
 _POLL_S = 20
-
-
-class Failed(Exception):
-    """The text says which step failed, and why."""
-
-
-class NotYet(Failed):
-    """The server said to try again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """`headers` is what the server said about the request, names in its spelling."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-    def json(self) -> dict[str, Any]:
-        """Raises Failed."""
-        try:
-            parsed = json.loads(self.body)
-        except ValueError:
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise Failed(f"the server did not answer with a JSON object, but with {self.body[:200]!r}")
-        return parsed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +79,7 @@ class Welcome:
 
 def welcome(url: str, key: str) -> Welcome:
     """Blocks, for `ACTIVE_WITHIN_S` and `RESULT_WITHIN_S` at most. Raises Failed."""
-    server = _Server(url, key)
+    server = Server(url, key)
     function = _sample(server)
     function_id, version_id = str(function["id"]), str(function["versionId"])
     _make_active(server, function_id, version_id)
@@ -121,56 +87,7 @@ def welcome(url: str, key: str) -> Welcome:
     return Welcome(url=url, key=key, function_id=function_id, version_id=version_id, answer=answer)
 
 
-class _Server:
-    def __init__(self, url: str, key: str) -> None:
-        self._url = url
-        self._key = key
-        # Without the environment's proxies, which could not reach this machine's loopback.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def get(self, path: str, headers: Mapping[str, str] = MappingProxyType({})) -> Answer:
-        return self._call("GET", path, None, headers)
-
-    def post(self, path: str, content: Any, headers: Mapping[str, str] = MappingProxyType({})) -> Answer:
-        body = json.dumps(content).encode()
-        return self._call("POST", path, body, {"Content-Type": "application/json", **headers})
-
-    def delete(self, path: str) -> Answer:
-        return self._call("DELETE", path, None, {})
-
-    def _call(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
-        if not self._url.startswith(("http://", "https://")):
-            raise Failed(f"{self._url!r} is not a URL: it begins with http:// or https://")
-        sent = {"Authorization": f"Bearer {self._key}", **headers}
-        try:
-            request = urllib.request.Request(self._url + path, body, sent, method=method)  # noqa: S310  checked above
-            with self._opener.open(request, timeout=CALL_TIMEOUT_S) as response:
-                return Answer(status=response.status, headers=_about(response.headers), body=response.read())
-        except urllib.error.HTTPError as exc:
-            with exc:
-                kind = NotYet if exc.code in (429, 503) else Failed
-                raise kind(f"{method} {path} was answered {exc.code}: {_reason(exc)}") from exc
-        except urllib.error.URLError as exc:
-            raise Failed(f"no server answers at {self._url}: {exc.reason}") from exc
-        except (OSError, HTTPException, ValueError) as exc:
-            raise Failed(f"{method} {path} failed: {exc}") from exc
-
-
-def _about(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower() not in ("date", "server", "connection")}
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    """The problem's detail, or the start of whatever came."""
-    body = error.read(4000)
-    try:
-        problem = json.loads(body)
-        return str(problem.get("detail") or problem.get("title") or problem)
-    except (ValueError, AttributeError):
-        return body[:200].decode(errors="replace")
-
-
-def _sample(server: _Server) -> dict[str, Any]:
+def _sample(server: Server) -> dict[str, Any]:
     """A deployed one if there is, else any, else a new one."""
     listed = server.get("/v2/nvcf/functions?visibility=private").json().get("functions", [])
     found = [one for one in listed if one.get("name") == NAME and one.get("containerImage") == IMAGE]
@@ -181,7 +98,7 @@ def _sample(server: _Server) -> dict[str, Any]:
     return dict(server.post("/v2/nvcf/functions", FUNCTION).json()["function"])
 
 
-def _make_active(server: _Server, function_id: str, version_id: str) -> None:
+def _make_active(server: Server, function_id: str, version_id: str) -> None:
     path = f"functions/{function_id}/versions/{version_id}"
     status = _status(server, path)
     if status == "ERROR":
@@ -201,7 +118,7 @@ def _make_active(server: _Server, function_id: str, version_id: str) -> None:
         time.sleep(_LOOK_S)
 
 
-def _deploy(server: _Server, path: str, give_up_at: float) -> None:
+def _deploy(server: Server, path: str, give_up_at: float) -> None:
     """A controller that was started just now has not said yet what it has to offer."""
     while True:
         try:
@@ -214,16 +131,16 @@ def _deploy(server: _Server, path: str, give_up_at: float) -> None:
             return
 
 
-def _status(server: _Server, path: str) -> str:
+def _status(server: Server, path: str) -> str:
     return str(server.get(f"/v2/nvcf/{path}").json()["function"]["status"])
 
 
-def _why(server: _Server, path: str) -> str:
+def _why(server: Server, path: str) -> str:
     deployment = server.get(f"/v2/nvcf/deployments/{path}").json()["deployment"]
     return "; ".join(str(info.get("error", "")) for info in deployment.get("healthInfo", []))
 
 
-def _invoke(server: _Server, function_id: str) -> Answer:
+def _invoke(server: Server, function_id: str) -> Answer:
     hold = {"NVCF-POLL-SECONDS": str(_POLL_S)}
     answer = server.post(f"/v2/nvcf/pexec/functions/{function_id}", INPUT, hold)
     give_up_at = time.monotonic() + RESULT_WITHIN_S

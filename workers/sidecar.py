@@ -51,10 +51,11 @@ MOST_DISCARDED = 64
 # Jobs that are held back at once with their slot at other work; those of more are idle. Each takes a channel.
 MOST_STAND_INS = 64
 STAND_IN_PAUSE_S = 0.25
-# What is over for good; a dead or an expired request may be started once more.
+# What is over for good; a dead request may be started once more.
 OVER = (
     RequestState.FULFILLED,
     RequestState.ERRORED,
+    RequestState.EXPIRED,
     RequestState.TIMED_OUT,
     RequestState.CANCELLED,
     RequestState.ABANDONED,
@@ -596,11 +597,13 @@ class Sidecar:
         copied: bool = False,
         metered: bool = False,
     ) -> None:
-        """End the loan. A request that is not terminal is somebody's to run: a message of it must remain. `metered`:
-        it ended with this run."""
+        """End the loan. A request that is not terminal is somebody's to run: a message of it must remain. That of a
+        dead one goes to the dead letters, where its input is kept. `metered`: it ended with this run."""
         if self._runs.get(run.job.id) is run:
             del self._runs[run.job.id]
-        if state.terminal or copied:
+        if state is RequestState.DEAD:
+            await run.delivery.reject()
+        elif state.terminal or copied:
             await run.delivery.ack()
         else:
             await run.delivery.requeue()

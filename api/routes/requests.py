@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 from aiohttp import web
 
-from api import answers, headers, payloads, queries
+from api import answers, cursors, headers, payloads, queries
 from api.definitions import instant
 from api.front import Front
 from broker import invocations
-from broker.errors import BadRequest
 from broker.model import Attempt, Principal, Record, RequestFilter, RequestState
 from fnqueue import wire
 
@@ -34,12 +32,12 @@ async def list_requests(front: Front, request: web.Request, principal: Principal
         until=queries.instant(query, "createdBefore"),
     )
     limit = queries.integer(query, "limit", absent=PAGE_DEFAULT, least=1, most=PAGE_MAX)
-    after = _place(query.get("cursor", ""))
+    after = cursors.place(query.get("cursor", ""))
     found = await invocations.page(front.broker, principal, wanted, limit=limit, after=after)
     return payloads.answer(
         wire.RequestList(
             requests=[wire.RequestSummary(**_summary(record)) for record in found.records],
-            cursor=_cursor(found.after) if found.after else None,
+            cursor=cursors.cursor(found.after) if found.after else None,
         )
     )
 
@@ -79,6 +77,8 @@ def _summary(record: Record) -> dict[str, Any]:
         "status": record.state.value,
         "status_code": record.status_code or None,
         "reason": record.reason or None,
+        "cause": record.cause or None,
+        "redriven_as": record.redriven_as or None,
         "created_at": instant(record.created_at),
         "started_at": instant(record.started_at) if record.started_at else None,
         "finished_at": instant(record.finished_at) if record.finished_at else None,
@@ -108,20 +108,3 @@ def _timings(record: Record) -> wire.RequestTimings | None:
         upload_seconds=phases.get("upload"),
         total_seconds=phases["total"],
     )
-
-
-def _cursor(place: int) -> str:
-    return base64.urlsafe_b64encode(place.to_bytes(8)).decode().rstrip("=")
-
-
-def _place(cursor: str) -> int:
-    """What `_cursor` was given; 0 for none. A made-up one only leads elsewhere in the caller's own list."""
-    if not cursor:
-        return 0
-    try:
-        place = base64.b64decode(cursor.encode() + b"=", altchars=b"-_", validate=True)
-    except ValueError:
-        place = b""
-    if len(place) != 8 or place[0]:
-        raise BadRequest("cursor: must be one that an earlier page gave", field="cursor")
-    return int.from_bytes(place)

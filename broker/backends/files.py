@@ -135,6 +135,12 @@ class FileBlobs:
         """To a file beside `path` that takes its name when it is complete."""
         await _in_thread(self._copy_out, _checked(key), path)
 
+    async def copy(self, source: str, target: str) -> None:
+        known = await self.head(source)
+        if known is None:
+            raise NotFound(f"no object {source}")
+        await self._store(target, known.content_type, lambda draft: self._copy_out(source, draft))
+
     async def delete(self, key: str) -> bool:
         return await _in_thread(self._delete, _checked(key))
 

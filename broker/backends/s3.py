@@ -156,6 +156,18 @@ class S3Blobs:
         await self._await_bucket()
         await self._transfer(lambda told: self._transfers.download(self._bucket, key, str(path), {}, told))
 
+    async def copy(self, source: str, target: str) -> None:
+        """By S3 itself, which does so with up to 5 GiB. Its time is that of an upload of that size."""
+        known = await self.head(source)
+        if known is None:
+            raise NotFound(f"no object {source}")
+        await self._call(
+            self._client.copy_object,
+            size_bytes=known.size_bytes,
+            Key=target,
+            CopySource={"Bucket": self._bucket, "Key": source},
+        )
+
     async def delete(self, key: str) -> bool:
         """Of two that delete one object at the same moment, both may hear True: S3 itself does not say."""
         known = await self.head(key)

@@ -15,8 +15,9 @@ class Cancelled(Wire):
 
 class RequestSummary(Wire):
     """`status` is `queued`, `running`, `fulfilled`, `errored`, `expired`, `timed-out`, `cancelled` or `dead`, and
-    `statusCode` that of its answer; `startedAt` is when its last attempt began. One that a wiped store has not seen
-    again names no function."""
+    `statusCode` that of its answer; `startedAt` is when its last attempt began. `cause` says what a dead one died of,
+    and `redrivenAs` names the request that it was started again as. One that a wiped store has not seen again names no
+    function."""
 
     request_id: str
     function_id: str | None = None
@@ -24,6 +25,8 @@ class RequestSummary(Wire):
     status: str
     status_code: int | None = None
     reason: str | None = None
+    cause: str | None = None
+    redriven_as: str | None = None
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None

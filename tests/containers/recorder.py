@@ -4,6 +4,7 @@ POST / with JSON, every field optional:
     id       what to write down; the request's own id otherwise
     delay_s  answer only then; a caller that leaves meanwhile is written down as `aborted`
     die      true: exit in the middle of the answer
+    cured    path of a file: the same, unless it exists
     gate     path of a file: answer only when it exists
     crowd    answer only when so many are here that asked for one, and then always
     progress list of [gate, text]: once that file exists, make the text the progress file
@@ -43,7 +44,7 @@ async def run(request: web.Request) -> web.StreamResponse:
     name = order.get("id") or request.headers["NVCF-REQID"]
     write(f"start {name}")
     try:
-        if order.get("die"):
+        if order.get("die") or not os.path.exists(order.get("cured", "/")):  # noqa: ASYNC240  a look is quick
             await die(request)
         for gate, text in order.get("progress", []):
             await opened(gate)

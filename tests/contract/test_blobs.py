@@ -174,6 +174,17 @@ async def test_get_refuses_what_is_past_the_limit(blobs: Blobs) -> None:
     assert refusal.value.limit_bytes == 5
 
 
+async def test_a_copy_is_an_object_of_its_own(blobs: Blobs) -> None:
+    key, other = new_key(), new_key()
+    await blobs.put(key, b"as it was", content_type="text/plain")
+    await blobs.copy(key, other)
+    await blobs.copy(key, other)
+    assert await blobs.delete(key)
+    assert await blobs.get(other, limit_bytes=100) == b"as it was"
+    with pytest.raises(NotFound):
+        await blobs.copy(key, new_key())
+
+
 async def test_delete_says_whether_there_was_one(blobs: Blobs) -> None:
     key = new_key()
     await blobs.put(key, b"x", content_type="text/plain")

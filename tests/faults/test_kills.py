@@ -463,6 +463,47 @@ async def test_a_message_that_arrives_ten_times_is_run_once(
         assert house.record.counts("start")[request_id] == 1
 
 
+async def test_a_redrive_of_many_that_is_killed_in_the_middle_starts_each_of_them_once(
+    servers: Shared, make_house: Callable[..., House], gate: Gate
+) -> None:
+    letters, count = "/v2/nvcf/dead-letters", 20
+    house = await make(make_house, fronts=2)
+    settings = Settings(queue_url=SecretStr(servers.rabbitmq.url))
+    async with house.caller(0) as first, house.caller(1) as second, open_broker(settings) as broker:
+        function = await first.deploy(RECORDER)
+        occupying = await first.submit(function.id, {"gate": str(gate)})
+        await house.record.saw("start", occupying)
+        names = [f"input {number}" for number in range(count)]
+        ids = [await first.submit(function.id, {"id": name}) for name in names]
+        for _ in ids:
+            loan = await eventually(lambda: broker.queue.take(function.version_id), bool)
+            assert loan is not None
+            await loan.reject()
+
+        async def listed(query: str) -> set[str]:
+            found = (await second.call("GET", f"{letters}?limit=200&{query}")).json["deadLetters"]
+            return {each["requestId"] for each in found}
+
+        await eventually(lambda: listed("cause=rejected"), lambda seen: seen == set(ids))
+        gate.open()
+        every = {"select": {"all": True}, "perSecond": 4}
+        killing = asyncio.create_task(first.call("POST", f"{letters}/redrive", data=every))
+        await eventually(lambda: listed("redriven=true"), lambda seen: len(seen) >= 3)
+        await asyncio.to_thread(house.fronts[0].kill)
+        with pytest.raises(aiohttp.ClientError):
+            await killing
+        assert len(await listed("redriven=false")) >= 3
+        again = await second.call("POST", f"{letters}/redrive", data={"select": {"all": True}})
+        assert (again.status, again.json["left"], again.json.get("stopped")) == (200, [], None)
+        receipts = [(await second.call("GET", f"/v2/nvcf/requests/{each}")).json for each in ids]
+        made = [receipt["redrivenAs"] for receipt in receipts]
+        assert len(set(made)) == count
+        replies = [await second.result(each) for each in made]
+        assert [reply.json["id"] for reply in replies] == names
+        await nothing_waits(servers, function)
+        assert [house.record.counts("start")[name] for name in names] == [1] * count
+
+
 async def in_batches(work: Callable[[int], Awaitable[T]], numbers: range, *, at_once: int = 64) -> list[T]:
     """`work` of every number, `at_once` at a time; in order."""
     free = asyncio.Semaphore(at_once)

@@ -32,6 +32,7 @@ POINTS: dict[str, tuple[str, ...]] = {
     "worker": (
         "delivery.ack",
         "delivery.arrive",
+        "delivery.reject",
         "delivery.requeue",
         "results.claim",
         "results.release",

@@ -20,6 +20,7 @@ from broker import accounts, invocations
 from broker.backends.files import open_blobs
 from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
+from broker.backends.memory.dead_letters import MemoryDeadLetters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import Entry, MemoryResults
 from broker.backends.memory.streams import MemoryStreams
@@ -205,6 +206,7 @@ class World:
             catalog=self.catalog,
             counters=MemoryCounters(),
             upkeep=MemoryUpkeep(self.store),
+            dead_letters=MemoryDeadLetters(self.store, settings),
             blobs=await self._blobs.__aenter__(),
             settings=settings,
             keyring=Keyring({}),

@@ -14,7 +14,7 @@ from broker.backends import files
 from broker.errors import BadRequest, NotFound
 from broker.keyring import Keyring
 from broker.model import Principal
-from broker.ports import Broker, Catalog, Counters, Queue, Results, Streams, Upkeep
+from broker.ports import Broker, Catalog, Counters, DeadLetters, Queue, Results, Streams, Upkeep
 from broker.settings import Settings, load
 
 HOUR_S = 3600.0
@@ -39,6 +39,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
             catalog=cast(Catalog, nothing),
             counters=cast(Counters, nothing),
             upkeep=cast(Upkeep, nothing),
+            dead_letters=cast(DeadLetters, nothing),
             blobs=blobs,
             settings=settings,
             keyring=Keyring({}),

@@ -14,6 +14,7 @@ import pytest
 
 from broker import deployments, functions
 from broker.backends.files import FileBlobs
+from broker.backends.memory.dead_letters import MemoryDeadLetters
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.connect import open_broker
@@ -51,7 +52,8 @@ async def broker(tmp_path: Path, clock: Clock) -> AsyncIterator[Broker]:
     settings = ControllerSettings(data_dir=tmp_path)
     results = MemoryResults(settings, now=clock)
     async with open_broker(settings) as opened:
-        yield replace(opened, results=results, upkeep=MemoryUpkeep(results))
+        letters = MemoryDeadLetters(results, settings)
+        yield replace(opened, results=results, upkeep=MemoryUpkeep(results), dead_letters=letters)
 
 
 @pytest.fixture
@@ -313,12 +315,27 @@ async def test_bodies_go_with_requests_that_cannot_start_any_more(
             await finish(broker, job)
         elif end is not None:
             await broker.results.end(job, end, reason="")
-        (spent if end in (S.CANCELLED, S.FULFILLED) else kept).append(key)
+        (spent if end in (S.CANCELLED, S.FULFILLED, S.EXPIRED) else kept).append(key)
     auditor = auditor_of(broker)
     await a_pass(auditor.objects)
-    assert [await broker.blobs.head(key) for key in spent] == [None, None]
+    assert [await broker.blobs.head(key) for key in spent] == [None, None, None]
     assert None not in [await broker.blobs.head(key) for key in kept]
-    assert auditor.mended.objects_deleted == 2
+    assert auditor.mended.objects_deleted == 3
+
+
+async def test_the_input_of_a_dead_letter_outlives_its_record(broker: Broker, version_id: str, clock: Clock) -> None:
+    job = await accept(broker, version_id)
+    key = await put(broker, f"inputs/ours/{job.id}", at=clock.now)
+    await broker.results.end(job, S.DEAD, reason="")
+    assert await broker.dead_letters.keep(replace(job, body_key=key), size_bytes=5)
+    clock.now += broker.settings.request_deadline_s + broker.settings.result_ttl_s + 2 * 3600
+    await accept(broker, version_id)  # with which the store forgets the record
+    assert await broker.results.glance(job.id) is None
+    await a_pass(auditor_of(broker).objects)
+    assert await broker.blobs.head(key) is not None
+    clock.now += broker.settings.dead_letter_ttl_s
+    await a_pass(auditor_of(broker).objects)
+    assert await broker.blobs.head(key) is None
 
 
 async def test_results_stay_unless_another_one_stands(broker: Broker, version_id: str, clock: Clock) -> None:

@@ -42,6 +42,7 @@ BODIES: dict[str, Any] = {
     "authorizations_add_of_version": PARTNER,
     "authorizations_remove": PARTNER,
     "authorizations_remove_of_version": PARTNER,
+    "dead_letters_redrive": {},
     "keys_authorize": RIGHTS,
     "keys_set_status": {"status": "SUSPENDED"},
 }

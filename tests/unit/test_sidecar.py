@@ -23,6 +23,7 @@ from broker import assets
 from broker.backends.files import FileBlobs, open_blobs
 from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
+from broker.backends.memory.dead_letters import MemoryDeadLetters
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
@@ -127,6 +128,7 @@ class Rig:
             catalog=self.catalog,
             counters=MemoryCounters(),
             upkeep=MemoryUpkeep(self.results),
+            dead_letters=MemoryDeadLetters(self.results, self.settings),
             blobs=self.blobs,
             settings=self.settings,
             keyring=Keyring({}),

@@ -181,7 +181,7 @@ async def test_the_first_terminal_record_stands(broker: Broker) -> None:
     assert claim.lease is not None
     await broker.results.settle(claim.lease, job, RequestState.FULFILLED, Outcome(status=200))
     loan = Loan(job)
-    assert await undertaker.bury(broker, loan, RequestState.DEAD, reason="late")
+    assert await undertaker.bury(broker, loan, undertaker.End(RequestState.DEAD, "late"))
     assert (await read(broker, job)).state is RequestState.FULFILLED
     assert loan.ended == ["ack"]
 
@@ -191,7 +191,7 @@ async def test_a_request_that_a_worker_holds_is_ended_when_the_lease_is(broker: 
     await broker.results.claim(job, worker="w", lease_s=0.2, max_attempts=3)
     loan = Loan(job)
     async with asyncio.TaskGroup() as group:
-        burying = group.create_task(undertaker.bury(broker, loan, RequestState.DEAD, reason="lost"))
+        burying = group.create_task(undertaker.bury(broker, loan, undertaker.End(RequestState.DEAD, "lost")))
         await asyncio.sleep(0)
         assert loan.ended == []
         assert (await read(broker, job)).state is RequestState.RUNNING
@@ -204,7 +204,7 @@ async def test_a_message_is_not_kept_on_loan_for_ever(broker: Broker) -> None:
     job = job_of()
     await broker.results.claim(job, worker="w", lease_s=15, max_attempts=3)
     loan = Loan(job)
-    assert not await undertaker.bury(broker, loan, RequestState.DEAD, reason="lost", hold_s=0.05)
+    assert not await undertaker.bury(broker, loan, undertaker.End(RequestState.DEAD, "lost"), hold_s=0.05)
     assert loan.ended == ["requeue"]
     assert (await read(broker, job)).state is RequestState.RUNNING
 
@@ -213,7 +213,7 @@ async def test_an_interrupted_burial_gives_the_message_back(broker: Broker) -> N
     job = job_of()
     await broker.results.claim(job, worker="w", lease_s=15, max_attempts=3)
     loan = Loan(job)
-    burying = asyncio.ensure_future(undertaker.bury(broker, loan, RequestState.DEAD, reason="lost"))
+    burying = asyncio.ensure_future(undertaker.bury(broker, loan, undertaker.End(RequestState.DEAD, "lost")))
     await asyncio.sleep(0)
     burying.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -226,17 +226,17 @@ class AwayOnce(MemoryResults):
 
     answers = False
 
-    async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
+    async def end(self, job: Job, state: RequestState, *, reason: str, cause: str = "") -> Claim:
         if not self.answers:
             self.answers = True
             raise StoreUnavailable("away")
-        return await super().end(job, state, reason=reason)
+        return await super().end(job, state, reason=reason, cause=cause)
 
 
 async def test_a_store_that_is_away_is_waited_for(broker: Broker) -> None:
     broker = replace(broker, results=cast(Results, AwayOnce(Settings())))
     loan = Loan(job_of())
-    assert await undertaker.bury(broker, loan, RequestState.DEAD, reason="lost")
+    assert await undertaker.bury(broker, loan, undertaker.End(RequestState.DEAD, "lost"))
     assert loan.ended == ["ack"]
 
 

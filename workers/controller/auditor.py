@@ -48,10 +48,11 @@ _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _BODY = re.compile(rf"inputs/.+/({_UUID})")
 _RESULT = re.compile(rf"results/.+/({_UUID})/{_UUID}\.zip")
 _PROBE = re.compile(rf"doctor/({_UUID})")
-# A dead or an expired request may be started once more, with its body.
+# A dead request may be started once more, with its body.
 _BODY_SPENT = (
     RequestState.FULFILLED,
     RequestState.ERRORED,
+    RequestState.EXPIRED,
     RequestState.TIMED_OUT,
     RequestState.CANCELLED,
     RequestState.ABANDONED,
@@ -266,7 +267,10 @@ class Versions(Walk):
                 if delivery is None:
                     break
                 borrowed.append(delivery)
-                if (await self._broker.upkeep.restore(delivery.job)).terminal:
+                state = await self._broker.upkeep.restore(delivery.job)
+                if state is RequestState.DEAD:
+                    await borrowed.pop().reject()
+                elif state.terminal:
                     await borrowed.pop().ack()
         finally:
             for delivery in borrowed:
@@ -333,11 +337,15 @@ class Objects(Walk):
             if record is not None:
                 spent = await kind.is_spent(blob, record)
             else:
-                spent = now - blob.modified_at > kind.kept_s
+                spent = now - blob.modified_at > kind.kept_s and not await self._kept_for(request_id, kind)
             if spent and self._leads():
                 await self._broker.blobs.delete(blob.key)
                 self._mended.objects_deleted += 1
                 logger.info("object_deleted", extra={"request_id": request_id, "key": blob.key})
+
+    async def _kept_for(self, request_id: str, kind: Kind) -> bool:
+        """Whether a dead letter, which outlives its record, has the object as its input."""
+        return kind.pattern is _BODY and await self._broker.dead_letters.glance(request_id) is not None
 
     async def _body_is_spent(self, blob: Blob, record: Record) -> bool:
         return record.state in _BODY_SPENT

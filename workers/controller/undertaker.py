@@ -1,15 +1,17 @@
-"""No request dies silently (PROTOCOL §2.4, P4): every dead letter becomes a terminal record with a reason, and what
-no message stands for any more is expired by the sweep."""
+"""No request dies silently (PROTOCOL §2.4, P4): every dead letter becomes a terminal record with a reason, whose input
+is kept if it is `dead`, and what no message stands for any more is expired by the sweep."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
-from broker.errors import StoreUnavailable
-from broker.model import Claim, Job, Record, RequestState, Verdict
+from broker import dead_letters
+from broker.errors import StoreUnavailable, Unavailable
+from broker.model import Claim, DeadCause, Job, Record, RequestState, Verdict
 from broker.ports import Broker, Delivery
 from workers.loops import insist
 
@@ -25,11 +27,23 @@ _LOOK_AGAIN_S = 5.0
 _LOOK_AT_LEAST_S = 0.05
 HOLD_S = 300.0
 
-_ENDS: Mapping[str, tuple[RequestState, str]] = {
-    "expired": (RequestState.EXPIRED, "its deadline passed while it was queued"),
-    "delivery_limit": (RequestState.DEAD, "it was handed to workers too often without ending"),
-    "rejected": (RequestState.DEAD, "a worker refused it"),
-    "maxlen": (RequestState.DEAD, "the queue was full"),
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """What becomes of a request that is not terminal yet; `cause` is set for one that becomes dead."""
+
+    state: RequestState
+    reason: str
+    cause: str = ""
+
+
+_ENDS: Mapping[str, End] = {
+    "expired": End(RequestState.EXPIRED, "its deadline passed while it was queued"),
+    "delivery_limit": End(
+        RequestState.DEAD, "it was handed to workers too often without ending", DeadCause.DELIVERY_LIMIT
+    ),
+    "rejected": End(RequestState.DEAD, "a worker refused it", DeadCause.REJECTED),
+    "maxlen": End(RequestState.DEAD, "the queue was full", DeadCause.QUEUE_FULL),
 }
 
 
@@ -40,16 +54,20 @@ async def serve(broker: Broker) -> None:
             if delivery.fault:
                 graves.create_task(disown(broker, delivery))
                 continue
-            state, reason = _ENDS.get(delivery.death, (RequestState.DEAD, f"dead-lettered: {delivery.death}"))
-            graves.create_task(bury(broker, delivery, state, reason=reason))
+            end = _ENDS.get(delivery.death)
+            if end is None:
+                end = End(RequestState.DEAD, f"dead-lettered: {delivery.death}", DeadCause.OTHER)
+            graves.create_task(bury(broker, delivery, end))
 
 
-async def bury(broker: Broker, delivery: Delivery, state: RequestState, *, reason: str, hold_s: float = HOLD_S) -> bool:
-    """End the delivery's request and acknowledge it. A worker that runs it may finish first, and then its result
-    stands; False when it still runs it after `hold_s`: the message was given back."""
+async def bury(broker: Broker, delivery: Delivery, end: End, *, hold_s: float = HOLD_S) -> bool:
+    """End the delivery's request, keep its input if it is dead, and acknowledge it. A worker that runs it may finish
+    first, and then its result stands; False when that was not done within `hold_s`: the message was given back."""
     try:
         async with asyncio.timeout(hold_s):
-            claim = await _end(broker, delivery, state, reason)
+            claim = await _end(broker, delivery, end)
+            if claim.state is RequestState.DEAD:
+                await _keep(broker, delivery)
     except TimeoutError:
         await delivery.requeue()
         return False
@@ -66,14 +84,16 @@ async def bury(broker: Broker, delivery: Delivery, state: RequestState, *, reaso
 
 async def disown(broker: Broker, delivery: Delivery) -> None:
     """End the request that a message with a fault stood for, if it waits, from what its record says of it: nothing of
-    the message is believed. One that runs has another message, and a request that has no record is made none."""
+    the message is believed, nor kept as a dead letter. One that runs has another message, and a request that has no
+    record is made none."""
     request_id, fault = delivery.job.id, delivery.fault
 
     async def look() -> Record | None:
         return await broker.results.glance(request_id)
 
     async def end(job: Job) -> Claim:
-        return await broker.results.end(job, RequestState.DEAD, reason=f"its message was refused: {fault}")
+        reason = f"its message was refused: {fault}"
+        return await broker.results.end(job, RequestState.DEAD, reason=reason, cause=DeadCause.REJECTED)
 
     try:
         record = await insist(look, on=StoreUnavailable, name="disown")
@@ -89,7 +109,7 @@ async def disown(broker: Broker, delivery: Delivery) -> None:
 async def clear(broker: Broker, version_id: str) -> bool:
     """Cancel every request that is queued for an undeployed version. False when one could not be ended."""
     while delivery := await broker.queue.take(version_id):
-        if not await bury(broker, delivery, RequestState.CANCELLED, reason=UNDEPLOYED):
+        if not await bury(broker, delivery, End(RequestState.CANCELLED, UNDEPLOYED)):
             return False
     return True
 
@@ -117,12 +137,19 @@ def _of(record: Record) -> Job:
     )
 
 
-async def _end(broker: Broker, delivery: Delivery, state: RequestState, reason: str) -> Claim:
+async def _end(broker: Broker, delivery: Delivery, what: End) -> Claim:
     async def end() -> Claim:
-        return await broker.results.end(delivery.job, state, reason=reason)
+        return await broker.results.end(delivery.job, what.state, reason=what.reason, cause=what.cause)
 
     while True:
         claim = await insist(end, on=StoreUnavailable, name="bury")
         if claim.verdict is not Verdict.HELD:
             return claim
         await asyncio.sleep(min(max(claim.wait_s, _LOOK_AT_LEAST_S), _LOOK_AGAIN_S))
+
+
+async def _keep(broker: Broker, delivery: Delivery) -> None:
+    async def keep() -> None:
+        await dead_letters.keep(broker, delivery.job)
+
+    await insist(keep, on=Unavailable, name="keep")

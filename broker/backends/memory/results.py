@@ -25,6 +25,7 @@ from broker.model import (
     AttemptEnd,
     Chunk,
     Claim,
+    DeadCause,
     Draft,
     Epoch,
     Interest,
@@ -65,7 +66,7 @@ class Log:
 class Entry:
     """One request. `order` is its place in the queue; `submitters` counts the calls that rely on it; `deaths` the
     attempts whose worker died; `worker` is set from a claim until the attempt comes to nothing, and `past` holds
-    those that did; `aside` keeps a queued one out of the order."""
+    those that did; `aside` keeps a queued one out of the order; `lettered` tells that a dead one's letter was made."""
 
     id: str
     account: str
@@ -87,6 +88,9 @@ class Entry:
     started_at: float = 0.0
     finished_at: float = 0.0
     reason: str = ""
+    cause: str = ""
+    lettered: bool = False
+    redriven_as: str = ""
     outcome: Outcome | None = None
     timings: Timings | None = None
     past: tuple[Attempt, ...] = ()
@@ -144,6 +148,8 @@ class Entry:
             attempts=self.past + ((self.turn(AttemptEnd(self.state), self.finished_at),) if self.worker else ()),
             timings=self.timings,
             head=None if self.state.terminal else self.log.head,
+            cause=self.cause,
+            redriven_as=self.redriven_as,
         )
 
     def turn(self, end: AttemptEnd, ended_at: float) -> Attempt:
@@ -289,7 +295,8 @@ class MemoryResults:
         lost = entry.lost()
         deaths = entry.deaths | ({entry.attempt} if lost else set())
         if hopeless := self._hopeless(entry, len(deaths), max_attempts):
-            self.finish(entry, RequestState.DEAD, reason=hopeless)
+            reason, entry.cause = hopeless
+            self.finish(entry, RequestState.DEAD, reason=reason)
             return Claim(verdict=Verdict.SETTLED, state=entry.state, lost=lost)
         entry.deaths = deaths
         entry.close(AttemptEnd.LOST, entry.lease_until)
@@ -305,13 +312,13 @@ class MemoryResults:
             verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=entry.deadline_at - now, lost=lost
         )
 
-    def _hopeless(self, entry: Entry, deaths: int, max_attempts: int) -> str:
-        """Why it gets no further attempt, '' if it does."""
+    def _hopeless(self, entry: Entry, deaths: int, max_attempts: int) -> tuple[str, DeadCause] | None:
+        """Why it gets no further attempt, None if it does."""
         if deaths >= self._settings.max_worker_deaths:
-            return f"the worker died in {deaths} attempts: it may be what kills them"
+            return f"the worker died in {deaths} attempts: it may be what kills them", DeadCause.WORKER_DEATHS
         if entry.attempt >= max_attempts:
-            return f"the worker or its container died in {entry.attempt} attempts"
-        return ""
+            return f"the worker or its container died in {entry.attempt} attempts", DeadCause.ATTEMPTS
+        return None
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
         entry = self._entries.get(lease.request_id)
@@ -390,12 +397,13 @@ class MemoryResults:
         kept = entry.updates if entry is not None else ()
         return [update for update in kept if update.number > after][:limit]
 
-    async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
+    async def end(self, job: Job, state: RequestState, *, reason: str, cause: str = "") -> Claim:
         entry = self._entries.get(job.id) or self._rebuild(job)
         wait_s = entry.lease_until - self._now()
         if entry.state is RequestState.RUNNING and wait_s > 0:
             return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=wait_s)
         if not entry.state.terminal:
+            entry.cause = cause
             self.finish(entry, state, reason=reason)
         return Claim(verdict=Verdict.SETTLED, state=entry.state)
 

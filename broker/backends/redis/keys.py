@@ -36,5 +36,13 @@ def ledger(whose: str) -> str:
     return f"fnq:{{{whose}}}:n"
 
 
+def letter(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:l"
+
+
+def letters(account_name: str) -> str:
+    return f"fnq:{{{account_name}}}:l"
+
+
 def account(name: str) -> str:
     return f"fnq:{{{name}}}:a"

@@ -413,9 +413,10 @@ class RedisResults:
         )
         return RequestState(_text(state))
 
-    async def end(self, job: Job, state: RequestState, *, reason: str) -> Claim:
+    async def end(self, job: Job, state: RequestState, *, reason: str, cause: str = "") -> Claim:
+        keys = (_record(job.id), _body(job.id))
         [ended] = await self._connection.run(
-            scripts.END.call((_record(job.id), _body(job.id)), state, reason, self._retention_ms, *job_arguments(job)),
+            scripts.END.call(keys, state, reason, self._retention_ms, *job_arguments(job), cause),
             durable=True,
         )
         claim = Claim(
@@ -630,6 +631,8 @@ def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
         timings=timings,
         progress=_progress(reply[18]) if reply[18] else None,
         unread=bool(reply[19]),
+        cause=_text(reply[20]),
+        redriven_as=_text(reply[21]),
     )
 
 

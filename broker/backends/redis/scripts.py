@@ -4,6 +4,7 @@ Keys of one request share a hash tag, so that they live in one slot of a Redis C
     fnq:{<id>}:r   hash, the record      fnq:{<id>}:b   string, the packed outcome
     fnq:{<id>}:s   stream, the latest of a streamed body: entry <attempt>-<offset behind it>, fields d data · k kind
                    (0 bytes, 1 event) · c the container's ID of the event
+    fnq:{<id>}:l   hash, what is kept of a dead request to start it again
     fnq:{<id>}:p   list of the attempt's last updates: "<number> <percent> <partial>", oldest first, without gaps
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
@@ -13,12 +14,14 @@ An account's requests are another one, bounded, and mended by whoever reads it:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
                         behind in either is found in the version's
+    fnq:{<account>}:l   the same of its dead letters, by when they died
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
 Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
 D numbers of the attempts whose worker died, space separated: its lease ran out, and it did not come back to say no
+K why it is dead · L its dead letter was made · V the request that it was started again as
 G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
 means to be there · i channels of readers · j channel of a writer that waits, and how many unread bytes it waits for
@@ -195,7 +198,7 @@ return 1
 # KEYS record body · ARGV retention_ms channel touch whole poll steps
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
 #   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result,
-#   head of a stream that is not terminal, an update or '', 1 if no other poll was given it}
+#   head of a stream that is not terminal, an update or '', 1 if no other poll was given it, cause, redriven as}
 # A touched terminal record is written to, so that WAIT on this connection covers what was read. A `poll` is a nonce,
 # '' for none, and takes an update; with `steps` (0|1) the channel is told of every step.
 READ = Script(
@@ -219,7 +222,7 @@ end
 if redis.call('HEXISTS', KEYS[1], 's') == 0 or redis.call('HEXISTS', KEYS[1], 'x') == 1 then return nil end
 local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
 local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I',
-  'u', 'pn')
+  'u', 'pn', 'K', 'V')
 local body, progress, unread = '', '', 0
 if f[18] and (f[1] == 'running' or ARGV[6] == '1') then
   progress, unread = update(KEYS[1], tonumber(f[18]), f[1] == 'running' and ARGV[5] or '')
@@ -238,7 +241,7 @@ if not terminal[f[1]] and ARGV[6] == '1' then
 end
 return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
   f[10] or '', f[11] or '', body, expired and 1 or 0, f[13] or '0', f[14] or '0', f[15] or '', f[16] or '',
-  not terminal[f[1]] and f[17] or '', progress, unread}
+  not terminal[f[1]] and f[17] or '', progress, unread, f[19] or '', f[20] or ''}
 """
 )
 
@@ -278,10 +281,12 @@ end
 for _ in string.gmatch(died, '%d+') do deaths = deaths + 1 end
 local function ended(n) return {'settled', 'dead', n, 0, 0, 0, lost[1] or '', lost[2] or 0, lost[3] or 0} end
 if deaths >= tonumber(ARGV[14]) then
+  redis.call('HSET', r, 'K', 'worker-deaths')
   finish(r, KEYS[2], 'dead', 'the worker died in ' .. deaths .. ' attempts: it may be what kills them', ARGV[6] + 0)
   return ended(n)
 end
 if n >= tonumber(ARGV[5]) then
+  redis.call('HSET', r, 'K', 'attempts-exhausted')
   finish(r, KEYS[2], 'dead', 'the worker or its container died in ' .. n .. ' attempts', ARGV[6] + 0)
   return ended(n)
 end
@@ -428,7 +433,7 @@ return f[1]
 )
 
 # KEYS record body
-# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms
+# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms cause('' for none)
 # returns {verdict, state, wait_ms}
 END = Script(
     _REBUILD
@@ -438,6 +443,7 @@ rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9]
 local f = redis.call('HMGET', r, 's', 'l')
 if terminal[f[1]] then return {'settled', f[1], 0} end
 if f[1] == 'running' and tonumber(f[2] or 0) > now then return {'held', f[1], tonumber(f[2]) - now} end
+if ARGV[11] ~= '' then redis.call('HSET', r, 'K', ARGV[11]) end
 return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0}
 """
 )
@@ -588,6 +594,67 @@ return 1
 """
 )
 
+# -- dead letters: a letter has the fields a account · f function · v version · s accepted · e died · n attempts
+# c cause · m reason · u kept until · j envelope · b body · k key of a body in the blob store · z its size
+# r the request that it is started again as · B since when that is settled · R since when it is accepted --------------
+
+# KEYS record letter · ARGV envelope body body_key size ttl_ms
+# returns when it died, in ms; 0 when there is nothing to keep it for. A letter is made once: the record outlives every
+# copy of the message.
+LETTER_KEEP = Script(
+    _NOW
+    + """
+local r, l = KEYS[1], KEYS[2]
+local died = redis.call('HGET', l, 'e')
+if died then return tonumber(died) end
+local f = redis.call('HMGET', r, 's', 'L', 'a', 'f', 'v', 'c', 'e', 'n', 'K', 'm')
+if f[1] ~= 'dead' or f[2] then return 0 end
+redis.call('HSET', r, 'L', 1)
+redis.call('HSET', l, 'j', ARGV[1], 'b', ARGV[2], 'k', ARGV[3], 'z', ARGV[4], 'a', f[3], 'f', f[4], 'v', f[5],
+  's', f[6], 'e', f[7], 'n', f[8], 'c', f[9] or 'dead-lettered', 'm', f[10] or '', 'u', now + ARGV[5])
+redis.call('PEXPIRE', l, ARGV[5])
+return tonumber(f[7])
+"""
+)
+
+# KEYS letter · ARGV candidate after('' for none) known_ms · returns nil, or {id, 1 if done}
+# What was settled longer than `known_ms` ago counts as done: its record may have come and gone.
+LETTER_BIND = Script(
+    _NOW
+    + """
+local f = redis.call('HMGET', KEYS[1], 'e', 'r', 'R', 'B')
+if not f[1] then return nil end
+if not f[2] or f[2] == ARGV[2] then
+  redis.call('HSET', KEYS[1], 'r', ARGV[1], 'B', now)
+  redis.call('HDEL', KEYS[1], 'R')
+  return {ARGV[1], 0}
+end
+if not f[3] and now - f[4] > tonumber(ARGV[3]) then
+  redis.call('HSET', KEYS[1], 'R', now)
+  return {f[2], 1}
+end
+return {f[2], f[3] and 1 or 0}
+"""
+)
+
+# KEYS letter · ARGV id
+LETTER_UNBIND = Script(
+    """
+if redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then return 0 end
+return redis.call('HDEL', KEYS[1], 'r', 'B', 'R')
+"""
+)
+
+# KEYS letter record · ARGV id
+LETTER_REDRIVEN = Script(
+    _NOW
+    + """
+if redis.call('HGET', KEYS[1], 'r') == ARGV[1] then redis.call('HSETNX', KEYS[1], 'R', now) end
+if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'V', ARGV[1]) end
+return 1
+"""
+)
+
 # KEYS key · ARGV id digest ttl_ms · returns the bound id, or '' when bound to another digest
 REMEMBER_KEY = Script(
     """
@@ -641,29 +708,45 @@ return ''
 """
 )
 
+# file(): puts an id into an order, at a place of its own, of which the newest `limit` stay, and none for longer than
+# `ttl_ms`. That is seen to at one of sixteen: it would take as long as the rest.
+_FILE = """
+local function file(place, id, at_us, limit, ttl_ms)
+  local time = redis.call('TIME')
+  local now = time[1] * 1000000 + time[2]
+  local at = at_us == 0 and now or at_us
+  if redis.call('ZADD', place, 'NX', at, id) == 0 then return end
+  while redis.call('ZCOUNT', place, at, at) > 1 do
+    at = at + 1
+    redis.call('ZADD', place, 'XX', at, id)
+  end
+  redis.call('PEXPIRE', place, ttl_ms)
+  if at % 16 == 0 then
+    redis.call('ZREMRANGEBYRANK', place, 0, -limit - 1)
+    redis.call('ZREMRANGEBYSCORE', place, '-inf', now - ttl_ms * 1000)
+  end
+end
+"""
+
+# KEYS order · ARGV id at_us limit ttl_ms
+FILE = Script(
+    _FILE
+    + """
+file(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0)
+return 1
+"""
+)
+
 # KEYS account ledger · ARGV id accepted_us(0: now) limit ttl_ms bytes most_requests most_bytes (0: any number)
-# returns as ENQUEUE
-# Puts a request among those of its account, of which the newest `limit` stay, and none for longer than a record lives.
-# That is seen to at one of sixteen: it would take as long as the rest.
+# returns as ENQUEUE · puts a request among those of its account
 INDEX = Script(
     _ADMIT
+    + _FILE
     + """
 local met = admit(KEYS[2], ARGV[1], ARGV[5] + 0, ARGV[5], ARGV[6] + 0, ARGV[7] + 0)
 if met ~= '' then return met end
 if redis.call('PTTL', KEYS[2]) < tonumber(ARGV[4]) then redis.call('PEXPIRE', KEYS[2], ARGV[4]) end
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-local at = ARGV[2] == '0' and now or tonumber(ARGV[2])
-if redis.call('ZADD', KEYS[1], 'NX', at, ARGV[1]) == 0 then return '' end
-while redis.call('ZCOUNT', KEYS[1], at, at) > 1 do
-  at = at + 1
-  redis.call('ZADD', KEYS[1], 'XX', at, ARGV[1])
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-if at % 16 == 0 then
-  redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -ARGV[3] - 1)
-  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[4] * 1000)
-end
+file(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0)
 return ''
 """
 )

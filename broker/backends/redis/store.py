@@ -1,4 +1,4 @@
-"""Opens Results, Streams, Catalog, Counters and Upkeep over one Redis."""
+"""Opens Results, Streams, Catalog, Counters, Upkeep and DeadLetters over one Redis."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from broker.backends.redis.catalog import RedisCatalog
 from broker.backends.redis.connection import Connection
 from broker.backends.redis.counters import RedisCounters
+from broker.backends.redis.dead_letters import RedisDeadLetters
 from broker.backends.redis.results import RedisResults
 from broker.backends.redis.streams import RedisStreams
 from broker.backends.redis.upkeep import RedisUpkeep
@@ -31,6 +32,7 @@ async def open_store(url: str, settings: Settings) -> AsyncIterator[Store]:
             catalog=RedisCatalog(connection),
             counters=RedisCounters(connection),
             upkeep=RedisUpkeep(connection, settings, results),
+            dead_letters=RedisDeadLetters(connection, settings),
         )
     finally:
         listening.cancel()
