@@ -6,8 +6,9 @@ A front end that is told to stop answers all who wait at once (PROTOCOL P11), an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any, TypeVar
 
 from broker.model import Record
@@ -38,28 +39,25 @@ class Calls:
         task.add_done_callback(self._ended)
         return task
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> AbstractContextManager[None]:
         """While the body runs, the current task can be told to stop waiting.
 
         Raises:
             Interrupted: the body was cut short by `interrupt`.
         """
-        task = asyncio.current_task()
-        assert task is not None, "only tasks wait"
+        return _Waiting(self)
+
+    def enter(self, task: asyncio.Task[Any]) -> None:
         if self._stopping:
             raise Interrupted
         self._waiting.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            # Who is cancelled for another reason too, as a client that has left, must go.
-            if task in self._interrupted and task.uncancel() == 0:
-                raise Interrupted from None
-            raise
-        finally:
-            self._waiting.discard(task)
-            self._interrupted.discard(task)
+
+    def leave(self, task: asyncio.Task[Any]) -> bool:
+        """Whether it was interrupted."""
+        self._waiting.discard(task)
+        interrupted = task in self._interrupted
+        self._interrupted.discard(task)
+        return interrupted
 
     def interrupt(self) -> None:
         """End every wait, now and from now on."""
@@ -80,6 +78,29 @@ class Calls:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen, so that asyncio does not report it as lost
+
+
+class _Waiting:
+    """A class, since a generator keeps half a kilobyte for as long as somebody waits."""
+
+    __slots__ = ("_calls", "_task")
+
+    def __init__(self, calls: Calls) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "only tasks wait"
+        self._calls = calls
+        self._task = task
+
+    def __enter__(self) -> None:
+        self._calls.enter(self._task)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupted = self._calls.leave(self._task)
+        # Who is cancelled for another reason too, as a client that has left, must go.
+        if isinstance(exc, asyncio.CancelledError) and interrupted and self._task.uncancel() == 0:
+            raise Interrupted from None
 
 
 class Accepting:

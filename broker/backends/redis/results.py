@@ -7,8 +7,8 @@ import hashlib
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -187,11 +187,8 @@ class RedisResults:
 
     # -- readers ----------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[RecordWatch]:
-        reading = RecordWatch(lambda: self._read(request_id, self.channel, interest), interest)
-        with self.hints.watching(request_id, reading) as watch:
-            yield watch
+    def watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
+        return RecordWatch(self.hints, request_id, interest, self._read_watching)
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, "")
@@ -328,7 +325,7 @@ class RedisResults:
 
     def entering(self, job: Job) -> tuple[Command, Command]:
         """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
-        size_bytes, deadline_s = len(job.body), job.deadline_at - job.created_at
+        size_bytes, deadline_s = job.size_bytes, job.deadline_at - job.created_at
         return (
             scripts.ENTER.call((_ledger(job.version_id),), _member(job.id), size_bytes, job.account),
             self._index(job.account, job.id, deadline_s, size_bytes, accepted=_order(job.created_at)),
@@ -526,6 +523,9 @@ class RedisResults:
             await asyncio.sleep(_EPOCH_REFRESH_S)
 
     # -- pieces -----------------------------------------------------------------------------------
+
+    async def _read_watching(self, request_id: str, interest: Interest) -> Record | None:
+        return await self._read(request_id, self.channel, interest)
 
     async def _read(self, request_id: str, channel: str, interest: Interest = Interest.END) -> Record | None:
         [record] = await self._read_all([request_id], channel, whole=True, interest=interest)
