@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from api.bodies import Bodies
 from api.calls import Calls
 from api.channels import Channels
-from api.connections import Newcomers
+from api.connections import Connections
 from api.limits import Pace
+from api.open_files import allowed
 from broker.accounts import Authenticator
 from broker.errors import Overloaded, TryLater
 from broker.events import Places
@@ -37,7 +38,7 @@ class Front:
     pace: Pace
     calls: Calls
     channels: Channels
-    newcomers: Newcomers
+    connections: Connections
     bodies: Bodies
     health: Health
     places: Places
@@ -59,7 +60,9 @@ class Front:
             pace=Pace(settings),
             calls=calls,
             channels=Channels(settings),
-            newcomers=Newcomers(),
+            connections=Connections(
+                settings, most=allowed(settings.max_connections), most_per_address=settings.max_address_connections
+            ),
             bodies=Bodies(settings),
             health=Health(broker),
             places=Places(broker.results, calls.spawn),

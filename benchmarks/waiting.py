@@ -70,7 +70,9 @@ def main(polls: int) -> None:
         front.join(REPLY_S)
     click.echo(f"{'waiting':>8} {'before MiB':>11} {'waiting MiB':>12} {'KiB each':>9} {'woken s':>8}")
     before, waiting = found.before_bytes / 2**20, found.waiting_bytes / 2**20
-    click.echo(f"{found.polls:>8} {before:>11.1f} {waiting:>12.1f} {found.each_bytes / 1024:>9.1f} {found.woken_s:>8.2f}")
+    click.echo(
+        f"{found.polls:>8} {before:>11.1f} {waiting:>12.1f} {found.each_bytes / 1024:>9.1f} {found.woken_s:>8.2f}"
+    )
 
 
 def allow_files(polls: int) -> None:
