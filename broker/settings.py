@@ -281,6 +281,12 @@ class ApiSettings(SecretSettings):
         description="Seconds that a client may take for an answer, and one more for every 16 KiB of it; then its "
         "connection is cut, and the result can be read again.",
     )
+    inflight_bodies: int = Field(
+        2000,
+        ge=1,
+        description="Requests that are being accepted at once, from their head until they are in the queue; beyond it "
+        "503. Those that wait for results are not among them.",
+    )
     inflight_body_bytes: int = Field(
         256 * MIB, ge=5 * MIB, description="Request bodies held in memory at once; beyond it the answer is 503."
     )

@@ -82,7 +82,7 @@ from fnqueue.wire.functions import (
     UpdateFunction,
     UpdateMetadata,
 )
-from fnqueue.wire.health import Up
+from fnqueue.wire.health import Ready, Up
 from fnqueue.wire.keys import (
     ApiKey,
     ApiKeyList,
@@ -215,6 +215,7 @@ __all__ = [
     "QueueDepth",
     "Queues",
     "RateLimitModel",
+    "Ready",
     "RecognizedRegistries",
     "RecognizedRegistry",
     "RegisterCluster",
