@@ -50,7 +50,7 @@ class Front:
     @classmethod
     def over(cls, broker: Broker, settings: ApiSettings) -> Front:
         """Raises ConfigurationError: the list of registries cannot be read."""
-        calls = Calls()
+        calls = Calls(most_per_account=settings.account_calls)
         return cls(
             broker=broker,
             settings=settings,

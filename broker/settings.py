@@ -271,6 +271,12 @@ class ApiSettings(SecretSettings):
         description="Those of one address; one more is answered 429. 0: any number, as behind a proxy all come from a "
         "few.",
     )
+    account_calls: int = Field(
+        0,
+        ge=0,
+        description="Calls of one account that may wait for results at once in one front end; one more is answered "
+        "429. 0: any number.",
+    )
     head_timeout_s: float = Field(
         9, gt=0, le=600, description="Seconds within which a new connection has to send a request's head."
     )

@@ -94,6 +94,21 @@ async def test_one_connection_too_many_is_refused_in_words(tmp_path: Path, limit
         held[1][1].close()
 
 
+async def test_as_many_calls_of_an_account_wait_as_set_and_others_may_too(tmp_path: Path) -> None:
+    async with opened(tmp_path, account_calls=1) as house:
+        waiting = asyncio.create_task(house.invoke())
+        await house.some_queued()
+        status, headers, _ = await house.invoke()
+        assert (status, headers["Retry-After"]) == (429, "1")
+        assert (await house.invoke(NOW))[0] == 202, "this one does not wait"
+        await house.finish()
+        assert (await asyncio.wait_for(waiting, HANGS_S))[0] == 200
+        again = asyncio.create_task(house.invoke())
+        await house.some_queued(2)
+        again.cancel()
+        await asyncio.wait([again])
+
+
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
 async def test_whoever_watches_this_server_is_answered_all_the_same(tmp_path: Path, path: str) -> None:
     async with opened(tmp_path, max_connections=1) as house:
