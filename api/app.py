@@ -94,7 +94,7 @@ def _open(front: Front) -> list[Operation]:
     anyone = open_to_all(front)
     return [
         anyone.get("/health", health.health, "Whether an invocation could be accepted", gives=wire.Up, errors=[500]),
-        anyone.get("/readyz", health.ready, "Whether to send requests here", gives=wire.Up, errors=[503]),
+        anyone.get("/readyz", health.ready, "Whether to send requests here", gives=wire.Ready, errors=[503]),
         anyone.get("/livez", health.live, "Whether this process runs", gives=wire.Up),
     ]
 

@@ -35,11 +35,13 @@ class Body(Protocol):
 
 
 class Bodies:
-    """Reads bodies. All that are held at once have `inflight_body_bytes` together, and on disk `spool_bytes`."""
+    """Reads bodies. Those that are held at once are `inflight_bodies` at most, an empty one counted as any, and have
+    `inflight_body_bytes` together, and on disk `spool_bytes`."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._max_bytes = settings.max_body_bytes
         self._timeout_s = settings.body_timeout_s
+        self._free = settings.inflight_bodies
         self._free_bytes = settings.inflight_body_bytes
         self._inline_bytes = settings.inline_body_bytes
         self._max_streamed_bytes = settings.max_streamed_body_bytes
@@ -189,6 +191,14 @@ class Bodies:
     def free_disk(self, size_bytes: int) -> None:
         self._free_spool_bytes += size_bytes
 
+    def enter(self) -> None:
+        if not self._free:
+            raise Overloaded("this server has as many requests to accept as it may", retry_after_s=_RETRY_S)
+        self._free -= 1
+
+    def leave(self) -> None:
+        self._free += 1
+
     def reserve(self, size_bytes: int) -> None:
         if size_bytes > self._free_bytes:
             raise Overloaded("this server holds as many request bodies as it may", retry_after_s=_RETRY_S)
@@ -199,12 +209,14 @@ class Bodies:
 
 
 class Held:
-    """A body and its share of the memory; `close` gives the share back, once."""
+    """A body and its share of the memory; `close` gives the share back, once. Making one raises Overloaded."""
 
-    __slots__ = ("_bodies", "body", "taken_bytes")
+    __slots__ = ("_bodies", "_closed", "body", "taken_bytes")
 
     def __init__(self, bodies: Bodies) -> None:
+        bodies.enter()
         self._bodies = bodies
+        self._closed = False
         self.body = b""
         self.taken_bytes = 0
 
@@ -214,6 +226,10 @@ class Held:
             self.taken_bytes += more_bytes
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._bodies.leave()
         self._bodies.free(self.taken_bytes)
         self.taken_bytes = 0
         self.body = b""

@@ -6,10 +6,13 @@ A front end that is told to stop answers all who wait at once (PROTOCOL P11), an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any, TypeVar
 
+from broker.errors import TooManyRequests
 from broker.model import Record
 
 T = TypeVar("T")
@@ -20,7 +23,11 @@ class Interrupted(Exception):
 
 
 class Calls:
-    def __init__(self) -> None:
+    """Of one account `most_per_account` may wait at once, 0 for any number."""
+
+    def __init__(self, *, most_per_account: int = 0) -> None:
+        self._most_per_account = most_per_account
+        self._per_account: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waiting: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
@@ -38,28 +45,34 @@ class Calls:
         task.add_done_callback(self._ended)
         return task
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While the body runs, the current task can be told to stop waiting.
+    def waiting(self, account: str = "") -> AbstractContextManager[None]:
+        """While the body runs, the current task can be told to stop waiting. With `account` "" nobody counts it.
 
         Raises:
             Interrupted: the body was cut short by `interrupt`.
+            TooManyRequests: as many of the account's calls wait as may.
         """
-        task = asyncio.current_task()
-        assert task is not None, "only tasks wait"
+        return _Waiting(self, account)
+
+    def enter(self, task: asyncio.Task[Any], account: str) -> None:
         if self._stopping:
             raise Interrupted
+        if self._most_per_account and account:
+            if self._per_account[account] >= self._most_per_account:
+                raise TooManyRequests(f"{self._most_per_account} calls of this account wait here already")
+            self._per_account[account] += 1
         self._waiting.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            # Who is cancelled for another reason too, as a client that has left, must go.
-            if task in self._interrupted and task.uncancel() == 0:
-                raise Interrupted from None
-            raise
-        finally:
-            self._waiting.discard(task)
-            self._interrupted.discard(task)
+
+    def leave(self, task: asyncio.Task[Any], account: str) -> bool:
+        """Whether it was interrupted."""
+        if self._most_per_account and account:
+            self._per_account[account] -= 1
+            if not self._per_account[account]:
+                del self._per_account[account]
+        self._waiting.discard(task)
+        interrupted = task in self._interrupted
+        self._interrupted.discard(task)
+        return interrupted
 
     def interrupt(self) -> None:
         """End every wait, now and from now on."""
@@ -80,6 +93,30 @@ class Calls:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen, so that asyncio does not report it as lost
+
+
+class _Waiting:
+    """A class, since a generator keeps half a kilobyte for as long as somebody waits."""
+
+    __slots__ = ("_account", "_calls", "_task")
+
+    def __init__(self, calls: Calls, account: str) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "only tasks wait"
+        self._calls = calls
+        self._task = task
+        self._account = account
+
+    def __enter__(self) -> None:
+        self._calls.enter(self._task, self._account)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupted = self._calls.leave(self._task, self._account)
+        # Who is cancelled for another reason too, as a client that has left, must go.
+        if isinstance(exc, asyncio.CancelledError) and interrupted and self._task.uncancel() == 0:
+            raise Interrupted from None
 
 
 class Accepting:

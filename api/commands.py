@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from api import embedded
+from api import embedded, open_files
 from api.server import serving
 from broker import accounts, registries
 from broker import secrets as function_secrets
@@ -71,6 +71,7 @@ def api(host: str | None, port: int | None) -> None:
         settings = load(ApiSettings, host=host, port=port)
         refuse_memory(settings, "queue_url", "store_url")
         logs.configure(settings.log_level, settings.log_format)
+        open_files.allow(settings.max_connections)
         _run(_serve(settings))
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from api.bodies import Bodies
 from api.calls import Calls
 from api.channels import Channels
-from api.connections import Newcomers
+from api.connections import Connections
 from api.limits import Pace
+from api.open_files import allowed
 from broker.accounts import Authenticator
 from broker.errors import Overloaded, TryLater
 from broker.events import Places
@@ -24,7 +25,9 @@ from broker.settings import ApiSettings
 
 logger = logging.getLogger(__name__)
 
+QUEUE, STORE = "queue", "store"
 _HEALTH_S = 2.0
+_LOOK_S = 3.0  # whoever asks whether to send requests here waits for five seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,7 @@ class Front:
     pace: Pace
     calls: Calls
     channels: Channels
-    newcomers: Newcomers
+    connections: Connections
     bodies: Bodies
     health: Health
     places: Places
@@ -47,7 +50,7 @@ class Front:
     @classmethod
     def over(cls, broker: Broker, settings: ApiSettings) -> Front:
         """Raises ConfigurationError: the list of registries cannot be read."""
-        calls = Calls()
+        calls = Calls(most_per_account=settings.account_calls)
         return cls(
             broker=broker,
             settings=settings,
@@ -59,7 +62,9 @@ class Front:
             pace=Pace(settings),
             calls=calls,
             channels=Channels(settings),
-            newcomers=Newcomers(),
+            connections=Connections(
+                settings, most=allowed(settings.max_connections), most_per_address=settings.max_address_connections
+            ),
             bodies=Bodies(settings),
             health=Health(broker),
             places=Places(broker.results, calls.spawn),
@@ -93,24 +98,27 @@ class Health:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._looking = asyncio.Lock()
-        self._fault: str | None = None
+        self._away: tuple[str, ...] = ()
         self._until = 0.0
 
-    async def fault(self) -> str:
-        """What is wrong, '' when nothing is. Anybody may ask, so it says which server and not where."""
+    async def away(self) -> tuple[str, ...]:
+        """Which servers are. Anybody may ask, so it says not where they are."""
         async with self._looking:
-            now = asyncio.get_running_loop().time()
-            if self._fault is None or now >= self._until:
-                self._fault = await self._look()
-                self._until = now + _HEALTH_S
-            return self._fault
+            loop = asyncio.get_running_loop()
+            if loop.time() >= self._until:
+                looks = await asyncio.gather(
+                    self._look(QUEUE, self._broker.queue.ping), self._look(STORE, self._broker.results.ping)
+                )
+                self._away = tuple(name for name in looks if name)
+                self._until = loop.time() + _HEALTH_S
+            return self._away
 
-    async def _look(self) -> str:
-        for name, ping in (("queue", self._broker.queue.ping), ("store", self._broker.results.ping)):
-            try:
+    async def _look(self, name: str, ping: Callable[[], Awaitable[None]]) -> str:
+        try:
+            async with asyncio.timeout(_LOOK_S):
                 await ping()
-            except TryLater as exc:
-                if not self._fault:  # once per streak
-                    logger.warning("unhealthy", extra={"server": name, "cause": str(exc)})
-                return f"the {name} is away"
+        except (TryLater, TimeoutError) as exc:
+            if name not in self._away:  # once per streak
+                logger.warning("unhealthy", extra={"server": name, "cause": str(exc)})
+            return name
         return ""

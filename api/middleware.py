@@ -26,19 +26,26 @@ INVOKES = web.RequestKey("invokes", bool)
 
 # Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
 ABOUT_A_REQUEST = ("/nvcf/pexec/", "/nvcf/exec/", "/requests/")
+# Answered on connections that are one too many: whoever watches this server would take it for dead.
+ABOUT_THIS_SERVER = frozenset({"/health", "/livez", "/readyz"})
 SERVER = "fnqueue"  # and not which versions of what
 _PREFLIGHT_S = "86400"
 
 
 def observing(front: Front) -> Middleware:
-    """Logs one line per invocation, and closes connections while this server is stopping."""
+    """Refuses on connections that are one too many, logs one line per invocation, and closes connections while this
+    server is stopping."""
 
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         started_at = time.perf_counter()
-        front.newcomers.met(request.protocol)
+        refusal = front.connections.met(request.protocol)
         try:
-            response = await handler(request)
+            if refusal is None or request.path in ABOUT_THIS_SERVER:
+                response = await handler(request)
+            else:
+                response = _problem(request, refusal)
+                response.force_close()
         except BaseException:
             # Nobody is left to answer: the client has gone. 499 is what proxies log then.
             _log(request, 499, started_at)

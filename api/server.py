@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -15,8 +16,9 @@ from yarl import URL
 
 from api.app import make_app
 from api.channels import FAREWELL_S
-from api.connections import Newcomers
+from api.connections import Connections
 from api.front import Front
+from api.open_files import allowed
 from api.routes import attach
 from broker.backends.files import FileBlobs
 from broker.errors import ConfigurationError
@@ -44,34 +46,29 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
         ConfigurationError: the address cannot be listened on.
     """
     front = Front.over(broker, settings)
-    app = make_app(front)
-
     runner = web.AppRunner(
-        app,
-        access_log=None,
-        logger=_http_logger(),
-        handler_cancellation=True,
-        shutdown_timeout=max(0.1, settings.shutdown_grace_s),
-        keepalive_timeout=KEEPALIVE_S,
-        auto_decompress=False,
+        make_app(front), handler_cancellation=True, shutdown_timeout=max(0.1, settings.shutdown_grace_s)
     )
     await runner.setup()
-    assert runner.server is not None, "it was set up"
     try:
         async with _attaching(front):
             try:
-                front.newcomers.watch(runner.server)
-                url = await _listen(runner, settings, reuse_port=reuse_port)
-                if isinstance(broker.blobs, FileBlobs):
-                    broker.blobs.set_base_url(settings.public_url or url)
-                logger.info("api_started", extra={"url": url})
-                yield url
-                logger.info("api_stopping")
+                async with _listening(
+                    runner,
+                    front.connections,
+                    settings.host,
+                    settings.port,
+                    named="--port or FNQUEUE_PORT",
+                    reuse_port=reuse_port,
+                ) as port:
+                    url = _url(settings.host, port)
+                    if isinstance(broker.blobs, FileBlobs):
+                        broker.blobs.set_base_url(settings.public_url or url)
+                    logger.info("api_started", extra={"url": url})
+                    yield url
+                    logger.info("api_stopping")
             finally:
-                front.newcomers.stop()
-                # The clean-up begins with closing its ears to every connection: no channel outlives that.
-                for site in runner.sites:
-                    await site.stop()
+                # Its ears are closed to every connection by now, and the clean-up goes on so: no channel outlives that.
                 front.calls.interrupt()
                 await front.channels.drain()
                 await runner.cleanup()
@@ -86,27 +83,51 @@ async def _attaching(front: Front) -> AsyncIterator[None]:
     Raises:
         ConfigurationError: the address cannot be listened on.
     """
-    settings, newcomers = front.settings, Newcomers()
+    settings = front.settings
+    # Each of these is for a channel that a connection of a client's was let in for.
+    connections = Connections(settings, most=allowed(settings.max_connections))
     host = settings.attach_host or settings.host
-    runner = web.AppRunner(
-        attach.make_app(front, newcomers), access_log=None, logger=_http_logger(), shutdown_timeout=FAREWELL_S
-    )
+    runner = web.AppRunner(attach.make_app(front, connections), shutdown_timeout=FAREWELL_S)
     await runner.setup()
-    assert runner.server is not None, "it was set up"
     try:
-        newcomers.watch(runner.server)
-        site = web.TCPSite(runner, host, settings.attach_port, backlog=BACKLOG)
-        try:
-            await site.start()
-        except OSError as exc:
-            raise ConfigurationError(_why(exc, host, settings.attach_port, "FNQUEUE_ATTACH_PORT")) from exc
-        front.channels.url = str(
-            URL.build(scheme="http", host=_address(settings, host), port=site.port, path=attach.PATH)
-        )
-        yield
+        async with _listening(runner, connections, host, settings.attach_port, named="FNQUEUE_ATTACH_PORT") as port:
+            front.channels.url = str(
+                URL.build(scheme="http", host=_address(settings, host), port=port, path=attach.PATH)
+            )
+            yield
     finally:
-        newcomers.stop()
         await runner.cleanup()
+
+
+@asynccontextmanager
+async def _listening(
+    runner: web.AppRunner, connections: Connections, host: str, port: int, *, named: str, reuse_port: bool = False
+) -> AsyncIterator[int]:
+    """Let clients connect during the body; yields the port. `named` is the setting that chooses it.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+    assert runner.server is not None, "it was set up"
+    factory = connections.factory(
+        runner.server,
+        access_log=None,
+        logger=_http_logger(),
+        keepalive_timeout=KEEPALIVE_S,
+        auto_decompress=False,
+    )
+    try:
+        server = await asyncio.get_running_loop().create_server(
+            factory, host, port, backlog=BACKLOG, reuse_port=reuse_port or None
+        )
+    except OSError as exc:
+        raise ConfigurationError(_why(exc, host, port, named)) from exc
+    connections.watch()
+    try:
+        yield int(server.sockets[0].getsockname()[1])
+    finally:
+        connections.stop()
+        server.close()
 
 
 def _address(settings: ApiSettings, host: str) -> str:
@@ -136,15 +157,10 @@ def _http_logger() -> logging.Logger:
     return found
 
 
-async def _listen(runner: web.AppRunner, settings: ApiSettings, *, reuse_port: bool) -> str:
-    """The URL of the address that was bound."""
-    site = web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG, reuse_port=reuse_port or None)
-    try:
-        await site.start()
-    except OSError as exc:
-        raise ConfigurationError(_why(exc, settings.host, settings.port, "--port or FNQUEUE_PORT")) from exc
-    host = _WILDCARDS.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
-    return f"http://{host}:{site.port}"
+def _url(host: str, port: int) -> str:
+    """Where clients on this machine reach a listener."""
+    named = _WILDCARDS.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{named}:{port}"
 
 
 def _why(error: OSError, host: str, port: int, setting: str) -> str:

@@ -62,7 +62,8 @@ class Program(Server):
         self.name = name
         super().__init__(folder / name)
         self._command = command
-        self._environment = {**bare_environment(), **environment}
+        # What is measured is this checkout, whichever one is installed.
+        self._environment = {**bare_environment(), "PYTHONPATH": str(REPOSITORY), **environment}
         self._url = f"http://{LOOPBACK}:{port}" if port else ""
 
     @property
@@ -104,10 +105,15 @@ def embedded(folder: Path, *, slots: int) -> Iterator[Target]:
 
 @contextlib.contextmanager
 def production(
-    folder: Path, *, slots: int, function: Mapping[str, Any] = FUNCTION, images: Path | None = None
+    folder: Path,
+    *,
+    slots: int,
+    function: Mapping[str, Any] = FUNCTION,
+    images: Path | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Target]:
     """RabbitMQ, Redis and S3, an api and a controller, which starts the function and its sidecar. `images` names
-    commands for images that are no samples."""
+    commands for images that are no samples, `settings` is environment of both."""
     port, key = free_port(), secrets.token_hex(32)
     with contextlib.ExitStack() as opened:
         servers: dict[str, Server] = {
@@ -124,6 +130,7 @@ def production(
             "FNQUEUE_SECRET_KEY": secrets.token_hex(32),
             "FNQUEUE_DRAIN_S": DRAIN_S,
             **({"FNQUEUE_IMAGES_FILE": str(images)} if images else {}),
+            **(settings or {}),
         }
         front = {"FNQUEUE_HOST": LOOPBACK, "FNQUEUE_PORT": str(port), "FNQUEUE_ADMIN_KEY": key}
         programs = [
@@ -133,11 +140,12 @@ def production(
         for program in programs:
             opened.enter_context(running(program))
         roles: dict[str, Server] = {server.name: server for server in (*programs, *servers.values())}
-        settings = {
+        told = {
             **{name: f"{server.url.partition(':')[0]}://" for name, server in servers.items()},
             "FNQUEUE_DRAIN_S": DRAIN_S,
+            **(settings or {}),
         }
-        yield _deployed("fnqueue", port, key, function, slots=slots, trees=lambda: _by_role(roles), settings=settings)
+        yield _deployed("fnqueue", port, key, function, slots=slots, trees=lambda: _by_role(roles), settings=told)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import resource
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -39,6 +40,7 @@ class Found:
     polls: int
     before_bytes: int
     waiting_bytes: int
+    woken_s: float
 
     @property
     def each_bytes(self) -> float:
@@ -49,7 +51,7 @@ class Found:
 @click.option("--polls", type=click.IntRange(1, 100_000), default=10_000, show_default=True)
 def main(polls: int) -> None:
     """Let so many clients poll one request that nobody runs, look at the front end's resident memory, cancel the
-    request, and see that each of them is answered.
+    request, and see that each of them is answered, and how long after the cancellation was sent the last one is.
 
     The front end is a process of its own, over back ends in memory. Exits with 1 when a client was not answered.
     """
@@ -66,9 +68,11 @@ def main(polls: int) -> None:
     finally:
         front.terminate()
         front.join(REPLY_S)
-    click.echo(f"{'waiting':>8} {'before MiB':>11} {'waiting MiB':>12} {'KiB each':>9}")
+    click.echo(f"{'waiting':>8} {'before MiB':>11} {'waiting MiB':>12} {'KiB each':>9} {'woken s':>8}")
     before, waiting = found.before_bytes / 2**20, found.waiting_bytes / 2**20
-    click.echo(f"{found.polls:>8} {before:>11.1f} {waiting:>12.1f} {found.each_bytes / 1024:>9.1f}")
+    click.echo(
+        f"{found.polls:>8} {before:>11.1f} {waiting:>12.1f} {found.each_bytes / 1024:>9.1f} {found.woken_s:>8.2f}"
+    )
 
 
 def allow_files(polls: int) -> None:
@@ -129,14 +133,16 @@ async def measure(port: int, front: psutil.Process, polls: int) -> Found:
     await asyncio.gather(*(poll() for _ in range(polls)))
     await _ask(port, "GET", f"/v2/nvcf/pexec/status/{request_id}", "Prefer: respond-async")  # behind all of them
     waiting_bytes = front.memory_info().rss
+    cancelled_at = time.perf_counter()
     await _ask(port, "DELETE", f"/v2/nvcf/requests/{request_id}", "Accept: */*")
     async with asyncio.timeout(REPLY_S):
         lines = await asyncio.gather(*(reader.readline() for reader in connections))
+    woken_s = time.perf_counter() - cancelled_at
     for writer in writers:
         writer.close()
     if missing := polls - sum(line.startswith(b"HTTP/1.1 410 ") for line in lines):
         raise click.ClickException(f"{missing} of {polls} were not told that the request was cancelled")
-    return Found(polls, before_bytes, waiting_bytes)
+    return Found(polls, before_bytes, waiting_bytes, woken_s)
 
 
 async def _ask(port: int, method: str, path: str, header: str) -> str:

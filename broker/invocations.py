@@ -269,6 +269,7 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         headers=submission.headers,
         body=body,
         body_key=body_key,
+        blob_bytes=draft.size_bytes if body_key else 0,
         assets=submission.assets,
         passthrough=submission.passthrough,
         streaming=submission.streaming,

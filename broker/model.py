@@ -445,7 +445,8 @@ class Channel:
 class Job:
     """What travels through the queue: enough to run the request and to rebuild its record.
 
-    `body` is the request body unless it was too large for a message; then `body_key` names the blob.
+    `body` is the request body unless it was too large for a message; then `body_key` names the blob, which has
+    `blob_bytes`.
     `headers` are the client's, already filtered; `poll_s` is how long the accepting call may wait, `region` where it
     was accepted. `queue_deadline_at` and `run_timeout_s` are as in `Record`.
     `target` is the path and query to ask the container for, "" for its inference path. `streaming` sends the answer
@@ -474,6 +475,12 @@ class Job:
     target: str = ""
     streaming: bool = False
     channel: Channel | None = None
+    blob_bytes: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the request body, wherever it is."""
+        return len(self.body) + self.blob_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

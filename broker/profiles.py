@@ -19,7 +19,7 @@ PATTERN = r"^fnq\.v\."
 DEAD = "fnq.dead"
 # Limits are exact in Redis; those of the queues stand behind them, with room for what overshoots.
 ROOM = 1.25
-QUEUE_BYTES = 1280 * MIB
+UNLIMITED_BYTES = 1024 * MIB  # of a version, where no setting limits them: what a broker has to bear
 # A delivery may stay open this much longer than the longest run.
 LONGER_S = 300.0
 SKEW_S = 5.0
@@ -52,12 +52,12 @@ def sentence(finding: Finding) -> str:
     return ", ".join(part for part in parts if part) + mend
 
 
-def queue_policy(queue_limit: int) -> dict[str, object]:
+def queue_policy(settings: Settings) -> dict[str, object]:
     """What the queues of versions need, as a policy."""
     return {
         "overflow": "reject-publish",
-        "max-length": int(queue_limit * ROOM),
-        "max-length-bytes": QUEUE_BYTES,
+        "max-length": int(settings.queue_limit * ROOM),
+        "max-length-bytes": int((settings.version_bytes or UNLIMITED_BYTES) * ROOM),
         "delivery-limit": 20,
         "dead-letter-exchange": DEAD,
         "dead-letter-strategy": "at-least-once",
@@ -290,7 +290,7 @@ def _consumer_timeout(facts: QueueFacts, run_timeout_s: float) -> Finding:
 
 
 def _policy(facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
-    wanted = queue_policy(settings.queue_limit)
+    wanted = queue_policy(settings)
     mend = f"rabbitmqctl set_policy --apply-to queues {POLICY} '{PATTERN}' '{json.dumps(wanted)}'"
     if facts.policies is None:
         yield _unknown("rabbitmq", "queue policy", needed=False, asserted=False, advice="", mend=mend)
@@ -298,7 +298,7 @@ def _policy(facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
     versions = [each.policy for each in facts.queues or () if each.name.startswith("fnq.v.")]
     # Without queues yet, what the policies together would make of one.
     effective = versions or [{key: value for policy in facts.policies.values() for key, value in policy.items()}]
-    faults = sorted({fault for policy in effective for fault in _policy_faults(policy, wanted, settings.queue_limit)})
+    faults = sorted({fault for policy in effective for fault in _policy_faults(policy, wanted, settings)})
     needed = settings.profile != "A"
     yield Finding(
         server="rabbitmq",
@@ -311,17 +311,18 @@ def _policy(facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
     )
 
 
-def _policy_faults(policy: Mapping[str, object], wanted: Mapping[str, object], queue_limit: int) -> Iterator[str]:
+def _policy_faults(policy: Mapping[str, object], wanted: Mapping[str, object], settings: Settings) -> Iterator[str]:
     for name in ("overflow", "dead-letter-exchange", "dead-letter-strategy"):
         if policy.get(name) != wanted[name]:
             yield f"{name} is {policy.get(name, 'missing')}"
     if "delivery-limit" not in policy:
         yield "delivery-limit is missing"
-    most = policy.get("max-length")
-    if not isinstance(most, int):
-        yield "max-length is missing"
-    elif most < queue_limit:
-        yield f"max-length is {most}, below FNQUEUE_QUEUE_LIMIT"
+    for name, setting in (("max-length", "queue_limit"), ("max-length-bytes", "version_bytes")):
+        most, least = policy.get(name), int(getattr(settings, setting))
+        if not isinstance(most, int):
+            yield f"{name} is missing"
+        elif most < least:
+            yield f"{name} is {most}, below FNQUEUE_{setting.upper()}"
 
 
 def _queues(facts: QueueFacts, settings: Settings) -> Iterator[Finding]:

@@ -274,6 +274,40 @@ class ApiSettings(SecretSettings):
         5 * MIB, ge=1024, le=128 * MIB, description="Largest request body; larger ones are answered 413."
     )
     body_timeout_s: float = Field(30, gt=0, le=3600, description="Seconds a client may take to send its body.")
+    max_connections: int = Field(
+        16_000,
+        ge=1,
+        description="Connections of clients at once, or fewer where the system allows fewer open files; one more is "
+        "answered 503. Those that ask for nothing make room first.",
+    )
+    max_address_connections: int = Field(
+        0,
+        ge=0,
+        description="Those of one address; one more is answered 429. 0: any number, as behind a proxy all come from a "
+        "few.",
+    )
+    account_calls: int = Field(
+        0,
+        ge=0,
+        description="Calls of one account that may wait for results at once in one front end; one more is answered "
+        "429. 0: any number.",
+    )
+    head_timeout_s: float = Field(
+        9, gt=0, le=600, description="Seconds within which a new connection has to send a request's head."
+    )
+    send_timeout_s: float = Field(
+        30,
+        gt=0,
+        le=3600,
+        description="Seconds that a client may take for an answer, and one more for every 16 KiB of it; then its "
+        "connection is cut, and the result can be read again.",
+    )
+    inflight_bodies: int = Field(
+        2000,
+        ge=1,
+        description="Requests that are being accepted at once, from their head until they are in the queue; beyond it "
+        "503. Those that wait for results are not among them.",
+    )
     inflight_body_bytes: int = Field(
         256 * MIB, ge=5 * MIB, description="Request bodies held in memory at once; beyond it the answer is 503."
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from api import headers, problems
-from api.connections import Newcomers
+from api.connections import Connections
 from api.front import Front
 from api.middleware import SERVER
 from broker.channels import token_hash
@@ -17,9 +17,9 @@ from broker.errors import BadRequest, FnqueueError, Unauthenticated
 PATH = "/v2/nvcf/worker/request-attach"
 
 
-def make_app(front: Front, newcomers: Newcomers) -> web.Application:
+def make_app(front: Front, connections: Connections) -> web.Application:
     async def attach(request: web.Request) -> web.StreamResponse:
-        newcomers.met(request.protocol)
+        connections.met(request.protocol)
         if not web.WebSocketResponse().can_prepare(request):
             return _refused(BadRequest("this is for WebSockets only"))
         token = headers.bearer(request.headers) or ""
@@ -29,7 +29,7 @@ def make_app(front: Front, newcomers: Newcomers) -> web.Application:
         return await line.serve(request)
 
     async def elsewhere(request: web.Request) -> web.StreamResponse:
-        newcomers.met(request.protocol)
+        connections.met(request.protocol)
         return _refused(problems.NoSuchPath("no such path"))
 
     async def sign(_: web.Request, response: web.StreamResponse) -> None:

@@ -148,7 +148,7 @@ async def look(front: Front, request: web.Request, asked: Question, manner: Mann
 async def _wait(front: Front, asked: Question) -> Record:
     """The record at its end, or that of its caller's patience, or when its body flows."""
     try:
-        with front.calls.waiting():
+        with front.calls.waiting(asked.principal.account if asked.wait.seconds else ""):
             return await invocations.poll(front.broker, asked.principal, asked.request_id, wait_s=asked.wait.seconds)
     except Interrupted:
         return await invocations.poll(front.broker, asked.principal, asked.request_id, wait_s=0)
@@ -215,7 +215,7 @@ async def _submit(front: Front, call: Call, held: Body) -> Record:
     """Submit and wait. The body is given up once it was submitted, so that who waits holds no memory."""
     accepting = Accepting(front.calls, done=held.close)
     try:
-        with front.calls.waiting():
+        with front.calls.waiting(call.principal.account if call.wait.seconds else ""):
             return await invocations.invoke(
                 front.broker,
                 call.submission(held.body),

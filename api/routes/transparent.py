@@ -9,6 +9,7 @@ the Authorization covers.
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,11 +49,11 @@ def addressed(front: Front) -> Middleware:
     """Takes what is addressed to a function out of the hands of the router."""
 
     @web.middleware
-    async def divert(request: web.Request, handler: Handler) -> web.StreamResponse:
+    def divert(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
         if not is_addressed(request):
-            return await handler(request)
+            return handler(request)
         request[INVOKES] = True
-        return await answer_errors(request, partial(invoke, front))
+        return answer_errors(request, partial(invoke, front))
 
     return divert
 

@@ -109,6 +109,7 @@ _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "target": str,
     "streaming": bool,
     "channel": (Channel, types.NoneType),
+    "blob_bytes": int,
 }
 
 

@@ -8,56 +8,82 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from types import TracebackType
 
 from broker.model import Interest, Record
 
 
 class Watch:
-    """One waiter."""
+    """One waiter. There are thousands in a front end, so it waits on a future: an event takes 800 bytes more."""
+
+    __slots__ = ("_hinted", "_waiting", "_woken", "interest")
 
     def __init__(self, interest: Interest = Interest.END) -> None:
-        self._event = asyncio.Event()
         self._hinted = False
+        self._woken = False
+        self._waiting: asyncio.Future[None] | None = None
         self.interest = interest
 
     def forget(self) -> None:
         """From now on only what is told later counts: the caller reads next."""
-        self._event.clear()
-        self._hinted = False
+        self._woken = self._hinted = False
 
     async def changed(self, timeout_s: float) -> bool:
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(timeout_s, self._event.set)
         try:
-            await self._event.wait()
+            if not self._woken:
+                loop = asyncio.get_running_loop()
+                self._waiting = loop.create_future()
+                timer = loop.call_later(timeout_s, self.wake)
+                try:
+                    await self._waiting
+                finally:
+                    timer.cancel()
+                    self._waiting = None
             return self._hinted
         finally:
-            timer.cancel()
             self.forget()
 
     def wake(self) -> None:
-        self._event.set()
+        self._woken = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def tell(self, news: bytes = b"") -> None:
         """`news` may say what is new, for who understands it."""
         self._hinted = True
-        self._event.set()
+        self.wake()
 
 
 class RecordWatch(Watch):
-    """Implements `broker.ports.Watch` over the back end's read."""
+    """Implements `broker.ports.Watch` over the back end's read; registered during the body. A class, since a generator
+    keeps half a kilobyte for as long as somebody waits."""
 
-    def __init__(self, read: Callable[[], Awaitable[Record | None]], interest: Interest = Interest.END) -> None:
+    __slots__ = ("_hints", "_read", "_request_id")
+
+    def __init__(
+        self,
+        hints: Hints,
+        request_id: str,
+        interest: Interest,
+        read: Callable[[str, Interest], Awaitable[Record | None]],
+    ) -> None:
         super().__init__(interest)
+        self._hints = hints
+        self._request_id = request_id
         self._read = read
+
+    async def __aenter__(self) -> RecordWatch:
+        self._hints.add(self._request_id, self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hints.discard(self._request_id, self)
 
     async def read(self) -> Record | None:
         self.forget()
-        return await self._read()
-
-
-AnyWatch = TypeVar("AnyWatch", bound=Watch)
+        return await self._read(self._request_id, self.interest)
 
 
 class Hints:
@@ -66,16 +92,23 @@ class Hints:
     def __init__(self) -> None:
         self._watches: dict[str, list[Watch]] = {}
 
-    @contextmanager
-    def watching(self, subject: str, watch: AnyWatch) -> Iterator[AnyWatch]:
+    def add(self, subject: str, watch: Watch) -> None:
+        """Until it is discarded."""
         self._watches.setdefault(subject, []).append(watch)
+
+    def discard(self, subject: str, watch: Watch) -> None:
+        waiting = self._watches[subject]
+        waiting.remove(watch)
+        if not waiting:
+            del self._watches[subject]
+
+    @contextmanager
+    def watching(self, subject: str, watch: Watch) -> Iterator[None]:
+        self.add(subject, watch)
         try:
-            yield watch
+            yield
         finally:
-            waiting = self._watches[subject]
-            waiting.remove(watch)
-            if not waiting:
-                del self._watches[subject]
+            self.discard(subject, watch)
 
     def tell(self, subject: str, of: Interest = Interest.END, news: bytes = b"") -> None:
         for watch in self._watches.get(subject, ()):

@@ -36,8 +36,16 @@ from s3transfer.futures import TransferFuture
 from s3transfer.subscribers import BaseSubscriber
 from urllib3.exceptions import HTTPError
 
+from broker.backends.breaker import Breaker, seek
 from broker.backends.parts import Parts, Stopped
-from broker.errors import BadRequest, BlobsUnavailable, ConfigurationError, NotFound, PayloadTooLarge
+from broker.errors import (
+    BadRequest,
+    BlobsUnavailable,
+    ConfigurationError,
+    FnqueueError,
+    NotFound,
+    PayloadTooLarge,
+)
 from broker.model import Blob
 from broker.ports import Sink
 from broker.settings import MIB, Settings
@@ -68,11 +76,14 @@ OURS_ALREADY = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 class S3Blobs:
     """`Blobs` on one bucket, by boto3 in threads of its own. `open_blobs` opens and closes it."""
 
-    def __init__(self, *, calls: S3Client, signer: S3Client, bucket: str, timeout_s: float) -> None:
+    def __init__(self, *, calls: S3Client, signer: S3Client, bucket: str, timeout_s: float, patience_s: float) -> None:
+        """`patience_s`: after so long without an answer the server is not asked any more, until it is found again."""
         self._client = calls
         self._signer = signer
         self._bucket = bucket
         self._timeout_s = timeout_s
+        self._breaker = Breaker("blobs", after_s=patience_s)
+        self._seeking: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(CALLS, thread_name_prefix="blobs")
         self._transfers = create_transfer_manager(calls, _transfer_config())
         self._writers = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="writers")
@@ -137,6 +148,10 @@ class S3Blobs:
             content_type=content_type,
             part_bytes=PART_BYTES,
         )
+        with self._guarded():
+            await self._upload(parts, write)
+
+    async def _upload(self, parts: Parts, write: Callable[[Sink], None]) -> None:
         self._uploads.add(parts)
         running = self._writers.submit(_with_translation, lambda: parts.run(write))
         done = asyncio.wrap_future(running)
@@ -154,7 +169,8 @@ class S3Blobs:
     async def download(self, key: str, path: Path) -> None:
         """To a file beside `path` that takes its name when it is complete."""
         await self._await_bucket()
-        await self._transfer(lambda told: self._transfers.download(self._bucket, key, str(path), {}, told))
+        with self._guarded():
+            await self._transfer(lambda told: self._transfers.download(self._bucket, key, str(path), {}, told))
 
     async def copy(self, source: str, target: str) -> None:
         """By S3 itself, which does so with up to 5 GiB. Its time is that of an upload of that size."""
@@ -203,6 +219,9 @@ class S3Blobs:
 
     async def aclose(self) -> None:
         """Cut the transfers short and give the threads back; what is still on the wire ends by its time-outs."""
+        if self._seeking is not None:
+            self._seeking.cancel()
+            await asyncio.gather(self._seeking, return_exceptions=True)
         for parts in self._uploads:
             parts.stop()
         stopping = self._threads.submit(self._transfers.shutdown, cancel=True)
@@ -229,6 +248,32 @@ class S3Blobs:
         return await self._within(self._timeout_s + size_bytes / SLOWEST_BYTES_S, call)
 
     async def _within(self, timeout_s: float, work: Callable[[], T]) -> T:
+        with self._guarded():
+            return await self._exchange(timeout_s, work)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What callers bring waits in memory for as long as they do, so while the server is away they do not."""
+        if not self._breaker.admits():
+            raise BlobsUnavailable("the blob store does not answer; try again")
+        began_at = self._breaker.now()
+        try:
+            yield
+        except BlobsUnavailable as exc:
+            if isinstance(exc.__cause__, ClientError):
+                self._breaker.answered()
+            elif self._breaker.failed(began_at=began_at):
+                self._seeking = asyncio.get_running_loop().create_task(seek(self._breaker, self._look_for_bucket))
+            raise
+        except FnqueueError:
+            self._breaker.answered()
+            raise
+        self._breaker.answered()
+
+    async def _look_for_bucket(self) -> None:
+        await self._exchange(self._timeout_s, self._make_bucket)
+
+    async def _exchange(self, timeout_s: float, work: Callable[[], T]) -> T:
         """A thread whose caller left finishes its one exchange, bounded by its time-outs, and nobody is told."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -315,7 +360,8 @@ async def open_blobs(url: str, settings: Settings, *, make: bool = True) -> Asyn
         ConfigurationError: the URL is not one of ours; its message never repeats it.
     """
     place = _parse(url)
-    blobs = await asyncio.to_thread(_open, place, settings.blobs_timeout_s)
+    patience_s = min(settings.blobs_timeout_s, settings.accept_timeout_s)
+    blobs = await asyncio.to_thread(_open, place, settings.blobs_timeout_s, patience_s)
     try:
         if make:
             with contextlib.suppress(BlobsUnavailable):
@@ -387,7 +433,7 @@ def _host(parts: SplitResult) -> str:
     return bracketed if parts.port is None else f"{bracketed}:{parts.port}"
 
 
-def _open(place: _Place, timeout_s: float) -> S3Blobs:
+def _open(place: _Place, timeout_s: float, patience_s: float) -> S3Blobs:
     """Making a client reads files: for a thread. The session is our own, since boto3's default is a global."""
     config = Config(
         signature_version="s3v4",
@@ -409,7 +455,7 @@ def _open(place: _Place, timeout_s: float) -> S3Blobs:
         )
     except (ValueError, BotoCoreError) as exc:
         raise ConfigurationError(f"boto3 refuses the S3 settings: {type(exc).__name__}") from exc
-    return S3Blobs(calls=calls, signer=signer, bucket=place.bucket, timeout_s=timeout_s)
+    return S3Blobs(calls=calls, signer=signer, bucket=place.bucket, timeout_s=timeout_s, patience_s=patience_s)
 
 
 def _transfer_config() -> TransferConfig:

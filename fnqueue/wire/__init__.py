@@ -100,7 +100,7 @@ from fnqueue.wire.functions import (
     UpdateFunction,
     UpdateMetadata,
 )
-from fnqueue.wire.health import Up
+from fnqueue.wire.health import Ready, Up
 from fnqueue.wire.keys import (
     ApiKey,
     ApiKeyList,
@@ -246,6 +246,7 @@ __all__ = [
     "QueueDepth",
     "Queues",
     "RateLimitModel",
+    "Ready",
     "RecognizedRegistries",
     "RecognizedRegistry",
     "RedriveDeadLetter",

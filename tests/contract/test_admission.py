@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -177,6 +178,53 @@ async def test_the_same_request_again_takes_no_second_place(opened: Opened) -> N
         await place.settle(job_of(first))
         assert (await results.create(wanted, queue_limit=1000, watch=False)).state is RequestState.FULFILLED
         await place.submit()
+
+
+async def test_a_lost_request_that_is_rebuilt_counts_its_body_wherever_that_is(opened: Opened) -> None:
+    async with opened(version_bytes=100) as results:
+        place = Place(results)
+        record = Record(
+            id=str(uuid.uuid4()),
+            account=place.account,
+            function_id="f",
+            version_id=place.version_id,
+            state=RequestState.QUEUED,
+            created_at=(await results.epoch(fresh=True)).now,
+            deadline_at=(await results.epoch()).now + 60,
+        )
+        lost = replace(job_of(record), body_key="inputs/x", blob_bytes=95)
+        await place.begin(lost)
+        with pytest.raises(QueueFull) as refused:
+            await place.submit(size_bytes=10)
+        assert refused.value.limit == "version_bytes"
+        await place.submit(size_bytes=5)
+        await results.cancel(lost.id, reason="")
+        await place.submit(size_bytes=95)
+
+
+@pytest.mark.parametrize("limit", ["queue_limit", "version_requests", "account_requests", "account_bytes"])
+async def test_a_limit_that_was_met_is_met_again_until_there_is_room_and_lets_the_same_request_pass(
+    opened: Opened, limit: str
+) -> None:
+    """Whatever a back end remembers of a limit that it met."""
+    limits = {"account_bytes": 20} if limit == "account_bytes" else {} if limit == "queue_limit" else {limit: 2}
+    async with opened(**limits) as results:
+        place = Place(results)
+        wanted = [draft(account=place.account, version_id=place.version_id) for _ in range(3)]
+
+        async def create(which: int) -> Record:
+            return await results.create(wanted[which], queue_limit=2 if limit == "queue_limit" else 100, watch=False)
+
+        first, second = await create(0), await create(1)
+        for _ in range(3):
+            with pytest.raises(QueueFull):
+                await create(2)
+        assert await create(1) == second
+        await results.cancel(first.id, reason="")
+        assert (await create(2)).state is RequestState.QUEUED
+        wanted.append(draft(account=place.account, version_id=place.version_id))
+        with pytest.raises(QueueFull):
+            await create(3)
 
 
 async def test_what_a_crash_left_counted_is_found_by_the_sweep(redis_server: Redis) -> None:

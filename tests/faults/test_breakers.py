@@ -11,13 +11,15 @@ from collections.abc import Callable
 import pytest
 
 from broker.backends.redis.store import open_store
-from broker.errors import StoreUnavailable
+from broker.backends.s3 import open_blobs
+from broker.errors import BlobsUnavailable, StoreUnavailable
 from broker.settings import Settings
+from infra.local.process import free_port
 from infra.local.servers import Redis
 from tests.eventually import eventually
 
 
-async def test_a_frozen_redis_is_not_asked_until_a_probe_is_answered(new_redis: Callable[[], Redis]) -> None:
+async def test_a_frozen_redis_is_not_asked_until_it_is_found(new_redis: Callable[[], Redis]) -> None:
     server = await asyncio.to_thread(new_redis)
     async with open_store(server.url, Settings(store_timeout_s=0.5)) as (results, *_):
         connection = results._connection  # type: ignore[attr-defined]  # what was sent is seen nowhere else
@@ -25,8 +27,7 @@ async def test_a_frozen_redis_is_not_asked_until_a_probe_is_answered(new_redis: 
         try:
             with pytest.raises(StoreUnavailable):
                 await results.ping()
-            assert connection._breaker.open
-            connection._breaker._probe_at = float("inf")
+            assert connection._breaker.hopeless
             while connection._exchanges:
                 await asyncio.wait(connection._exchanges)
                 await asyncio.sleep(0)
@@ -36,7 +37,6 @@ async def test_a_frozen_redis_is_not_asked_until_a_probe_is_answered(new_redis: 
                 assert not connection._exchanges
         finally:
             os.kill(server.pid, signal.SIGCONT)
-        connection._breaker._probe_at = 0.0
 
         async def back() -> bool:
             try:
@@ -47,3 +47,20 @@ async def test_a_frozen_redis_is_not_asked_until_a_probe_is_answered(new_redis: 
 
         await eventually(back, bool)
         assert not connection._breaker.open
+
+
+async def test_a_blob_store_that_is_away_is_not_asked_and_no_body_waits_for_it() -> None:
+    away = f"s3://a:b@127.0.0.1:{free_port()}/bucket?tls=false"
+    async with open_blobs(away, Settings(accept_timeout_s=0.1), make=False) as blobs:
+        with pytest.raises(BlobsUnavailable):
+            await blobs.put("k", b"large", content_type="text/plain")
+        assert blobs._breaker.hopeless
+        assert blobs._seeking is not None
+        blobs._seeking.cancel()
+        for _ in range(100):
+            with pytest.raises(BlobsUnavailable, match="does not answer; try again"):
+                await blobs.put("k", b"large", content_type="text/plain")
+        blobs._breaker.found()
+        with pytest.raises(BlobsUnavailable, match="EndpointConnectionError"):
+            await blobs.put("k", b"large", content_type="text/plain")
+        assert blobs._breaker.hopeless

@@ -364,12 +364,13 @@ async def test_a_broker_that_takes_nothing_for_a_callers_whole_patience_is_not_a
             while not queue._breaker.open:
                 with pytest.raises(Unavailable):
                     await queue.publish(a_job(version_id), timeout_s=1.0)
-            queue._breaker._probe_at = float("inf")
+            assert queue._seeking is not None
+            queue._seeking.cancel()
             for _ in range(100):
                 with pytest.raises(CircuitOpen):
                     await queue.publish(a_job(version_id), timeout_s=1.0)
         finally:
             await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.4")
-        queue._breaker._probe_at = 0.0
+        queue._breaker.found()
         await publish(queue, a_job(version_id))
         assert not queue._breaker.open

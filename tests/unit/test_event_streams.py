@@ -17,7 +17,7 @@ import pytest
 from broker.model import EVENT_STREAM, STREAM_CUT, Flow, Job, Lease, Outcome, Record, RequestState
 from broker.ports import StreamWriter
 from tests.eventually import eventually
-from tests.unit.test_server import INVOKE, NVCF, VERSION, House, Results, opened
+from tests.unit.test_server import INVOKE, NVCF, VERSION, House, Replicated, opened
 from workers.events import Events, Pieces
 
 KEPT_BYTES = 64 * 1024
@@ -256,7 +256,7 @@ async def test_a_call_that_waits_in_vain_is_answered_202_and_can_be_streamed_lat
 
 async def test_nobody_is_told_to_have_had_everything_before_the_end_is_durable(house: House) -> None:
     request_id = await finished(house, [b"id: a\ndata: 1\n\n"])
-    store = cast("Results", house.broker.results)
+    store = cast("Replicated", house.broker.results)
     store.replica_away = True
     async with resumed(house, request_id, "a", **{"NVCF-POLL-SECONDS": "0"}) as response:
         assert response.status == 200

@@ -39,7 +39,7 @@ REDIS = StoreFacts(
     writes_kept=True,
 )
 NODE = Node(name="rabbit@1", running=True, memory_alarm=False, disk_alarm=False, partitioned=False)
-POLICY = profiles.queue_policy(Settings().queue_limit)
+POLICY = profiles.queue_policy(Settings())
 QUEUE = QueueInfo(name="fnq.v.1", kind="quorum", members=3, online=3, policy=POLICY)
 RABBIT = QueueFacts(
     kind="rabbitmq",
@@ -153,6 +153,11 @@ def test_memory_keeps_nothing(profile: str) -> None:
         (replace(RABBIT, queues=(replace(QUEUE, policy={}),)), "BCD", "rabbitmqctl set_policy"),
         (replace(RABBIT, queues=(), policies={}), "BCD", "overflow is missing"),
         (replace(RABBIT, queues=(), policies={"p": POLICY | {"max-length": 10}}), "BCD", "max-length is 10"),
+        (
+            replace(RABBIT, queues=(), policies={"p": POLICY | {"max-length-bytes": 2**20}}),
+            "BCD",
+            "max-length-bytes is 1048576, below FNQUEUE_VERSION_BYTES",
+        ),
     ],
 )
 def test_a_rabbitmq_that_is_configured_otherwise_is_named(queue: QueueFacts, profiles_refused: str, said: str) -> None:
@@ -224,7 +229,7 @@ def test_the_policy_is_the_one_that_our_own_servers_load() -> None:
     definitions = json.loads((INFRA / "rabbitmq" / "definitions.json").read_text())
     [policy] = definitions["policies"]
     assert (policy["name"], policy["pattern"]) == (profiles.POLICY, profiles.PATTERN)
-    assert policy["definition"] == profiles.queue_policy(Settings().queue_limit)
+    assert policy["definition"] == profiles.queue_policy(Settings())
 
 
 # -- settings ----------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from pydantic import SecretStr
 from api.server import serving
 from broker import ports
 from broker.accounts import SCOPES, create_key
-from broker.backends.hints import RecordWatch
+from broker.backends.hints import Hints, RecordWatch
 from broker.connect import open_broker
-from broker.errors import StoreUnavailable
+from broker.errors import CircuitOpen, StoreUnavailable
 from broker.model import FunctionStatus, Interest, Job, Outcome, Record, RequestState, Verdict, Version
 from broker.ports import Broker
 from broker.settings import ApiSettings
@@ -79,18 +79,14 @@ class House:
         await eventually(self.queued, lambda seen: seen == count)
 
 
-class Results:
-    """The results in memory, but for what a test says fails. While `replica_away`, nothing that ended is durable: it
-    reads as running."""
+class Failing:
+    """A back end in memory, but for what a test says fails."""
 
-    def __init__(self, inner: ports.Results, **failing: Exception) -> None:
+    def __init__(self, inner: ports.Results | ports.Queue, **failing: Exception) -> None:
         self._inner = inner
         self._failing = failing
-        self.replica_away = False
 
     def __getattr__(self, name: str) -> Any:
-        if self.replica_away and name in ("read", "watch"):
-            return self._read if name == "read" else self._watch
         if name not in self._failing:
             return getattr(self._inner, name)
 
@@ -99,15 +95,25 @@ class Results:
 
         return fail
 
-    async def _read(self, request_id: str) -> Record | None:
-        return _still_running(await self._inner.read(request_id))
 
-    @asynccontextmanager
-    async def _watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[RecordWatch]:
-        async def read() -> Record | None:
-            return await self._read(request_id)
+class Replicated(Failing):
+    """While `replica_away`, nothing that ended is durable: it reads as running."""
 
-        yield RecordWatch(read, interest)
+    def __init__(self, inner: ports.Results, **failing: Exception) -> None:
+        super().__init__(inner, **failing)
+        self.results = inner
+        self.replica_away = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.replica_away and name in ("read", "watch"):
+            return self._read if name == "read" else self._watch
+        return super().__getattr__(name)
+
+    async def _read(self, request_id: str, interest: Interest = Interest.END) -> Record | None:
+        return _still_running(await self.results.read(request_id))
+
+    def _watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
+        return RecordWatch(Hints(), request_id, interest, self._read)
 
 
 def _still_running(record: Record | None) -> Record | None:
@@ -117,13 +123,21 @@ def _still_running(record: Record | None) -> Record | None:
 
 @asynccontextmanager
 async def opened(
-    folder: Path, *, failing: Mapping[str, Exception] | None = None, **settings: Any
+    folder: Path,
+    *,
+    failing: Mapping[str, Exception] | None = None,
+    failing_queue: Mapping[str, Exception] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[House]:
     chosen = ApiSettings(
         port=0, data_dir=folder, admin_key=SecretStr(KEY), shutdown_grace_s=2, **{"queue_limit": 10, **settings}
     )
     async with open_broker(chosen) as whole:
-        broker = replace(whole, results=cast("ports.Results", Results(whole.results, **(failing or {}))))
+        broker = replace(
+            whole,
+            results=cast("ports.Results", Replicated(whole.results, **(failing or {}))),
+            queue=cast("ports.Queue", Failing(whole.queue, **(failing_queue or {}))),
+        )
         await broker.queue.declare(VERSION)
         await broker.catalog.versions.put(
             Version(
@@ -323,6 +337,26 @@ async def test_bodies_in_memory_have_a_budget_and_give_it_back(tmp_path: Path) -
         await eventually(refused, lambda seen: seen == 202)
 
 
+async def test_as_many_requests_are_accepted_at_once_as_set_and_those_that_wait_are_none_of_them(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path, inflight_bodies=1) as house:
+        waiting = asyncio.create_task(house.invoke())
+        await house.some_queued()
+        _, writer = await house.connect(f"POST {INVOKE} HTTP/1.1", "Content-Length: 10")
+
+        async def refused() -> tuple[int, Any]:
+            return (await house.invoke(NOW))[:2]
+
+        _, told = await eventually(refused, lambda seen: seen[0] == 503)
+        assert told["Retry-After"] == "1"
+        writer.close()
+        await writer.wait_closed()
+        await eventually(refused, lambda seen: seen[0] == 202)
+        await house.finish()
+        assert (await asyncio.wait_for(waiting, 30))[0] == 200
+
+
 @pytest.mark.parametrize("framing", ["Content-Length: 10", "Transfer-Encoding: chunked"])
 async def test_a_body_that_does_not_come_is_408(tmp_path: Path, framing: str) -> None:
     async with opened(tmp_path, body_timeout_s=0.2) as house:
@@ -510,3 +544,17 @@ async def test_a_store_that_is_away_is_503_and_health_tells(tmp_path: Path) -> N
         for path, expected in (("/health", 500), ("/readyz", 503), ("/livez", 200)):
             async with house.client.get(path) as response:
                 assert response.status == expected
+
+
+async def test_a_server_without_its_queue_is_ready_says_so_and_answers_polls(tmp_path: Path) -> None:
+    """All front ends lose it at once, and without them there are no results either."""
+    away = CircuitOpen("the job queue does not answer", retry_after_s=2)
+    async with opened(tmp_path, failing_queue={"ping": away}) as house:
+        async with house.client.get("/readyz") as response:
+            assert (response.status, await response.json()) == (200, {"status": "OK", "away": ["queue"]})
+        async with house.client.get("/health") as response:
+            assert response.status == 500
+        request_id = await house.submit()
+        await house.finish()
+        async with house.client.get(f"{NVCF}/pexec/status/{request_id}") as response:
+            assert response.status == 200

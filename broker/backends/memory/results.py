@@ -10,8 +10,7 @@ import heapq
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from broker.backends.admission import limit_met
@@ -236,10 +235,8 @@ class MemoryResults:
         self.finish(entry, RequestState.ABANDONED, reason=reason)
         return True
 
-    @asynccontextmanager
-    async def watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[RecordWatch]:
-        with self.hints.watching(request_id, RecordWatch(lambda: self._read(request_id, interest), interest)) as watch:
-            yield watch
+    def watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
+        return RecordWatch(self.hints, request_id, interest, self._read)
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, Interest.END)
@@ -538,7 +535,7 @@ class MemoryResults:
             deadline_s=job.deadline_at - job.created_at,
             queue_timeout_s=max(0.0, job.queue_deadline_at - job.created_at),
             run_timeout_s=job.run_timeout_s,
-            size_bytes=len(job.body),
+            size_bytes=job.size_bytes,
         )
         return self._add(draft, created_at=job.created_at, deadline_at=job.deadline_at)
 

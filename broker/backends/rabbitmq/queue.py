@@ -11,7 +11,7 @@ from aio_pika import ExchangeType
 from aiormq import exceptions as amqp
 from pamqp.common import FieldValue
 
-from broker.backends.breaker import Breaker
+from broker.backends.breaker import Breaker, seek
 from broker.backends.codec import pack_job
 from broker.backends.rabbitmq.connection import Line, answering
 from broker.backends.rabbitmq.deliveries import Deliveries, Lane
@@ -82,6 +82,7 @@ class RabbitQueue:
         self._prepared = False
         # As long as the first caller is kept waiting: a leader that moves, or a restart, costs nobody an error.
         self._breaker = Breaker("queue", after_s=settings.accept_timeout_s - UNBLOCK_S)
+        self._seeking: asyncio.Task[None] | None = None
 
     async def prepare(self) -> None:
         """Make the dead letters' place exist, or leave it to the first use when the broker is away."""
@@ -120,7 +121,8 @@ class RabbitQueue:
             self._breaker.answered()
             raise
         except Unavailable:
-            self._breaker.failed(began_at=began_at)
+            if self._breaker.failed(began_at=began_at):
+                self._seeking = asyncio.get_running_loop().create_task(seek(self._breaker, self._look))
             raise
         self._breaker.answered()
 
@@ -184,6 +186,11 @@ class RabbitQueue:
         return found.declaration_result.message_count or 0
 
     async def ping(self) -> None:
+        if self._breaker.hopeless:
+            raise CircuitOpen(self._publishing.away)
+        await self._look()
+
+    async def _look(self) -> None:
         async with answering(self._answer_s, Unavailable, self._publishing.away):
             publisher = await self._new_publisher()
             await publisher.ready(UNBLOCK_S)
@@ -192,6 +199,9 @@ class RabbitQueue:
 
     async def close(self) -> None:
         """End every loan and connection. Bounded and quiet."""
+        if self._seeking is not None:
+            self._seeking.cancel()
+            await asyncio.gather(self._seeking, return_exceptions=True)
         await asyncio.gather(self._publishing.close(), self._consuming.close())
 
     async def _new_publisher(self) -> Publisher:

@@ -20,7 +20,7 @@ from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
-from broker.backends.breaker import Breaker
+from broker.backends.breaker import Breaker, seek
 from broker.backends.redis.scripts import SCRIPTS
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.settings import Settings
@@ -62,6 +62,7 @@ class Connection:
         self._asked: list[_Asked] = []
         self._exchanges: set[asyncio.Task[None]] = set()
         self._breaker = Breaker("store", after_s=settings.store_timeout_s)
+        self._seeking: asyncio.Task[None] | None = None
 
     async def run(self, *commands: Command, durable: bool = False) -> list[Any]:
         """Replies in order. `durable` also waits until the configured number of replicas has what these
@@ -70,8 +71,7 @@ class Connection:
         Raises:
             StoreUnavailable: no answer in time, an error reply, or too few replicas; at once while nothing answers.
         """
-        # One that waits here is the probe: it must not take another's turn.
-        if self._breaker.open and not self._asked and not self._breaker.admits():
+        if not self._breaker.admits():
             raise StoreUnavailable(_AWAY)
         asked = _Asked(commands, durable and self._replicas > 0)
         self._asked.append(asked)
@@ -80,9 +80,10 @@ class Connection:
         return await asked.reply
 
     async def close(self) -> None:
-        for exchange in list(self._exchanges):
-            exchange.cancel()
-        await asyncio.gather(*self._exchanges, return_exceptions=True)
+        under_way: list[asyncio.Task[None]] = [*self._exchanges, *([self._seeking] if self._seeking else [])]
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
         await self.client.aclose()
         await self.client.connection_pool.disconnect()
 
@@ -108,8 +109,8 @@ class Connection:
             self._breaker.answered()
         except (RedisError, OSError, TimeoutError) as exc:
             _fail(batch, exc)
-            if isinstance(exc, _SILENCE):
-                self._breaker.failed(began_at=began_at)
+            if isinstance(exc, _SILENCE) and self._breaker.failed(began_at=began_at):
+                self._seeking = asyncio.get_running_loop().create_task(seek(self._breaker, self._ping))
             if self._breaker.open:
                 waiting, self._asked = self._asked, []
                 if waiting:
@@ -117,6 +118,16 @@ class Connection:
         except asyncio.CancelledError as exc:
             _fail(batch, exc)
             raise
+
+    async def _ping(self) -> None:
+        """Over no connection that is waiting for an answer. Raises StoreUnavailable."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await cast("Awaitable[Any]", self.client.ping())
+        except _SILENCE as exc:
+            raise StoreUnavailable(_AWAY) from exc
+        except RedisError:
+            return  # a refusal is an answer
 
     async def _answer(self, batch: Sequence[_Asked]) -> None:
         durable = any(asked.durable for asked in batch)

@@ -7,8 +7,8 @@ import hashlib
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from broker.backends.redis.keys import record as _record
 from broker.backends.redis.keys import running as _running
 from broker.backends.redis.keys import updates as _updates
 from broker.backends.redis.keys import waiting as _waiting
-from broker.errors import IdempotencyKeyReused, StoreUnavailable
+from broker.errors import IdempotencyKeyReused, StoreUnavailable, TryLater
 from broker.model import (
     NO_TIMINGS,
     Attempt,
@@ -56,6 +56,9 @@ from broker.settings import Settings
 logger = logging.getLogger(__name__)
 
 _EPOCH_REFRESH_S = 2.0
+# For so long after a limit was met, it is looked at before anything is written.
+_CROWDED_S = 1.0
+_MOST_CROWDED = 1000
 _STRAY_AFTER_S = 60.0
 _PAGE_BATCH = 250
 # A record is made some time before its entry in the account's list, and unfinished it lives this much longer than
@@ -80,6 +83,8 @@ class RedisResults:
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
         self._cursors: dict[str, int] = {}
+        # Ledgers whose limits were met, and until when that is worth a look.
+        self._crowded: dict[str, float] = {}
 
     # -- submitters -------------------------------------------------------------------------------
 
@@ -100,6 +105,7 @@ class RedisResults:
         waiting = _waiting(draft.version_id)
         queue_ms = int(draft.queue_timeout_s * 1000)
         settings, member = self._settings, _member(draft.id)
+        await self._look_before(draft, queue_limit)
         met, made, met_by_account = await self._connection.run(
             scripts.ENQUEUE.call(
                 (waiting, _due(draft.version_id), _ledger(draft.version_id)),
@@ -139,11 +145,9 @@ class RedisResults:
                 ("ZREM", _account(draft.account), member),
                 *leaving(draft.account, draft.version_id, draft.id),
             )
-            raise (
-                limit_met("version", _text(met), settings, queue_limit)
-                if met
-                else limit_met("account", _text(met_by_account), settings, queue_limit)
-            )
+            if met:
+                raise self._refusal(draft.version_id, "version", _text(met), queue_limit)
+            raise self._refusal(draft.account, "account", _text(met_by_account), queue_limit)
         record = Record(
             id=draft.id,
             account=draft.account,
@@ -162,6 +166,37 @@ class RedisResults:
                 left = leaving(draft.account, draft.version_id, draft.id)
                 await self._connection.run(*(left if record.state.terminal else left[1:]))
         return record
+
+    async def _look_before(self, draft: Draft, queue_limit: int) -> None:
+        """Refuse what a limit that was met just now still refuses. What is written only to be taken back costs several
+        times as much, and a server with twice as much to do as it can has to refuse half of it. Raises as `create`."""
+        now = asyncio.get_running_loop().time()
+        for of, whose in (("version", draft.version_id), ("account", draft.account)):
+            if self._crowded.get(_ledger(whose), 0.0) <= now:
+                continue
+            ledger = _ledger(whose)
+            entered, members, held_bytes, queued = await self._connection.run(
+                ("HEXISTS", ledger, _member(draft.id)),
+                ("HLEN", ledger),
+                ("HGET", ledger, "*"),
+                ("ZCARD", _waiting(whose)),
+            )
+            most = getattr(self._settings, f"{of}_requests")
+            most_bytes = getattr(self._settings, f"{of}_bytes")
+            if entered:  # the same request again
+                return
+            if of == "version" and queued >= queue_limit:
+                raise self._refusal(whose, of, "queued", queue_limit)
+            if most and members - 1 >= most:
+                raise self._refusal(whose, of, "requests", queue_limit)
+            if most_bytes and int(held_bytes or 0) + draft.size_bytes > most_bytes:
+                raise self._refusal(whose, of, "bytes", queue_limit)
+
+    def _refusal(self, whose: str, of: str, what: str, queue_limit: int) -> TryLater:
+        if len(self._crowded) >= _MOST_CROWDED:
+            self._crowded.clear()
+        self._crowded[_ledger(whose)] = asyncio.get_running_loop().time() + _CROWDED_S
+        return limit_met(of, what, self._settings, queue_limit)
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
         retention_ms = int(self._settings.request_deadline_s * 1000) + self._retention_ms
@@ -187,11 +222,8 @@ class RedisResults:
 
     # -- readers ----------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[RecordWatch]:
-        reading = RecordWatch(lambda: self._read(request_id, self.channel, interest), interest)
-        with self.hints.watching(request_id, reading) as watch:
-            yield watch
+    def watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
+        return RecordWatch(self.hints, request_id, interest, self._read_watching)
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, "")
@@ -329,7 +361,7 @@ class RedisResults:
 
     def entering(self, job: Job) -> tuple[Command, Command]:
         """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
-        size_bytes, deadline_s = len(job.body), job.deadline_at - job.created_at
+        size_bytes, deadline_s = job.size_bytes, job.deadline_at - job.created_at
         return (
             scripts.ENTER.call((_ledger(job.version_id),), _member(job.id), size_bytes, job.account),
             self._index(job.account, job.id, deadline_s, size_bytes, accepted=_order(job.created_at)),
@@ -532,6 +564,9 @@ class RedisResults:
             await asyncio.sleep(_EPOCH_REFRESH_S)
 
     # -- pieces -----------------------------------------------------------------------------------
+
+    async def _read_watching(self, request_id: str, interest: Interest) -> Record | None:
+        return await self._read(request_id, self.channel, interest)
 
     async def _read(self, request_id: str, channel: str, interest: Interest = Interest.END) -> Record | None:
         [record] = await self._read_all([request_id], channel, whole=True, interest=interest)
