@@ -584,7 +584,7 @@ async def test_an_upload_ends_when_its_bucket_is_closed(s3: S3, tmp_path: Path) 
 async def test_a_silent_s3_is_unavailable_in_time() -> None:
     async with asyncio.timeout(20), silent_server() as port:
         url = f"s3://access:secret@{LOOPBACK}:{port}/bucket?tls=false"
-        async with s3.open_blobs(url, load(Settings, blobs_timeout_s=0.5)) as blobs:
+        async with s3.open_blobs(url, load(Settings, blobs_timeout_s=0.5), make=False) as blobs:
             with pytest.raises(BlobsUnavailable, match=r"within 0\.5 s"):
                 await blobs.head("a/b")
 
