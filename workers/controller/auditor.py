@@ -21,8 +21,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from broker.errors import RecordDamaged
 from broker.model import Blob, Record, RequestState
 from broker.ports import Broker, Delivery
 from broker.settings import ControllerSettings
@@ -328,16 +330,26 @@ class Objects(Walk):
     async def _clear(self, kind: Kind, blobs: Sequence[Blob]) -> None:
         named = [(blob, match[1]) for blob in blobs if (match := kind.pattern.fullmatch(blob.key))]
         now = (await self._broker.results.epoch(fresh=True)).now
-        records = await asyncio.gather(*(self._broker.results.glance(request_id) for _, request_id in named))
+        records = await asyncio.gather(*(self._glance(request_id) for _, request_id in named))
         for (blob, request_id), record in zip(named, records, strict=True):
+            if isinstance(record, RecordDamaged):
+                continue
+            spent = False
             if record is not None:
-                spent = await kind.is_spent(blob, record)
+                with suppress(RecordDamaged):
+                    spent = await kind.is_spent(blob, record)
             else:
                 spent = now - blob.modified_at > kind.kept_s
             if spent and self._leads():
                 await self._broker.blobs.delete(blob.key)
                 self._mended.objects_deleted += 1
                 logger.info("object_deleted", extra={"request_id": request_id, "key": blob.key})
+
+    async def _glance(self, request_id: str) -> Record | RecordDamaged | None:
+        try:
+            return await self._broker.results.glance(request_id)
+        except RecordDamaged as damaged:
+            return damaged
 
     async def _body_is_spent(self, blob: Blob, record: Record) -> bool:
         return record.state in _BODY_SPENT

@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 
-from broker.errors import StoreUnavailable
+from broker.errors import RecordDamaged, StoreUnavailable
 from broker.model import Claim, Job, Record, RequestState, Verdict
 from broker.ports import Broker, Delivery
 from workers.loops import insist
@@ -70,7 +71,9 @@ async def disown(broker: Broker, delivery: Delivery) -> None:
     request_id, fault = delivery.job.id, delivery.fault
 
     async def look() -> Record | None:
-        return await broker.results.glance(request_id)
+        with suppress(RecordDamaged):
+            return await broker.results.glance(request_id)
+        return None
 
     async def end(job: Job) -> Claim:
         return await broker.results.end(job, RequestState.DEAD, reason=f"its message was refused: {fault}")

@@ -38,3 +38,22 @@ def ledger(whose: str) -> str:
 
 def account(name: str) -> str:
     return f"fnq:{{{name}}}:a"
+
+
+# What MEND does about a key, by how its name ends or begins. None of these is the only place of anything: sweeps and
+# claims fill them again.
+_MENDED_BY_END = {":q": "zset", ":x": "zset", ":d": "zset", ":a": "zset", ":n": "ledger"}
+_MENDED_BY_BEGIN = {
+    "fnq:l:": "numbers",
+    "fnq:i:": "hash",
+    "fnq:gpus": "string",
+    "fnq:leader": "string",
+    "fnq:epoch": "string",
+}
+
+
+def rebuildable(key: str) -> str:
+    """The kind of key by `scripts.MEND`; "" for those that hold what is nowhere else."""
+    if key.startswith("fnq:{"):
+        return _MENDED_BY_END.get(key[-2:], "")
+    return next((kind for begin, kind in _MENDED_BY_BEGIN.items() if key.startswith(begin)), "")
