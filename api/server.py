@@ -8,6 +8,8 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -17,6 +19,7 @@ from api.app import make_app
 from api.channels import FAREWELL_S
 from api.connections import Newcomers
 from api.front import Front
+from api.middleware import SERVER
 from api.routes import attach
 from broker.backends.files import FileBlobs
 from broker.errors import ConfigurationError
@@ -57,6 +60,7 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     )
     await runner.setup()
     assert runner.server is not None, "it was set up"
+    runner.server.request_factory = partial(cast("Any", runner.server.request_factory), _cls=_Asked)
     try:
         async with _attaching(front):
             try:
@@ -107,6 +111,16 @@ async def _attaching(front: Front) -> AsyncIterator[None]:
     finally:
         newcomers.stop()
         await runner.cleanup()
+
+
+class _Asked(web.Request):
+    """What is no request reaches no handler and no middleware; its answer must not tell what this server is made of
+    either. The hook is private, but the only place; a test notices when it is gone."""
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        if self._match_info is None:
+            response.headers["Server"] = SERVER
+        await super()._prepare_hook(response)
 
 
 def _address(settings: ApiSettings, host: str) -> str:
