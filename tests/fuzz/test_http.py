@@ -174,9 +174,7 @@ def replies(said: bytes) -> list[Reply]:
         code = int(status[1])
         if code == 101:
             return [*found, Reply(code, headers, b"")]
-        if code < 200:
-            body, said = b"", rest
-        elif code in (204, 304):
+        if code < 200 or code in (204, 304):
             body, said = b"", rest
         elif headers.get("transfer-encoding", "").lower() == "chunked":
             body, said = unchunked(rest)
