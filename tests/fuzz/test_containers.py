@@ -1,4 +1,5 @@
-"""Answers of a container, byte by byte: whatever it says, each request ends, no fault is ours, and the sidecar goes on."""
+"""Answers of a container, byte by byte: whatever it says, each request ends, no fault is ours, and the sidecar goes
+on."""
 
 from __future__ import annotations
 
@@ -29,11 +30,14 @@ RUN_TIMEOUT_S = 1.0
 BOMB = gzip.compress(b"\x00" * 10_000_000)
 
 STATUS_LINES = [
-    "HTTP/1.1 200 OK", "HTTP/1.1 200 OK", "HTTP/1.1 200 OK", "HTTP/1.0 200 OK", "HTTP/1.1 201", "HTTP/1.1 204 No Content",
+    "HTTP/1.1 200 OK", "HTTP/1.1 200 OK", "HTTP/1.1 200 OK", "HTTP/1.0 200 OK", "HTTP/1.1 201",
+    "HTTP/1.1 204 No Content",
     "HTTP/1.1 302 Found", "HTTP/1.1 304 Not Modified", "HTTP/1.1 400 Bad", "HTTP/1.1 429 Busy", "HTTP/1.1 500 Oh",
-    "HTTP/1.1 503 Busy", "HTTP/1.1 599 x", "HTTP/1.1 600 x", "HTTP/1.1 999 x", "HTTP/1.1 100 Continue", "HTTP/1.1 099 x",
+    "HTTP/1.1 503 Busy", "HTTP/1.1 599 x", "HTTP/1.1 600 x", "HTTP/1.1 999 x", "HTTP/1.1 100 Continue",
+    "HTTP/1.1 099 x",
     "HTTP/1.1 101 Switching Protocols", "HTTP/1.1 103 Early Hints", "HTTP/1.1 -1 x", "HTTP/1.1 2000 x", "HTTP/2 200 OK",
-    "HTTP/3.7 200 OK", "ICY 200 OK", "200 OK", "", "\x00", "HTTP/1.1 200 \xff", "HTTP/1.1 200 " + "x" * 9000, "HTTP/1.1",
+    "HTTP/3.7 200 OK", "ICY 200 OK", "200 OK", "", "\x00", "HTTP/1.1 200 \xff", "HTTP/1.1 200 " + "x" * 9000,
+    "HTTP/1.1",
 ]  # fmt: skip
 HEADERS = [
     "Content-Length: 4", "Content-Length: 0", "Content-Length: -1", "Content-Length: 99999999999999999999",
@@ -41,14 +45,18 @@ HEADERS = [
     "Transfer-Encoding: chunked, chunked", "Connection: close", "Connection: keep-alive", "Connection: upgrade",
     "Content-Encoding: gzip", "Content-Encoding: nope", "Content-Type: text/event-stream", "Content-Type: \xff",
     "Content-Type: application/json; charset=\x00", "Retry-After: 1", "Retry-After: -1", "Retry-After: 9" + "9" * 30,
-    "Retry-After: Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After: \xb2", "Location: http://169.254.169.254/", "Location: //[",
-    "Set-Cookie: a=b", "NVCF-STATUS: forged", "Server-Timing: x", "X: " + "v" * 9000, "X" * 9000 + ": v", ": v", "no colon",
-    "X\x00: v", "X: \x00", "X: a\r\n folded", "\xe9: v", "X: \udce9", "Trailer: X", "Content-Range: bytes 0-3/4", "Date: x",
+    "Retry-After: Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After: \xb2", "Location: http://169.254.169.254/",
+    "Location: //[",
+    "Set-Cookie: a=b", "NVCF-STATUS: forged", "Server-Timing: x", "X: " + "v" * 9000, "X" * 9000 + ": v", ": v",
+    "no colon",
+    "X\x00: v", "X: \x00", "X: a\r\n folded", "\xe9: v", "X: \udce9", "Trailer: X", "Content-Range: bytes 0-3/4",
+    "Date: x",
     "Upgrade: websocket", "Access-Control-Expose-Headers: \xff,,", "Content-Disposition: attachment; filename=\"\n\"",
 ]  # fmt: skip
 BODIES = [
     b"", b"done", b"longer than told", b"\x00\xff", b"{", BOMB, BOMB[:-9], b"x" * 300_000,
-    b"4\r\ndone\r\n0\r\n\r\n", b"4\r\ndone\r\n", b"4\r\ndo", b"-1\r\n", b"FFFFFFFFFFFFFFFFFF\r\nx", b"0\r\nA: b\r\n\r\n",
+    b"4\r\ndone\r\n0\r\n\r\n", b"4\r\ndone\r\n", b"4\r\ndo", b"-1\r\n", b"FFFFFFFFFFFFFFFFFF\r\nx",
+    b"0\r\nA: b\r\n\r\n",
     b"4;" + b"e" * 9000 + b"\r\ndone\r\n0\r\n\r\n", b"4\ndone\n0\n\n", b"data: 1\n\n", b"id: \x00\ndata\n\ndata: 2\r\r",
     b"data: " + b"y" * 70_000, b"5\r\ndata:\r\n2\r\n\n\n\r\n0\r\n\r\n", b'{"error": 7}', b'{"error": "\\ud800"}',
 ]  # fmt: skip
@@ -82,7 +90,7 @@ def cases(draw: st.DrawFn) -> Case:
         case _:
             pass
     cut = draw(st.integers(0, min(300, len(said))))
-    job = draw(
+    job: dict[str, Any] = draw(
         st.sampled_from(
             [{}, {}, {"passthrough": True}, {"streaming": True}, {"method": "HEAD", "target": "/x?y"}, {"target": "/x"}]
         )

@@ -67,7 +67,8 @@ OF_HTTP = [
 OF_OURS = [
     "Prefer: respond-async", "Prefer: wait=x", "Prefer: wait=99999999999", "NVCF-POLL-SECONDS: 1",
     "NVCF-POLL-SECONDS: -1", "NVCF-POLL-SECONDS: 9" + "9" * 40, "NVCF-POLL-SECONDS: \u0661", "Idempotency-Key: k",
-    "Idempotency-Key: " + "k" * 999, "NVCF-INPUT-ASSET-REFERENCES: x,,", "NVCF-FUNCTION-ID: x", "Last-Event-ID: fnq-1-x",
+    "Idempotency-Key: " + "k" * 999, "NVCF-INPUT-ASSET-REFERENCES: x,,", "NVCF-FUNCTION-ID: x",
+    "Last-Event-ID: fnq-1-x",
     "NVCF-REQUEST-TIMEOUT: nan", "NVCF-SUB: \xff", "function-id: " + FUNCTION, "Authorization: Basic x",
     "Authorization: Bearer \xff\xfe", "Authorization: Bearer", "Access-Control-Request-Method: \xe9",
 ]  # fmt: skip
@@ -157,7 +158,7 @@ class Incomplete(Exception):
 
 def replies(said: bytes) -> list[Reply]:
     """Fails for what is not HTTP. Raises Incomplete."""
-    found = []
+    found: list[Reply] = []
     while said:
         head, blank, rest = said.partition(b"\r\n\r\n")
         if not blank:
@@ -272,7 +273,7 @@ def connections(house: House) -> int:
     port = urlsplit(house.url).port
     open_ones = psutil.Process().net_connections("tcp")
     return sum(
-        each.laddr and each.laddr.port == port and each.status in ("ESTABLISHED", "CLOSE_WAIT") for each in open_ones
+        getattr(each.laddr, "port", 0) == port and each.status in ("ESTABLISHED", "CLOSE_WAIT") for each in open_ones
     )
 
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -83,7 +84,7 @@ def messages(draw: st.DrawFn, signatures: Signatures = NO_SIGNATURES) -> tuple[J
 
 
 # What AMQP carries in a header.
-IN_HEADERS = st.one_of(
+IN_HEADERS: st.SearchStrategy[Any] = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-(2**31), 2**31),
@@ -183,7 +184,7 @@ async def test_what_is_not_refused_is_run_or_ended_and_the_next_job_runs(
         record = await rig.ended(good)
         assert record.state is RequestState.FULFILLED
         for job in jobs.values():
-            await eventually(lambda job=job: rig.results.read(job.id), lambda seen: seen is None or seen.state.terminal)
+            await eventually(partial(rig.results.read, job.id), lambda seen: seen is None or seen.state.terminal)
         await eventually(lambda: rig.queue.depth(VERSION_ID), lambda depth: depth == 0)
     complaints.none()
 

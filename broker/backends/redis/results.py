@@ -206,8 +206,7 @@ class RedisResults:
         return await self._read(request_id, "")
 
     async def glance(self, request_id: str) -> Record | None:
-        [record] = await self._read_all([request_id], "", whole=False)
-        return _sound(record)
+        return await self._read(request_id, "", whole=False)
 
     async def glances(self, request_ids: Sequence[str]) -> list[Record | None]:
         """As `glance`, in one exchange; None for those that cannot be read, too."""
@@ -355,14 +354,18 @@ class RedisResults:
     async def healing(self, request_id: str, verb: Callable[[], Awaitable[T]]) -> T:
         """What `verb` returns, for somebody who has the request's message and so can do without its record. A damaged
         one is put right if it tells how the request ended, and is else, or if that was not enough, as good as lost."""
-        for wholly in (0, 1):
+        for how_much in ("", "all"):
             try:
                 return await verb()
             except RecordDamaged as damaged:
                 logger.error("record_healed", extra={"request_id": request_id, "cause": repr(damaged.__cause__)[:200]})
-                family = (_record(request_id), _body(request_id), _updates(request_id), _stream(request_id))
-                await self._connection.run(scripts.HEAL.call(family, wholly))
+                await self._heal(request_id, how_much)
         return await verb()
+
+    async def _heal(self, request_id: str, how_much: str) -> bool:
+        family = (_record(request_id), _body(request_id), _updates(request_id), _stream(request_id))
+        [righted] = await self._connection.run(scripts.HEAL.call(family, how_much))
+        return bool(righted)
 
     def entering(self, job: Job) -> tuple[Command, Command]:
         """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
@@ -600,8 +603,13 @@ class RedisResults:
 
     # -- pieces -----------------------------------------------------------------------------------
 
-    async def _read(self, request_id: str, channel: str, interest: Interest = Interest.END) -> Record | None:
-        [record] = await self._read_all([request_id], channel, whole=True, interest=interest)
+    async def _read(
+        self, request_id: str, channel: str, interest: Interest = Interest.END, *, whole: bool = True
+    ) -> Record | None:
+        """Of an ended request whose record is damaged, what can be read."""
+        [record] = await self._read_all([request_id], channel, whole=whole, interest=interest)
+        if isinstance(record, RecordDamaged) and await self._heal(request_id, "end"):
+            [record] = await self._read_all([request_id], channel, whole=whole, interest=interest)
         return _sound(record)
 
     async def _read_all(

@@ -719,17 +719,18 @@ return strange and 1 or 0
 """
 )
 
-# KEYS record body updates stream · ARGV 1 to take it away whatever it says
+# KEYS record body updates stream · ARGV all to take it away whatever it says, end to put right an end and nothing else
 # Before somebody who has the message of a request whose record is damaged goes on. An end that was shown stays one;
-# anything else is taken away, as if the store had lost it, and the message makes it anew.
-# returns 1 if it is still there
+# anything else is taken away, as if the store had lost it, and the message makes it anew. Who has no message may put an
+# end right, too.
+# returns 1 if it was put right
 HEAL = Script(
     _FINISH
     + """
 local r = KEYS[1]
 local state = redis.call('TYPE', r).ok == 'hash' and redis.call('HGET', r, 's')
-if ARGV[1] == '1' or not state or not terminal[state] then
-  redis.call('DEL', unpack(KEYS))
+if ARGV[1] == 'all' or not state or not terminal[state] then
+  if ARGV[1] ~= 'end' then redis.call('DEL', unpack(KEYS)) end
   return 0
 end
 for name, fallback in pairs({c = now, d = now, n = 0, e = now}) do
