@@ -89,8 +89,8 @@ def death(message: DeliveredMessage) -> str:
 
 
 def can_die(message: DeliveredMessage) -> bool:
-    """Whether it can be dead-lettered: RabbitMQ 3.10 adds to the deaths that a message brings along, and its whole queue
-    falls over those that it did not write itself."""
+    """Whether it can be dead-lettered: RabbitMQ 3.10 adds to the deaths that a message brings along, and its whole
+    queue falls over those that it did not write itself."""
     deaths = _headers(message).get("x-death", [])
     return isinstance(deaths, list) and all(
         isinstance(each, dict) and all(isinstance(each.get(name), kind) for name, kind in _OF_A_DEATH.items())
