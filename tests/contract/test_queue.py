@@ -8,7 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from aiormq.abc import AbstractChannel, DeliveredMessage
@@ -381,7 +381,8 @@ async def test_garbage_goes_to_the_dead_letters_and_stops_nobody(
 async def test_garbage_that_the_broker_cannot_move_to_the_dead_letters_is_gone_and_stops_nobody(
     rabbit_queue: RabbitQueue, rabbit_version_id: str, channel: AbstractChannel
 ) -> None:
-    for deaths in ([1], {"reason": 1}, 1.5, [{"reason": ["x"]}]):
+    strange: list[Any] = [[1], {"reason": 1}, 1.5, [{"reason": ["x"]}]]
+    for deaths in strange:
         properties = Basic.Properties(headers={"x-death": deaths})
         await soon(channel.basic_publish(b"x", routing_key=f"fnq.v.{rabbit_version_id}", properties=properties))
     job = a_job(rabbit_version_id)
