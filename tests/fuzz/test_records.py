@@ -452,7 +452,7 @@ async def site(own_redis: Redis, tmp_path_factory: pytest.TempPathFactory) -> As
 # -- every verb --------------------------------------------------------------------------------
 
 
-@fuzzed(25)
+@fuzzed(15)
 @given(done=st.lists(damages, min_size=1, max_size=4), order=st.randoms(use_true_random=False))
 async def test_every_verb_answers_in_words_whatever_is_stored(
     site: Site, complaints: Complaints, done: list[Damage], order: Any
