@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo stack stack-down stack-status test lint check chaos bench format clean
+.PHONY: help venv run demo stack stack-down stack-status test lint check chaos fuzz bench format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ test: $(VENV)/.dev ## All tests, against real servers (installed if missing: nee
 chaos: $(VENV)/.dev ## Kill and freeze everything at random and check the promises: N=10000 KILLS=50 SEED=7
 	$(PY) -m infra.local.servers ensure
 	$(PY) -m tests.faults.chaos --requests $(or $(N),10000) --kills $(or $(KILLS),50) --seed $(or $(SEED),0)
+
+fuzz: $(VENV)/.dev ## Send what nobody should, for longer and otherwise than the tests do: SECONDS=300 SEED=7
+	$(PY) -m infra.local.servers ensure
+	$(PY) -m tests.fuzz --seconds $(or $(SECONDS),300) --seed $(or $(SEED),0)
 
 bench: $(VENV)/.dev ## Measure, as a ratio to a floor measured in the same run
 	$(PY) -m infra.local.servers ensure

@@ -31,6 +31,7 @@ from broker.errors import (
     PayloadTooLarge,
     QueueFull,
     RateLimited,
+    RecordDamaged,
     RequestExpired,
     RevisionConflict,
     StateConflict,
@@ -128,6 +129,7 @@ _KINDS: dict[type[BaseException], Kind] = {
     TryLater: Kind(503, OURS + "unavailable"),
     Overloaded: Kind(503, OURS + "overloaded"),
     Unavailable: Kind(503, OURS + "unavailable"),
+    RecordDamaged: Kind(503, OURS + "record-damaged"),
     TimedOut: Kind(504, OURS + "timed-out"),
 }
 INTERNAL = Kind(500, OURS + "internal")

@@ -9,6 +9,8 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -18,6 +20,7 @@ from api.app import make_app
 from api.channels import FAREWELL_S
 from api.connections import Connections
 from api.front import Front
+from api.middleware import SERVER
 from api.open_files import allowed
 from api.routes import attach
 from broker.backends.files import FileBlobs
@@ -50,6 +53,8 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
         make_app(front), handler_cancellation=True, shutdown_timeout=max(0.1, settings.shutdown_grace_s)
     )
     await runner.setup()
+    assert runner.server is not None, "it was set up"
+    runner.server.request_factory = partial(cast("Any", runner.server.request_factory), _cls=_Asked)
     try:
         async with _attaching(front):
             try:
@@ -128,6 +133,16 @@ async def _listening(
     finally:
         connections.stop()
         server.close()
+
+
+class _Asked(web.Request):
+    """What is no request reaches no handler and no middleware; its answer must not tell what this server is made of
+    either. The hook is private, but the only place; a test notices when it is gone."""
+
+    async def _prepare_hook(self, response: web.StreamResponse) -> None:
+        if self._match_info is None:
+            response.headers["Server"] = SERVER
+        await super()._prepare_hook(response)
 
 
 def _address(settings: ApiSettings, host: str) -> str:

@@ -27,6 +27,7 @@
     │       ├── CircuitOpen         it did not answer for so long that it was not asked
     │       ├── PublishRejected     the queue's own backstop refused the job
     │       ├── StoreUnavailable
+    │       ├── RecordDamaged        what is stored there is nothing that any release of ours wrote
     │       ├── BlobsUnavailable
     │       └── LauncherUnavailable what runs instances is away, or failed at it
     └── ConfigurationError          a setting is wrong; the process cannot start
@@ -161,6 +162,14 @@ class PublishRejected(Unavailable):
 
 class StoreUnavailable(Unavailable):
     pass
+
+
+class RecordDamaged(Unavailable):
+    """Of a request: whoever has its message makes the record anew, so that it may still run. Of anything else: it
+    takes an operator."""
+
+    def __init__(self, message: str, *, outcome_unknown: bool = True) -> None:
+        super().__init__(message, retry_after_s=5.0, outcome_unknown=outcome_unknown)
 
 
 class BlobsUnavailable(Unavailable):

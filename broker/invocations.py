@@ -27,7 +27,6 @@ from broker.errors import (
     QueueFull,
     QueueMissing,
     RequestExpired,
-    StoreUnavailable,
     Unavailable,
 )
 from broker.model import (
@@ -329,7 +328,7 @@ async def _refuse(broker: Broker, record: Record, cause: Unavailable) -> Record:
     """PROTOCOL P5: a refusal after create is only honest behind a tombstone."""
     try:
         abandoned = await broker.results.abandon(record.id, record.version_id, reason=str(cause))
-    except StoreUnavailable as exc:
+    except Unavailable as exc:
         raise Unavailable(str(cause), retry_after_s=cause.retry_after_s, outcome_unknown=True) from exc
     if not abandoned:
         return record
@@ -348,7 +347,7 @@ async def _until_news(watch: Watch, record: Record, wait_s: float) -> Record:
         await watch.changed(min(left_s, _until_read_s(record)))
         try:
             record = await watch.read() or record
-        except StoreUnavailable:
+        except Unavailable:
             await watch.changed(min(max(0.0, until - loop.time()), 1.0))
     return record
 

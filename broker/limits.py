@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from broker.errors import BadRequest, NotFound, RateLimited, StoreUnavailable
+from broker.errors import BadRequest, NotFound, RateLimited, Unavailable
 from broker.model import Principal, Rate, RateLimit, Taken, Version, Window
 from broker.ports import Broker
 from broker.revisions import edit
@@ -113,14 +113,14 @@ class RateLimiter:
         """Take one invocation; asks the store nothing where no rate holds. `require` turns the answer into an error.
 
         When the counters cannot be reached, the setting `rate_limit_unreachable` decides: `open` grants without
-        counting, `closed` raises StoreUnavailable.
+        counting, `closed` raises Unavailable.
         """
         wanted = windows(principal, version)
         if not wanted:
             return UNLIMITED
         try:
             taken = await self._broker.counters.take(version.id, wanted)
-        except StoreUnavailable:
+        except Unavailable:
             if not self._away:  # once per streak
                 logger.warning("rate_limits_unreachable", extra={"then": self._broker.settings.rate_limit_unreachable})
             self._away = True

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from broker.errors import StoreUnavailable, Unavailable
+from broker.errors import RecordDamaged, StoreUnavailable, Unavailable
 from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Timings, Verdict
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
@@ -439,8 +439,9 @@ class Sidecar:
                     run.size_bytes = line.answered_bytes
 
     async def _cancel(self, job: Job, reason: str) -> None:
-        async def cancel() -> object:
-            return await self._results.cancel(job.id, reason=reason)
+        async def cancel() -> None:
+            with suppress(RecordDamaged):
+                await self._results.cancel(job.id, reason=reason)
 
         await loops.insist(cancel, on=StoreUnavailable, name="cancel")
 
@@ -473,7 +474,7 @@ class Sidecar:
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:
-            with suppress(StoreUnavailable):
+            with suppress(Unavailable):
                 record = await watch.read()
                 if record is not None and record.state.terminal:
                     return
@@ -529,7 +530,7 @@ class Sidecar:
             return state.terminal
         try:
             record = await self._results.glance(run.job.id)
-        except StoreUnavailable:
+        except Unavailable:
             return False
         return record is not None and (record.worker, record.attempt) == (self._id, lease.attempt)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from broker.errors import StoreUnavailable
+from broker.errors import RecordDamaged, StoreUnavailable
 from broker.model import Chunk, Flow, Job, Outcome, RequestState
 from broker.ports import Results, StreamWriter
 from broker.settings import SidecarSettings
@@ -121,7 +121,10 @@ class Feed:
 
     async def _cancel(self) -> NoReturn:
         async def cancel() -> RequestState | None:
-            return await self._results.cancel(self._job.id, reason=ABANDONED)
+            try:
+                return await self._results.cancel(self._job.id, reason=ABANDONED)
+            except RecordDamaged:
+                return None
 
         before = await loops.insist(cancel, on=StoreUnavailable, name="cancel")
         raise LeaseLost(before if before is not None and before.terminal else RequestState.CANCELLED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import types
 from collections.abc import Mapping
 from enum import Enum
@@ -20,6 +21,11 @@ from broker.model import Channel, Job, Outcome
 T = TypeVar("T")
 
 VERSION = 1
+# Seconds; the year 5138.
+_NEVER = 1e11
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+# What may be a part of a key.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class Unreadable(ValueError):
@@ -60,9 +66,23 @@ def unpack_job(envelope: bytes | str, body: bytes) -> Job:
         job = Job(body=body, **{name: fields[name] for name in _JOB_FIELDS if name in fields})
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise Unreadable("not a job") from exc
-    if not all(isinstance(getattr(job, name), kind) for name, kind in _JOB_TYPES.items()):
+    if not all(isinstance(getattr(job, name), kind) for name, kind in _JOB_TYPES.items()) or not _possible(job):
         raise Unreadable("not a job")
     return job
+
+
+def _possible(job: Job) -> bool:
+    """Whether a front end can have written it. What is not could not be claimed, or not be counted, and its message
+    would come again and again."""
+    times = (job.created_at, job.deadline_at, job.queue_deadline_at, job.run_timeout_s)
+    ids = (job.id, *job.assets)
+    folder, _, name = job.body_key.rpartition("/")
+    return (
+        all(0 <= moment < _NEVER for moment in times)
+        and all(_UUID.fullmatch(each) for each in ids)
+        and bool(_NAME.fullmatch(job.account) and _NAME.fullmatch(job.version_id))
+        and (not job.body_key or (folder == f"inputs/{job.account}" and bool(_NAME.fullmatch(name))))
+    )
 
 
 def pack_outcome(outcome: Outcome) -> bytes:

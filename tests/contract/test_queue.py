@@ -8,7 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from aiormq.abc import AbstractChannel, DeliveredMessage
@@ -376,6 +376,20 @@ async def test_garbage_goes_to_the_dead_letters_and_stops_nobody(
     assert len(unreadable) == len(strangers) + 1
     arrived = [await soon(_get(channel, "fnq.dead")) for _ in unreadable]
     assert sum(message.body == b"no header" for message in arrived) == 1
+
+
+async def test_garbage_that_the_broker_cannot_move_to_the_dead_letters_is_gone_and_stops_nobody(
+    rabbit_queue: RabbitQueue, rabbit_version_id: str, channel: AbstractChannel
+) -> None:
+    strange: list[Any] = [[1], {"reason": 1}, 1.5, [{"reason": ["x"]}]]
+    for deaths in strange:
+        properties = Basic.Properties(headers={"x-death": deaths})
+        await soon(channel.basic_publish(b"x", routing_key=f"fnq.v.{rabbit_version_id}", properties=properties))
+    job = a_job(rabbit_version_id)
+    await publish(rabbit_queue, [job])
+    async with rabbit_queue.consume(rabbit_version_id, prefetch=1) as deliveries:
+        assert await receive(deliveries, 1) == [job]
+    assert await rabbit_queue.depth(rabbit_version_id) == 0
 
 
 async def test_garbage_among_the_dead_letters_does_not_block_them(

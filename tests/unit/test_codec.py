@@ -8,12 +8,13 @@ from broker.backends import codec
 from broker.model import Channel, Deployment, GpuSpecification, Job, Outcome, Version
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+ID = "7f0b3a52-0d47-4d9e-8a3c-3f6f1f1d2e11"
 PAIRS = st.lists(st.tuples(TEXT, TEXT), max_size=4).map(tuple)
 
 
 def make_job(**changes: object) -> Job:
     fields: dict[str, object] = {
-        "id": "i",
+        "id": ID,
         "account": "a",
         "function_id": "f",
         "version_id": "v",
@@ -25,7 +26,7 @@ def make_job(**changes: object) -> Job:
     return Job(**{**fields, **changes})  # type: ignore[arg-type]  # fields are given by name
 
 
-@given(body=st.binary(max_size=200), headers=PAIRS, assets=st.lists(TEXT, max_size=3).map(tuple))
+@given(body=st.binary(max_size=200), headers=PAIRS, assets=st.lists(st.uuids().map(str), max_size=3).map(tuple))
 def test_a_job_survives_the_queue(body: bytes, headers: tuple[tuple[str, str], ...], assets: tuple[str, ...]) -> None:
     limits = {"queue_deadline_at": 1.5, "run_timeout_s": 30.0, "region": "eu"}
     job = make_job(body=body, headers=headers, assets=assets, passthrough=True, poll_s=7, **limits)
@@ -58,7 +59,7 @@ def test_garbage_is_unreadable_and_nothing_worse(garbage: bytes) -> None:
 
 @given(at=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_never_escapes_as_another_error(at: int, bit: int) -> None:
-    envelope, body = codec.pack_job(make_job(headers=(("a", "b"),), assets=("x",)))
+    envelope, body = codec.pack_job(make_job(headers=(("a", "b"),), assets=(ID,)))
     flipped = bytearray(envelope)
     flipped[at % len(flipped)] ^= 1 << bit
     try:

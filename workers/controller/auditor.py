@@ -21,8 +21,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from broker.errors import RecordDamaged
 from broker.model import Blob, Record, RequestState
 from broker.ports import Broker, Delivery
 from broker.settings import ControllerSettings
@@ -332,10 +334,14 @@ class Objects(Walk):
     async def _clear(self, kind: Kind, blobs: Sequence[Blob]) -> None:
         named = [(blob, match[1]) for blob in blobs if (match := kind.pattern.fullmatch(blob.key))]
         now = (await self._broker.results.epoch(fresh=True)).now
-        records = await asyncio.gather(*(self._broker.results.glance(request_id) for _, request_id in named))
+        records = await asyncio.gather(*(self._glance(request_id) for _, request_id in named))
         for (blob, request_id), record in zip(named, records, strict=True):
+            if isinstance(record, RecordDamaged):
+                continue
+            spent = False
             if record is not None:
-                spent = await kind.is_spent(blob, record)
+                with suppress(RecordDamaged):
+                    spent = await kind.is_spent(blob, record)
             else:
                 spent = now - blob.modified_at > kind.kept_s and not await self._kept_for(request_id, kind)
             if spent and self._leads():
@@ -345,7 +351,16 @@ class Objects(Walk):
 
     async def _kept_for(self, request_id: str, kind: Kind) -> bool:
         """Whether a dead letter, which outlives its record, has the object as its input."""
-        return kind.pattern is _BODY and await self._broker.dead_letters.glance(request_id) is not None
+        try:
+            return kind.pattern is _BODY and await self._broker.dead_letters.glance(request_id) is not None
+        except RecordDamaged:
+            return True
+
+    async def _glance(self, request_id: str) -> Record | RecordDamaged | None:
+        try:
+            return await self._broker.results.glance(request_id)
+        except RecordDamaged as damaged:
+            return damaged
 
     async def _body_is_spent(self, blob: Blob, record: Record) -> bool:
         return record.state in _BODY_SPENT

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from broker import deployments, registries, secrets
 from broker.deployments import Sight
-from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity, RevisionConflict
+from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity, RecordDamaged, RevisionConflict
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
 from broker.ports import Broker, Fleet, Replica
 from broker.settings import ControllerSettings
@@ -29,6 +29,7 @@ from workers.controller.reconcile import (
     quarantine_of,
 )
 from workers.controller.removal import Removals
+from workers.controller.rows import with_versions
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class FleetReconciler:
                 return
             try:
                 await self._tend(view)
-            except RevisionConflict as exc:  # the next pass looks again
+            except (RevisionConflict, RecordDamaged) as exc:  # the next pass looks again
                 logger.info("reconcile_postponed", extra={"version_id": view.deployment.version_id, "cause": str(exc)})
         if not self.leads():
             return
@@ -110,22 +111,20 @@ class FleetReconciler:
     ) -> list[View]:
         if not wanted:
             return []
-        ids = [deployment.version_id for deployment in wanted]
-        catalog = self.broker.catalog
-        # Together, so that a store can answer them in few round trips.
-        versions = await asyncio.gather(*(catalog.versions.get(version_id) for version_id in ids))
-        reports = await asyncio.gather(*(catalog.instances(version_id) for version_id in ids))
+        found = await with_versions(self.broker, wanted)
+        ids = [deployment.version_id for deployment, _ in found]
+        reports = await asyncio.gather(*(self.broker.catalog.instances(version_id) for version_id in ids))
         loads = await self.broker.results.load(ids)
         return [
             View(
                 deployment=deployment,
-                version=version.item if version else None,
+                version=version,
                 reports={report.id: report for report in reported},
                 replicas=[item for item in replicas if item.version_id == deployment.version_id],
                 kept=[key for key, version_id in kept.items() if version_id == deployment.version_id],
                 load=load,
             )
-            for deployment, version, reported, load in zip(wanted, versions, reports, loads, strict=True)
+            for (deployment, version), reported, load in zip(found, reports, loads, strict=True)
         ]
 
     async def _tend(self, view: View) -> None:

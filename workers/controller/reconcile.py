@@ -17,7 +17,7 @@ from math import inf
 
 from broker import deployments, registries, secrets
 from broker.deployments import Sight
-from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity, RevisionConflict
+from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity, RecordDamaged, RevisionConflict
 from broker.model import Deployment, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Load, Version
 from broker.ports import Broker, Launched, Launcher
 from broker.settings import ControllerSettings
@@ -25,6 +25,7 @@ from workers.controller import autoscale
 from workers.controller.autoscale import Decision, History, Reading
 from workers.controller.chores import Chores
 from workers.controller.removal import Removals
+from workers.controller.rows import with_versions
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class Reconciler:
         for view in views:
             try:
                 await self._tend(view)
-            except RevisionConflict as exc:  # the next pass looks again
+            except (RevisionConflict, RecordDamaged) as exc:  # the next pass looks again
                 logger.info("reconcile_postponed", extra={"version_id": view.deployment.version_id, "cause": str(exc)})
         await self._tend_strays(views, launched)
         self._forget(views, launched)
@@ -169,20 +170,18 @@ class Reconciler:
     async def _look(self, wanted: Sequence[Deployment], launched: Sequence[Launched]) -> list[View]:
         if not wanted:
             return []
-        ids = [deployment.version_id for deployment in wanted]
-        catalog = self.broker.catalog
-        # Together, so that a store can answer them in few round trips.
-        versions = await asyncio.gather(*(catalog.versions.get(version_id) for version_id in ids))
-        reports = await asyncio.gather(*(catalog.instances(version_id) for version_id in ids))
+        found = await with_versions(self.broker, wanted)
+        ids = [deployment.version_id for deployment, _ in found]
+        reports = await asyncio.gather(*(self.broker.catalog.instances(version_id) for version_id in ids))
         loads = await self.broker.results.load(ids)
         views = []
-        for deployment, version, reported, load in zip(wanted, versions, reports, loads, strict=True):
+        for (deployment, version), reported, load in zip(found, reports, loads, strict=True):
             own = [instance for instance in launched if instance.version_id == deployment.version_id]
             alive = [item for item in own if item.alive and _stopping(item) not in self.chores]
             views.append(
                 View(
                     deployment=deployment,
-                    version=version.item if version else None,
+                    version=version,
                     reports={report.id: report for report in reported},
                     launched=own,
                     alive=alive,

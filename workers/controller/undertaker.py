@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from broker import dead_letters
-from broker.errors import StoreUnavailable, Unavailable
+from broker.errors import RecordDamaged, StoreUnavailable, Unavailable
 from broker.model import Claim, DeadCause, Job, Record, RequestState, Verdict
 from broker.ports import Broker, Delivery
 from workers.loops import insist
@@ -89,7 +90,9 @@ async def disown(broker: Broker, delivery: Delivery) -> None:
     request_id, fault = delivery.job.id, delivery.fault
 
     async def look() -> Record | None:
-        return await broker.results.glance(request_id)
+        with suppress(RecordDamaged):
+            return await broker.results.glance(request_id)
+        return None
 
     async def end(job: Job) -> Claim:
         reason = f"its message was refused: {fault}"
@@ -150,6 +153,9 @@ async def _end(broker: Broker, delivery: Delivery, what: End) -> Claim:
 
 async def _keep(broker: Broker, delivery: Delivery) -> None:
     async def keep() -> None:
-        await dead_letters.keep(broker, delivery.job)
+        try:
+            await dead_letters.keep(broker, delivery.job)
+        except RecordDamaged:
+            logger.exception("dead_letter_not_kept", extra={"request_id": delivery.job.id})
 
     await insist(keep, on=Unavailable, name="keep")

@@ -13,7 +13,7 @@ from pamqp.commands import Basic
 
 from broker.backends.codec import Unreadable
 from broker.backends.rabbitmq.connection import Line, answering
-from broker.backends.rabbitmq.messages import claims_to_be, death, queue_name, read
+from broker.backends.rabbitmq.messages import can_die, claims_to_be, death, queue_name, read
 from broker.errors import Unavailable
 from broker.model import Job
 from broker.ports import Delivery
@@ -198,7 +198,7 @@ class Lane:
 
     async def _lend(self, message: DeliveredMessage) -> Loan | None:
         """None for a message that is not ours to run: to the dead letters. One that is there already is lent with its
-        fault if it names a request, and is away if not."""
+        fault if it names a request, and is away if not; so is one that RabbitMQ could not move there."""
         tag = message.delivery_tag or 0
         self.loans += 1
         try:
@@ -207,9 +207,9 @@ class Lane:
             fault = str(exc)
             facts = {"queue": self._queue, "message_id": message.header.properties.message_id, "cause": fault}
             logger.error("message_unreadable", extra=facts)
-        if self._version_id:
+        if self._version_id and can_die(message):
             await self.settle(lambda: self.channel.basic_reject(tag, requeue=False, wait=False))
-        elif (claimed := claims_to_be(message)) is not None:
+        elif not self._version_id and (claimed := claims_to_be(message)) is not None:
             return Loan(self, tag, claimed, death(message), fault=fault)
         else:
             await self.settle(lambda: self.channel.basic_ack(tag, wait=False))

@@ -17,6 +17,8 @@ ENVELOPE = "fnq"  # the header that holds all of a job but its body
 SIGNATURE = "fnq-signature"
 RESIDENCE_S = 60.0  # how long past its deadline a message may stay; the undertaker's sweep comes first
 MAX_EXPIRATION_MS = 2**32 - 1
+# What RabbitMQ writes of each.
+_OF_A_DEATH = {"count": int, "exchange": str, "queue": str, "reason": str, "routing-keys": list}
 
 
 def queue_name(version_id: str) -> str:
@@ -84,6 +86,16 @@ def death(message: DeliveredMessage) -> str:
     newest = deaths[0] if isinstance(deaths, list) and deaths else None
     reason = newest.get("reason") if isinstance(newest, dict) else headers.get("x-first-death-reason")
     return reason if isinstance(reason, str) else ""
+
+
+def can_die(message: DeliveredMessage) -> bool:
+    """Whether it can be dead-lettered: RabbitMQ 3.10 adds to the deaths that a message brings along, and its whole
+    queue falls over those that it did not write itself."""
+    deaths = _headers(message).get("x-death", [])
+    return isinstance(deaths, list) and all(
+        isinstance(each, dict) and all(isinstance(each.get(name), kind) for name, kind in _OF_A_DEATH.items())
+        for each in deaths
+    )
 
 
 def _headers(message: DeliveredMessage) -> Mapping[str, object]:

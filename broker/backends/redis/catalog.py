@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from broker.backends.codec import pack, unpack
+from broker.backends.codec import Unreadable, pack, unpack
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection
-from broker.errors import RevisionConflict
+from broker.errors import RecordDamaged, RevisionConflict
 from broker.model import (
     Account,
     Cluster,
@@ -23,6 +24,8 @@ from broker.model import (
     Version,
 )
 from broker.ports import CRASHES_KEPT_S, Row
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -45,7 +48,7 @@ class RedisTable(Generic[T]):
         if index and index not in self._indexes:
             raise LookupError(f"no index {index!r}; there are {sorted(self._indexes)}")
         [items] = await self._connection.run(scripts.LIST.call((self._name, self._index(index, value))))
-        rows = [self._row(item) for item in items]
+        rows = [row for item in items if (row := self._readable(item)) is not None]
         # An index keeps the key of a row that has left it: what the row says now decides.
         return [row for row in rows if not index or value in _values(row.item, index)]
 
@@ -66,9 +69,21 @@ class RedisTable(Generic[T]):
         [deleted] = await self._connection.run(scripts.DELETE.call(keys, key), durable=True)
         return bool(deleted)
 
+    def _readable(self, stored: bytes) -> Row[T] | None:
+        """None for a row that is damaged: what lists the others must not fail for it."""
+        try:
+            return self._row(stored)
+        except RecordDamaged:
+            return None
+
     def _row(self, stored: bytes) -> Row[T]:
         revision, _, item = stored.partition(b" ")
-        return Row(unpack(self._kind, item), int(revision))
+        try:
+            return Row(unpack(self._kind, item), int(revision))
+        except ValueError as exc:
+            logger.error("row_damaged", extra={"table": self._name, "cause": repr(exc)[:200]})
+            what = self._kind.__name__.lower()
+            raise RecordDamaged(f"what is stored of this {what} cannot be read", outcome_unknown=False) from exc
 
     def _index_names(self, item: T) -> tuple[str, ...]:
         return tuple(self._index(name, value) for name in self._indexes for value in _values(item, name))
@@ -98,7 +113,7 @@ class RedisCatalog:
 
     async def instances(self, version_id: str) -> list[Instance]:
         [items] = await self._connection.run(scripts.INSTANCES.call((_instances(version_id),)))
-        return [unpack(Instance, item) for item in items]
+        return [instance for item in items if (instance := _unpacked(Instance, item)) is not None]
 
     async def retire(self, instance: Instance) -> None:
         await self._connection.run(("HDEL", _instances(instance.version_id), instance.id))
@@ -109,7 +124,7 @@ class RedisCatalog:
 
     async def crashes(self, version_id: str, instance_id: str) -> list[Crash]:
         [held] = await self._connection.run(("SMEMBERS", _crashes(version_id, instance_id)))
-        return [unpack(Crash, item) for item in held]
+        return [crash for item in held if (crash := _unpacked(Crash, item))]
 
     async def forget_crashes(self, version_id: str, instance_id: str) -> None:
         await self._connection.run(("DEL", _crashes(version_id, instance_id)))
@@ -119,7 +134,7 @@ class RedisCatalog:
 
     async def gpus(self) -> list[Gpu]:
         [offered] = await self._connection.run(("GET", "fnq:gpus"))
-        return list(unpack(tuple[Gpu, ...], offered)) if offered else []
+        return list(_unpacked(tuple[Gpu, ...], offered) or ()) if offered else []
 
     async def lead(self, holder: str, *, ttl_s: float) -> bool:
         [leads] = await self._connection.run(scripts.LEAD.call(("fnq:leader",), holder, int(ttl_s * 1000)))
@@ -127,6 +142,15 @@ class RedisCatalog:
 
     async def resign(self, holder: str) -> None:
         await self._connection.run(scripts.RESIGN.call(("fnq:leader",), holder))
+
+
+def _unpacked(kind: type[T], raw: bytes) -> T | None:
+    """None for what cannot be read: it will be reported again soon."""
+    try:
+        return unpack(kind, raw)
+    except Unreadable as exc:
+        logger.error("report_unreadable", extra={"cause": str(exc)})
+        return None
 
 
 def _instances(version_id: str) -> str:

@@ -17,12 +17,13 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
 from redis.exceptions import ConnectionError as LostConnection
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from broker.backends.breaker import Breaker, seek
-from broker.backends.redis.scripts import SCRIPTS
-from broker.errors import ConfigurationError, StoreUnavailable
+from broker.backends.redis import keys
+from broker.backends.redis.scripts import MEND, SCRIPTS
+from broker.errors import ConfigurationError, RecordDamaged, StoreUnavailable
 from broker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,45 @@ class Connection:
 
         Raises:
             StoreUnavailable: no answer in time, an error reply, or too few replicas; at once while nothing answers.
+            RecordDamaged: a key holds what these commands cannot work with, and it is none that can be made anew.
         """
+        try:
+            return await self._ask(commands, durable=durable)
+        except RecordDamaged:
+            if not await self._mend(commands):
+                raise
+        return await self._ask(commands, durable=durable)
+
+    async def each(self, *commands: Command, durable: bool = False) -> list[Any]:
+        """As `run`, but that a command which meets a damaged key does not fail the others: its RecordDamaged stands in
+        its reply's place."""
+        try:
+            return await self._ask(commands, durable=durable)
+        except RecordDamaged:
+            return await asyncio.gather(*(self._alone(command, durable=durable) for command in commands))
+
+    async def _alone(self, command: Command, *, durable: bool) -> Any:
+        try:
+            [reply] = await self.run(command, durable=durable)
+        except RecordDamaged as damaged:
+            return damaged
+        return reply
+
+    async def _mend(self, commands: Sequence[Command]) -> bool:
+        """Whether any key of theirs was damaged, and is one that may be emptied or put right."""
+        kinds = {key: kind for command in commands for key in _keys_of(command) if (kind := keys.rebuildable(key))}
+        if not kinds:
+            return False
+        mended = await self._ask([MEND.call((key,), kind) for key, kind in kinds.items()], durable=False)
+        for key, was in zip(kinds, mended, strict=True):
+            if was:
+                logger.error("key_mended", extra={"key": key})
+        return any(mended)
+
+    async def _ask(self, commands: Sequence[Command], *, durable: bool) -> list[Any]:
         if not self._breaker.admits():
             raise StoreUnavailable(_AWAY)
-        asked = _Asked(commands, durable and self._replicas > 0)
+        asked = _Asked(tuple(commands), durable and self._replicas > 0)
         self._asked.append(asked)
         if len(self._exchanges) < _LANES:
             self._start()
@@ -175,7 +211,10 @@ class _Asked:
         fault = next((reply for reply in replies if isinstance(reply, BaseException)), None)
         if fault is not None:
             logger.error("store_refused", extra={"cause": str(fault)[:200]})
-            self._fail(fault)
+            if _is_damage(fault):
+                self._fail(fault, RecordDamaged("what is stored for this cannot be read"))
+            else:
+                self._fail(fault)
         elif not enough:
             self._fail(TimeoutError("too few replicas confirmed the write"))
         else:
@@ -185,8 +224,8 @@ class _Asked:
         if not self.reply.done():
             self._fail(cause)
 
-    def _fail(self, cause: BaseException) -> None:
-        error = StoreUnavailable(_AWAY)
+    def _fail(self, cause: BaseException, error: Exception | None = None) -> None:
+        error = error or StoreUnavailable(_AWAY)
         error.__cause__ = cause
         self.reply.set_exception(error)
 
@@ -195,6 +234,21 @@ def _fail(batch: Sequence[_Asked], cause: BaseException) -> None:
     logger.warning("store_exchange_failed", extra={"commands": len(batch), "cause": type(cause).__name__})
     for asked in batch:
         asked.fail(cause)
+
+
+def _is_damage(fault: BaseException) -> bool:
+    """Whether it is about what a key holds: its type, or a value with which a script cannot count. What is wrong with
+    the server has codes of its own (OOM, MISCONF, …); the client takes the common one, ERR, away."""
+    if type(fault) is not ResponseError:
+        return False
+    said = str(fault)
+    return said.startswith("WRONGTYPE") or ("user_script" in said and not said.partition(" ")[0].isupper())
+
+
+def _keys_of(command: Command) -> Sequence[str]:
+    if command[0] == "EVALSHA":
+        return [key for key in command[3 : 3 + command[2]] if isinstance(key, str)]
+    return [key for key in command[1:2] if isinstance(key, str)]
 
 
 def _add(pipeline: Pipeline, command: Command) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 from broker.backends.codec import Unreadable, pack_job, unpack_job
 from broker.backends.redis import keys, scripts
 from broker.backends.redis.connection import Connection
+from broker.backends.redis.results import reading
 from broker.backends.tallies import tallied
+from broker.errors import RecordDamaged
 from broker.model import DeadLetter, DeadLetterFilter, DeadLetterPage, Job, Redrive, Tally
 from broker.ports import PAGE_SCAN
 from broker.settings import Settings
@@ -32,6 +34,14 @@ class RedisDeadLetters:
         self._ttl_ms = int(settings.dead_letter_ttl_s * 1000)
 
     async def keep(self, job: Job, *, size_bytes: int) -> bool:
+        try:
+            return await self._keep(job, size_bytes)
+        except RecordDamaged:
+            # What is in the letter's place is none that can be read: the message makes it anew.
+            await self._connection.run(("DEL", keys.letter(job.id)))
+            return await self._keep(job, size_bytes)
+
+    async def _keep(self, job: Job, size_bytes: int) -> bool:
         envelope, body = pack_job(job)
         [died_ms] = await self._connection.run(
             scripts.LETTER_KEEP.call(
@@ -56,10 +66,13 @@ class RedisDeadLetters:
 
     async def read(self, request_id: str) -> DeadLetter | None:
         [reply] = await self._connection.run(("HMGET", keys.letter(request_id), *_FIELDS, "j", "b"))
-        return _parse(request_id, reply)
+        with reading(request_id):
+            return _parse(request_id, reply)
 
     async def glance(self, request_id: str) -> DeadLetter | None:
         [letter] = await self._glance_all([request_id])
+        if isinstance(letter, RecordDamaged):
+            raise letter
         return letter
 
     async def page(self, account: str, wanted: DeadLetterFilter, *, limit: int, after: int = 0) -> DeadLetterPage:
@@ -82,7 +95,8 @@ class RedisDeadLetters:
         [bound] = await self._connection.run(
             scripts.LETTER_BIND.call((keys.letter(request_id),), candidate, after, known_ms), durable=True
         )
-        return Redrive(id=_text(bound[0]), done=bool(bound[1])) if bound is not None else None
+        with reading(request_id):
+            return Redrive(id=str(uuid.UUID(_text(bound[0]))), done=bool(bound[1])) if bound is not None else None
 
     async def unbind(self, request_id: str, redrive_id: str) -> None:
         await self._connection.run(scripts.LETTER_UNBIND.call((keys.letter(request_id),), redrive_id))
@@ -96,13 +110,14 @@ class RedisDeadLetters:
         reply, _, _ = await self._connection.run(
             ("HMGET", key, *_FIELDS), ("DEL", key), ("ZREM", keys.letters(account), _member(request_id)), durable=True
         )
-        return _parse(request_id, reply)
+        with reading(request_id):
+            return _parse(request_id, reply)
 
     async def _walk(
         self, account: str, wanted: DeadLetterFilter, after: int, *, first: int
     ) -> AsyncIterator[tuple[int, DeadLetter | None]]:
-        """The account's letters from the place `after` on, the latest first, each with its own; those that went are
-        dropped from the list on the way. `first` are asked for at first."""
+        """The account's letters from the place `after` on, the latest first, each with its own, or None where it
+        cannot be read; those that went are dropped from the list on the way. `first` are asked for at first."""
         place = keys.letters(account)
         lowest = int(wanted.since * 1e6) if wanted.since else "-inf"
         upper = [bound for bound in (after, int(wanted.until * 1e6)) if bound]
@@ -116,16 +131,27 @@ class RedisDeadLetters:
             if gone:
                 await self._connection.run(("ZREM", place, *gone))
             for (_, score), letter in zip(entries, letters, strict=True):
-                yield int(score), letter
+                yield int(score), None if isinstance(letter, RecordDamaged) else letter
             if len(entries) < batch:
                 return
             highest, batch = f"({int(entries[-1][1])}", _BATCH
 
-    async def _glance_all(self, request_ids: Sequence[str]) -> list[DeadLetter | None]:
+    async def _glance_all(self, request_ids: Sequence[str]) -> list[DeadLetter | RecordDamaged | None]:
         if not request_ids:
             return []
-        replies = await self._connection.run(*(("HMGET", keys.letter(each), *_FIELDS) for each in request_ids))
-        return [_parse(each, reply) for each, reply in zip(request_ids, replies, strict=True)]
+        replies = await self._connection.each(*(("HMGET", keys.letter(each), *_FIELDS) for each in request_ids))
+        return [_read(each, reply) for each, reply in zip(request_ids, replies, strict=True)]
+
+
+def _read(request_id: str, reply: Sequence[Any] | RecordDamaged) -> DeadLetter | RecordDamaged | None:
+    if isinstance(reply, RecordDamaged):
+        return reply
+    try:
+        with reading(request_id):
+            return _parse(request_id, reply)
+    except RecordDamaged as damaged:
+        logger.error("dead_letter_unreadable", extra={"request_id": request_id})
+        return damaged
 
 
 def _parse(request_id: str, reply: Sequence[Any]) -> DeadLetter | None:

@@ -41,8 +41,27 @@ def letter(request_id: str) -> str:
 
 
 def letters(account_name: str) -> str:
-    return f"fnq:{{{account_name}}}:l"
+    return f"fnq:{{{account_name}}}:g"
 
 
 def account(name: str) -> str:
     return f"fnq:{{{name}}}:a"
+
+
+# What MEND does about a key, by how its name ends or begins. None is the only place of anything: sweeps and claims fill them
+# again; but for the list of an account's dead letters, which are then to be had by ID alone.
+_MENDED_BY_END = {":q": "zset", ":x": "zset", ":d": "zset", ":a": "zset", ":g": "zset", ":n": "ledger"}
+_MENDED_BY_BEGIN = {
+    "fnq:l:": "numbers",
+    "fnq:i:": "hash",
+    "fnq:gpus": "string",
+    "fnq:leader": "string",
+    "fnq:epoch": "string",
+}
+
+
+def rebuildable(key: str) -> str:
+    """The kind of key by `scripts.MEND`; "" for those that hold what is nowhere else."""
+    if key.startswith("fnq:{"):
+        return _MENDED_BY_END.get(key[-2:], "")
+    return next((kind for begin, kind in _MENDED_BY_BEGIN.items() if key.startswith(begin)), "")

@@ -7,10 +7,10 @@ import hashlib
 import logging
 import secrets
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from redis.exceptions import RedisError
@@ -26,9 +26,10 @@ from broker.backends.redis.keys import due as _due
 from broker.backends.redis.keys import ledger as _ledger
 from broker.backends.redis.keys import record as _record
 from broker.backends.redis.keys import running as _running
+from broker.backends.redis.keys import stream as _stream
 from broker.backends.redis.keys import updates as _updates
 from broker.backends.redis.keys import waiting as _waiting
-from broker.errors import IdempotencyKeyReused, StoreUnavailable, TryLater
+from broker.errors import IdempotencyKeyReused, RecordDamaged, StoreUnavailable, TryLater, Unavailable
 from broker.model import (
     NO_TIMINGS,
     Attempt,
@@ -55,6 +56,8 @@ from broker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _EPOCH_REFRESH_S = 2.0
 # For so long after a limit was met, it is looked at before anything is written.
 _CROWDED_S = 1.0
@@ -67,6 +70,8 @@ _INDEXED_WITHIN_S = 1.0
 _FINISHED_LIVES_MS = 180_000
 # What is behind the id in a hint; of what a newer process may say, everybody is told.
 _HINTS = {"1": Interest.PROGRESS, "2": Interest.STEPS}
+_MEMBER_BYTES = 16
+_QUEUED = RequestState.QUEUED.encode()
 # From here on, one answer with the whole front of the queue costs less than a command each.
 _MANY = 32
 
@@ -95,7 +100,8 @@ class RedisResults:
         )
         if not bound:
             raise IdempotencyKeyReused("this Idempotency-Key was used with another request")
-        return _text(bound)
+        with reading("the Idempotency-Key's request"):
+            return str(uuid.UUID(_text(bound)))
 
     async def forget_key(self, account: str, key: str, *, request_id: str) -> None:
         await self._connection.run(scripts.FORGET_KEY.call((_idempotency(account, key),), request_id))
@@ -138,7 +144,19 @@ class RedisResults:
                 most=(settings.account_requests, settings.account_bytes),
             ),
         )
-        is_new, state, created, deadline, function_id, version_id, queue_deadline, run_ms = made
+        with reading(draft.id):
+            is_new, state, created, deadline, function_id, version_id, queue_deadline, run_ms = made
+            record = Record(
+                id=draft.id,
+                account=draft.account,
+                function_id=_text(function_id),
+                version_id=_text(version_id),
+                state=RequestState(_text(state)),
+                created_at=int(created) / 1000,
+                deadline_at=int(deadline) / 1000,
+                queue_deadline_at=int(queue_deadline) / 1000,
+                run_timeout_s=int(run_ms) / 1000,
+            )
         if is_new and (met or met_by_account):
             await self._connection.run(
                 scripts.DISCARD.call((_record(draft.id),), nonce),
@@ -148,17 +166,6 @@ class RedisResults:
             if met:
                 raise self._refusal(draft.version_id, "version", _text(met), queue_limit)
             raise self._refusal(draft.account, "account", _text(met_by_account), queue_limit)
-        record = Record(
-            id=draft.id,
-            account=draft.account,
-            function_id=_text(function_id),
-            version_id=_text(version_id),
-            state=RequestState(_text(state)),
-            created_at=int(created) / 1000,
-            deadline_at=int(deadline) / 1000,
-            queue_deadline_at=int(queue_deadline) / 1000,
-            run_timeout_s=int(run_ms) / 1000,
-        )
         if not is_new and (record.state is not RequestState.QUEUED or record.version_id != draft.version_id):
             if record.state is RequestState.RUNNING and record.version_id == draft.version_id:
                 await self._connection.run(("ZREM", waiting, draft.id))
@@ -189,7 +196,7 @@ class RedisResults:
                 raise self._refusal(whose, of, "queued", queue_limit)
             if most and members - 1 >= most:
                 raise self._refusal(whose, of, "requests", queue_limit)
-            if most_bytes and int(held_bytes or 0) + draft.size_bytes > most_bytes:
+            if most_bytes and _number(held_bytes) + draft.size_bytes > most_bytes:
                 raise self._refusal(whose, of, "bytes", queue_limit)
 
     def _refusal(self, whose: str, of: str, what: str, queue_limit: int) -> TryLater:
@@ -217,8 +224,10 @@ class RedisResults:
         )
         if before is None:
             return None
-        await self._leave(account, _text(version_id), request_id)
-        return RequestState(_text(before))
+        with reading(request_id):
+            state, version = RequestState(_text(before)), _text(version_id)
+            await self._leave(account, version, request_id)
+            return state
 
     # -- readers ----------------------------------------------------------------------------------
 
@@ -229,8 +238,12 @@ class RedisResults:
         return await self._read(request_id, "")
 
     async def glance(self, request_id: str) -> Record | None:
-        [record] = await self._read_all([request_id], "", whole=False)
-        return record
+        return await self._read(request_id, "", whole=False)
+
+    async def glances(self, request_ids: Sequence[str]) -> list[Record | None]:
+        """As `glance`, in one exchange; None for those that cannot be read, too."""
+        records = await self._read_all(request_ids, "", whole=False)
+        return [record if isinstance(record, Record) else None for record in records]
 
     async def page(self, account: str, wanted: RequestFilter, *, limit: int, after: int = 0) -> RequestPage:
         found: list[Record] = []
@@ -239,9 +252,13 @@ class RedisResults:
         while looked < PAGE_SCAN:
             batch = min(batch, PAGE_SCAN - looked)
             entries = await self._listed(account, wanted, after, batch)
-            records = await self._read_all([str(uuid.UUID(bytes=member)) for member, _ in entries], "", whole=False)
-            for (member, order), record in zip(entries, records, strict=True):
+            strays += [member for member, _ in entries if not _is_member(member)]
+            listed = [entry for entry in entries if _is_member(entry[0])]
+            records = await self._read_all([str(uuid.UUID(bytes=member)) for member, _ in listed], "", whole=False)
+            for (member, order), record in zip(listed, records, strict=True):
                 after = order
+                if isinstance(record, RecordDamaged):
+                    continue
                 if record is None or record.state is RequestState.ABANDONED:
                     strays.append(member)
                 elif wanted.keeps(record):
@@ -272,7 +289,8 @@ class RedisResults:
 
     async def updates(self, request_id: str, *, after: int, limit: int) -> list[Progress]:
         [found] = await self._connection.run(scripts.UPDATES.call((_updates(request_id),), after, limit))
-        return [_progress(update) for update in found]
+        with reading(request_id):
+            return [_progress(update) for update in found]
 
     async def forget(self, request_id: str) -> None:
         await self._connection.run(scripts.FORGET.call((_record(request_id), _body(request_id))))
@@ -283,7 +301,7 @@ class RedisResults:
             ("ZRANK", _waiting(record.version_id), record.id),
             ("ZCARD", _waiting(record.version_id)),
         )
-        if state is None or _text(state) != RequestState.QUEUED:
+        if state != _QUEUED:
             return Position(rank=0, length=int(length))
         # A request that a wiped store has not seen again yet is somewhere behind those it has.
         return Position(rank=int(rank) + 1 if rank is not None else int(length) + 1, length=int(length))
@@ -297,7 +315,7 @@ class RedisResults:
             ranks = [0 if rank is None else int(rank) + 1 for rank in found]
         else:
             first, length = await self._connection.run(("ZRANGE", waiting, 0, FURTHEST - 2), ("ZCARD", waiting))
-            ahead = {_text(request_id): rank for rank, request_id in enumerate(first, start=1)}
+            ahead = {_id(request_id): rank for rank, request_id in enumerate(first, start=1)}
             further = FURTHEST if length >= FURTHEST else 0
             ranks = [ahead.get(request_id, further) for request_id in request_ids]
         return [Position(rank=rank, length=int(length)) for rank in ranks]
@@ -326,6 +344,11 @@ class RedisResults:
     # -- workers ----------------------------------------------------------------------------------
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
+        return await self.healing(
+            job.id, lambda: self._claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts)
+        )
+
+    async def _claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
         token = secrets.token_hex(16)
         claimed, placed = await self._connection.run(
             scripts.CLAIM.call(
@@ -341,7 +364,9 @@ class RedisResults:
             ),
             scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
         )
-        verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
+        with reading(job.id):
+            verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
+            attempt, wait_s, lost = int(claimed[2]), int(claimed[3]) / 1000, _lost(claimed)
         if verdict is Verdict.SETTLED:
             await self._leave(job.account, job.version_id, job.id)
         elif state is RequestState.QUEUED:
@@ -349,15 +374,31 @@ class RedisResults:
         elif verdict is Verdict.GRANTED and (int(claimed[5]) or not placed):  # lost, or set aside
             with suppress(StoreUnavailable):
                 await self._connection.run(*self.entering(job))
-        lease = Lease(request_id=job.id, version_id=job.version_id, attempt=int(claimed[2]), token=token)
+        lease = Lease(request_id=job.id, version_id=job.version_id, attempt=attempt, token=token)
         return Claim(
             verdict=verdict,
             state=state,
             lease=lease if verdict is Verdict.GRANTED else None,
             remaining_s=int(claimed[4]) / 1000 if verdict is Verdict.GRANTED else 0.0,
-            wait_s=int(claimed[3]) / 1000,
-            lost=_lost(claimed),
+            wait_s=wait_s,
+            lost=lost,
         )
+
+    async def healing(self, request_id: str, verb: Callable[[], Awaitable[T]]) -> T:
+        """What `verb` returns, for somebody who has the request's message and so can do without its record. A damaged
+        one is put right if it tells how the request ended, and is else, or if that was not enough, as good as lost."""
+        for how_much in ("", "all"):
+            try:
+                return await verb()
+            except RecordDamaged as damaged:
+                logger.error("record_healed", extra={"request_id": request_id, "cause": repr(damaged.__cause__)[:200]})
+                await self._heal(request_id, how_much)
+        return await verb()
+
+    async def _heal(self, request_id: str, how_much: str) -> bool:
+        family = (_record(request_id), _body(request_id), _updates(request_id), _stream(request_id))
+        [righted] = await self._connection.run(scripts.HEAL.call(family, how_much))
+        return bool(righted)
 
     def entering(self, job: Job) -> tuple[Command, Command]:
         """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
@@ -368,23 +409,31 @@ class RedisResults:
         )
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
-        [state] = await self._connection.run(
-            scripts.RENEW.call((_record(lease.request_id),), lease.token, int(lease_s * 1000))
-        )
-        return RequestState(_text(state))
+        """A damaged record says as much as a lost one: the worker goes on, and settling makes it anew. So do the other
+        verbs of a lease."""
+        with suppress(RecordDamaged):
+            [state] = await self._connection.run(
+                scripts.RENEW.call((_record(lease.request_id),), lease.token, int(lease_s * 1000))
+            )
+            with reading(lease.request_id):
+                return RequestState(_text(state))
+        return RequestState.RUNNING
 
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
-        reply, account = await self._connection.run(
-            scripts.RELEASE.call(
-                (_record(lease.request_id), _body(lease.request_id)),
-                lease.token,
-                int(refund),
-                self._retention_ms,
-                lease.attempt,
-            ),
-            ("HGET", _record(lease.request_id), "a"),
-        )
-        state = RequestState(_text(reply))
+        state, account = RequestState.QUEUED, ""
+        with suppress(RecordDamaged):
+            reply, raw = await self._connection.run(
+                scripts.RELEASE.call(
+                    (_record(lease.request_id), _body(lease.request_id)),
+                    lease.token,
+                    int(refund),
+                    self._retention_ms,
+                    lease.attempt,
+                ),
+                ("HGET", _record(lease.request_id), "a"),
+            )
+            with reading(lease.request_id):
+                state, account = RequestState(_text(reply)), _text(raw or "")
         if state.terminal:
             await self._leave(account, lease.version_id, lease.request_id)
         if state is RequestState.QUEUED:
@@ -392,22 +441,30 @@ class RedisResults:
         return state
 
     async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
-        [reply] = await self._connection.run(
-            scripts.POSTPONE.call(
-                (_record(lease.request_id), _body(lease.request_id)),
-                lease.token,
-                int(wait_s * 1000),
-                pack_outcome(outcome),
-                self._retention_ms,
+        state = RequestState.QUEUED
+        with suppress(RecordDamaged):
+            [reply] = await self._connection.run(
+                scripts.POSTPONE.call(
+                    (_record(lease.request_id), _body(lease.request_id)),
+                    lease.token,
+                    int(wait_s * 1000),
+                    pack_outcome(outcome),
+                    self._retention_ms,
+                )
             )
-        )
-        state = RequestState(_text(reply))
+            with reading(lease.request_id):
+                state = RequestState(_text(reply))
         if state is RequestState.QUEUED:
             await self._back_in_line(lease.version_id, lease.request_id)
         return state
 
     async def settle(
         self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings = NO_TIMINGS
+    ) -> RequestState:
+        return await self.healing(job.id, lambda: self._settle(lease, job, state, outcome, timings))
+
+    async def _settle(
+        self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings
     ) -> RequestState:
         reply, *_ = await self._connection.run(
             scripts.SETTLE.call(
@@ -423,7 +480,8 @@ class RedisResults:
             *leaving(job.account, job.version_id, job.id),
             durable=True,
         )
-        stands = RequestState(_text(reply))
+        with reading(job.id):
+            stands = RequestState(_text(reply))
         if not stands.terminal:
             places = (_waiting(job.version_id), _running(job.version_id))
             await self._connection.run(
@@ -432,28 +490,35 @@ class RedisResults:
         return stands
 
     async def report(self, lease: Lease, progress: Progress, *, sequence: int) -> RequestState:
-        [state] = await self._connection.run(
-            scripts.REPORT.call(
-                (_record(lease.request_id), _updates(lease.request_id)),
-                lease.token,
-                sequence,
-                progress.percent,
-                progress.partial,
-                MOST_UPDATES,
-                self._settings.progress_kept_bytes,
+        with suppress(RecordDamaged):
+            [state] = await self._connection.run(
+                scripts.REPORT.call(
+                    (_record(lease.request_id), _updates(lease.request_id)),
+                    lease.token,
+                    sequence,
+                    progress.percent,
+                    progress.partial,
+                    MOST_UPDATES,
+                    self._settings.progress_kept_bytes,
+                )
             )
-        )
-        return RequestState(_text(state))
+            with reading(lease.request_id):
+                return RequestState(_text(state))
+        return RequestState.RUNNING
 
     async def end(self, job: Job, state: RequestState, *, reason: str, cause: str = "") -> Claim:
+        return await self.healing(job.id, lambda: self._end(job, state, reason=reason, cause=cause))
+
+    async def _end(self, job: Job, state: RequestState, *, reason: str, cause: str) -> Claim:
         keys = (_record(job.id), _body(job.id))
         [ended] = await self._connection.run(
             scripts.END.call(keys, state, reason, self._retention_ms, *job_arguments(job), cause),
             durable=True,
         )
-        claim = Claim(
-            verdict=Verdict(_text(ended[0])), state=RequestState(_text(ended[1])), wait_s=int(ended[2]) / 1000
-        )
+        with reading(job.id):
+            claim = Claim(
+                verdict=Verdict(_text(ended[0])), state=RequestState(_text(ended[1])), wait_s=int(ended[2]) / 1000
+            )
         if claim.verdict is Verdict.SETTLED:
             await self._leave(job.account, job.version_id, job.id)
         return claim
@@ -470,7 +535,14 @@ class RedisResults:
         """What a crash left on the ledgers. It goes on where the last sweep stopped."""
         cursor, found = await self._scan(version_id, limit)
         self._cursors[version_id] = int(cursor)
-        entries = {str(uuid.UUID(bytes=member)): _text(entry) for member, entry in found if member != b"*"}
+        strange = [member for member, _ in found if member != b"*" and not _is_member(member)]
+        if strange:
+            await self._connection.run(("HDEL", _ledger(version_id), *strange))
+        entries = {
+            str(uuid.UUID(bytes=member)): entry.decode(errors="replace")
+            for member, entry in found
+            if _is_member(member)
+        }
         if not entries:
             return 0
         places = await self._connection.run(
@@ -482,7 +554,11 @@ class RedisResults:
             if queued is None and running is None
         ]
         records = await self._read_all(strays, "", whole=False)
-        gone = [each for each, record in zip(strays, records, strict=True) if record is None or record.state.terminal]
+        gone = [
+            each
+            for each, record in zip(strays, records, strict=True)
+            if record is None or (isinstance(record, Record) and record.state.terminal)
+        ]
         for each in gone:
             await self._leave(entries[each].partition(" ")[2], version_id, each)
         return len(gone)
@@ -501,19 +577,19 @@ class RedisResults:
         )
         if not ids:
             return 0
-        records = await self._read_all([_text(request_id) for request_id in ids], "", whole=False)
+        records = await self._read_all([_id(request_id) for request_id in ids], "", whole=False)
         await self._connection.run(("ZREM", _due(version_id), *ids))
-        return sum(record is not None and record.state is RequestState.EXPIRED for record in records)
+        return sum(isinstance(record, Record) and record.state is RequestState.EXPIRED for record in records)
 
     async def _sweep(self, place: str, belongs: RequestState, before: float, limit: int) -> int:
         """Reading expires what is overdue; an entry without a record may be one that is being created."""
         [ids] = await self._connection.run(("ZRANGE", place, 0, limit - 1, "WITHSCORES"))
-        entries = _scored(ids)
-        records = await asyncio.gather(*(self.read(request_id) for request_id, _ in entries))
+        entries = _pairs(ids)
+        records = await self._read_all([_id(member) for member, _ in entries], "", whole=False)
         strays = [
-            request_id
-            for (request_id, score), record in zip(entries, records, strict=True)
-            if (record is None and score < before) or (record is not None and record.state is not belongs)
+            member
+            for (member, score), record in zip(entries, records, strict=True)
+            if (score < before if not isinstance(record, Record) else record.state is not belongs)
         ]
         if strays:
             await self._connection.run(("ZREM", place, *strays))
@@ -548,7 +624,7 @@ class RedisResults:
             return
         if message["type"] == "message":
             head, _, news = message["data"].partition(b"\n")
-            subject, _, of = head.decode().partition(" ")
+            subject, _, of = head.decode(errors="replace").partition(" ")
             self.hints.tell(subject, _HINTS.get(of, Interest.END), news)
         elif message["type"] == "subscribe":
             # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
@@ -559,7 +635,7 @@ class RedisResults:
         while True:
             try:
                 await self.epoch(fresh=True)
-            except StoreUnavailable:
+            except Unavailable:
                 logger.debug("epoch_unknown")
             await asyncio.sleep(_EPOCH_REFRESH_S)
 
@@ -568,13 +644,18 @@ class RedisResults:
     async def _read_watching(self, request_id: str, interest: Interest) -> Record | None:
         return await self._read(request_id, self.channel, interest)
 
-    async def _read(self, request_id: str, channel: str, interest: Interest = Interest.END) -> Record | None:
-        [record] = await self._read_all([request_id], channel, whole=True, interest=interest)
-        return record
+    async def _read(
+        self, request_id: str, channel: str, interest: Interest = Interest.END, *, whole: bool = True
+    ) -> Record | None:
+        """Of an ended request whose record is damaged, what can be read."""
+        [record] = await self._read_all([request_id], channel, whole=whole, interest=interest)
+        if isinstance(record, RecordDamaged) and await self._heal(request_id, "end"):
+            [record] = await self._read_all([request_id], channel, whole=whole, interest=interest)
+        return _sound(record)
 
     async def _read_all(
         self, request_ids: Sequence[str], channel: str, *, whole: bool, interest: Interest = Interest.END
-    ) -> list[Record | None]:
+    ) -> list[Record | RecordDamaged | None]:
         """In one exchange; `whole` records have their outcomes."""
         if not request_ids:
             return []
@@ -592,18 +673,18 @@ class RedisResults:
             for each in request_ids
         ]
         try:
-            replies = await self._connection.run(*commands, durable=touch)
+            replies = await self._connection.each(*commands, durable=touch)
         except StoreUnavailable:
             if not touch:
                 raise
             # Replicas are away: a live record can still be shown, a terminal one reads as still running.
-            replies = await self._connection.run(*commands)
+            replies = await self._connection.each(*commands)
             return [_still_running(_parse(each, reply)) for each, reply in zip(request_ids, replies, strict=True)]
         records = [_parse(each, reply) for each, reply in zip(request_ids, replies, strict=True)]
         left = [
             command
             for record, reply in zip(records, replies, strict=True)
-            if record is not None and int(reply[12])
+            if isinstance(record, Record) and int(reply[12])
             for command in leaving(record.account, record.version_id, record.id)
         ]
         if left:
@@ -634,9 +715,33 @@ class RedisResults:
         await self._connection.run(*leaving(_text(account or ""), version_id, request_id))
 
 
-def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
-    if reply is None:
-        return None
+@contextmanager
+def reading(subject: str) -> Iterator[None]:
+    """Raises RecordDamaged for what cannot be read of a reply."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as exc:
+        raise RecordDamaged(f"what is stored of {subject} cannot be read") from exc
+
+
+def _sound(record: Record | RecordDamaged | None) -> Record | None:
+    if isinstance(record, RecordDamaged):
+        logger.error("record_damaged", extra={"cause": str(record), "fault": repr(record.__cause__)[:200]})
+        raise record
+    return record
+
+
+def _parse(request_id: str, reply: Sequence[Any] | RecordDamaged | None) -> Record | RecordDamaged | None:
+    if reply is None or isinstance(reply, RecordDamaged):
+        return reply
+    try:
+        with reading(request_id):
+            return _read_record(request_id, reply)
+    except RecordDamaged as damaged:
+        return damaged
+
+
+def _read_record(request_id: str, reply: Sequence[Any]) -> Record:
     state, account, function_id, version_id = (_text(part) for part in reply[:4])
     created, deadline, attempt, started, ended = (int(part) for part in reply[4:9])
     worker = _text(reply[9])
@@ -675,8 +780,8 @@ def _attempt(number: int, worker: str, started: int, ended: int, end: str) -> At
     return Attempt(number=number, worker=worker, started_at=started / 1000, ended_at=ended / 1000, end=AttemptEnd(end))
 
 
-def _still_running(record: Record | None) -> Record | None:
-    if record is None or not record.state.terminal:
+def _still_running(record: Record | RecordDamaged | None) -> Record | RecordDamaged | None:
+    if not isinstance(record, Record) or not record.state.terminal:
         return record
     attempts = record.attempts
     if record.worker:
@@ -740,6 +845,15 @@ def _member(request_id: str) -> bytes:
     return bytes.fromhex(request_id.replace("-", ""))
 
 
+def _is_member(raw: bytes) -> bool:
+    return len(raw) == _MEMBER_BYTES
+
+
+def _id(raw: bytes) -> str:
+    """Of an order's entry; nobody's, where that is no text."""
+    return raw.decode(errors="replace")
+
+
 def _order(seconds: float) -> int:
     """A place in an account's list."""
     return int(seconds * 1_000_000)
@@ -760,10 +874,6 @@ def _idempotency(account: str, key: str) -> str:
     return f"fnq:k:{hashlib.sha256(f'{account} {key}'.encode()).hexdigest()}"
 
 
-def _scored(reply: Sequence[Any]) -> list[tuple[str, float]]:
-    return [(_text(member), score) for member, score in _pairs(reply)]
-
-
 def _pairs(reply: Sequence[Any]) -> list[tuple[bytes, float]]:
     """RESP3 answers pairs, RESP2 a flat list."""
     if reply and isinstance(reply[0], list | tuple):
@@ -782,6 +892,11 @@ def _lost(claimed: Sequence[Any]) -> Attempt | None:
         ended_at=int(ended) / 1000,
         end=AttemptEnd.LOST,
     )
+
+
+def _number(raw: bytes | None) -> int:
+    """0 for what is none: ENQUEUE puts it right."""
+    return int(raw) if raw and raw.isdigit() else 0
 
 
 def _text(raw: bytes | str) -> str:

@@ -14,7 +14,7 @@ An account's requests are another one, bounded, and mended by whoever reads it:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
                         behind in either is found in the version's
-    fnq:{<account>}:l   the same of its dead letters, by when they died
+    fnq:{<account>}:g   the same of its dead letters, by when they died
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
@@ -69,7 +69,6 @@ end
 _CLOSE = (
     _NOW
     + _UPDATES
-    + _UPDATES
     + """
 local function close(r, how, at)
   local f = redis.call('HMGET', r, 'n', 'w', 'b', 'G')
@@ -83,17 +82,27 @@ end
 """
 )
 
+# Leases and deadlines that are further ahead were written by nobody: settings allow 300 s and 30 days. A request would
+# be held by them as good as for ever.
+_BOUNDS = "local longest_lease, longest_life = 3600000, 5184000000\n"
+
 # finish(): the only place where a record becomes terminal. The record outlives every copy of its message. The key of
 # the stream is made here, because few requests have one; it is in the record's slot.
 _FINISH = (
     _CLOSE
+    + _BOUNDS
     + """
 local terminal = {fulfilled=1, errored=1, expired=1, ['timed-out']=1, cancelled=1, dead=1, abandoned=1}
+local function held(lease)
+  local ends = tonumber(lease or 0)
+  return ends and ends > now and ends <= now + longest_lease
+end
 local function finish(r, b, state, reason, retention, body)
   local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn')
-  if old[4] == 'running' and not body and tonumber(old[5] or 0) <= now then close(r, 'lost', old[5] or now) end
+  if old[4] == 'running' and not body and not held(old[5]) then close(r, 'lost', tonumber(old[5]) or now) end
   local id = string.match(r, '{(.-)}')
-  local ttl = math.max(retention, (tonumber(old[1]) or now) - now + 180000)
+  local life = math.min(longest_life, math.floor(tonumber(old[1]) or now) - now)
+  local ttl = math.max(retention, life + 180000)
   redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
   redis.call('HDEL', r, 'h', 'hs', 'k', 'l', 't', 'i', 'j')
   redis.call('PEXPIRE', r, ttl)
@@ -107,9 +116,10 @@ local function finish(r, b, state, reason, retention, body)
 end
 local function overdue(r, b, retention)
   local f = redis.call('HMGET', r, 's', 'd', 'l', 'Q', 'n', 'Z')
-  local idle = f[1] == 'queued' or (f[1] == 'running' and tonumber(f[3] or 0) <= now)
-  if not idle then return false end
+  if terminal[f[1]] then return false end
   local due, reason = tonumber(f[2]), 'not finished before its deadline'
+  if f[1] and (not due or due > now + longest_life) then error('no deadline') end
+  if f[1] ~= 'queued' and (f[1] ~= 'running' or held(f[3])) then return false end
   if f[4] and tonumber(f[5]) == 0 and not f[6] and tonumber(f[4]) < due then
     due, reason = tonumber(f[4]), 'no worker took it before its queue timeout'
   end
@@ -264,11 +274,11 @@ local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
 if f[6] then
-  if tonumber(f[6]) > now then return {'held', 'queued', n, f[6] - now} end
+  if tonumber(f[6]) > now and tonumber(f[6]) <= tonumber(f[5]) then return {'held', 'queued', n, f[6] - now} end
   redis.call('HDEL', r, 'Z')
   redis.call('DEL', KEYS[2])
 end
-if f[1] == 'running' and tonumber(f[4] or 0) > now then
+if f[1] == 'running' and held(f[4]) then
   if f[3] == ARGV[2] then return {'granted', 'running', n, 0, f[5] - now, rebuilt} end
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
@@ -442,7 +452,7 @@ local r = KEYS[1]
 rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9], ARGV[10])
 local f = redis.call('HMGET', r, 's', 'l')
 if terminal[f[1]] then return {'settled', f[1], 0} end
-if f[1] == 'running' and tonumber(f[2] or 0) > now then return {'held', f[1], tonumber(f[2]) - now} end
+if f[1] == 'running' and held(f[2]) then return {'held', f[1], tonumber(f[2]) - now} end
 if ARGV[11] ~= '' then redis.call('HSET', r, 'K', ARGV[11]) end
 return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0}
 """
@@ -776,6 +786,61 @@ return admit(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[2] .. ' ' .. ARGV[3], 0, 0)
 """
 )
 
+# Puts right what no release of ours left in a key that can be made anew (keys.rebuildable).
+# KEYS key · ARGV zset, hash or string; numbers, a hash of nothing else; or ledger
+# returns 1 if there was something to do
+MEND = Script(
+    """
+local kind = redis.call('TYPE', KEYS[1]).ok
+if kind == 'none' then return 0 end
+if kind ~= ((ARGV[1] == 'numbers' or ARGV[1] == 'ledger') and 'hash' or ARGV[1]) then
+  return redis.call('DEL', KEYS[1])
+end
+local entries = ARGV[1] ~= kind and redis.call('HGETALL', KEYS[1]) or {}
+local sum, strange = 0, false
+for i = 1, #entries, 2 do
+  local bytes = string.match(entries[i + 1], ARGV[1] == 'ledger' and '^%d+' or '^%d+$')
+  if bytes and #bytes > 15 then bytes = nil end
+  if entries[i] ~= '*' and bytes then sum = sum + bytes end
+  if not bytes then
+    strange = true
+    redis.call('HDEL', KEYS[1], entries[i])
+  end
+end
+if ARGV[1] == 'numbers' and strange then redis.call('DEL', KEYS[1]) end
+if ARGV[1] == 'ledger' then
+  local was = redis.call('HGET', KEYS[1], '*')
+  strange = strange or was ~= string.format('%d', sum)
+  if strange then redis.call('HSET', KEYS[1], '*', string.format('%d', sum)) end
+end
+return strange and 1 or 0
+"""
+)
+
+# KEYS record body updates stream · ARGV all to take it away whatever it says, end to put right an end and nothing else
+# Before somebody who has the message of a request whose record is damaged goes on. An end that was shown stays one;
+# anything else is taken away, as if the store had lost it, and the message makes it anew. Who has no message may put an
+# end right, too.
+# returns 1 if it was put right
+HEAL = Script(
+    _FINISH
+    + """
+local r = KEYS[1]
+local state = redis.call('TYPE', r).ok == 'hash' and redis.call('HGET', r, 's')
+if ARGV[1] == 'all' or not state or not terminal[state] then
+  if ARGV[1] ~= 'end' then redis.call('DEL', unpack(KEYS)) end
+  return 0
+end
+for name, fallback in pairs({c = now, d = now, n = 0, e = now}) do
+  local number = redis.call('HGET', r, name)
+  if not number or not string.match(number, '^%d+$') or #number > 15 then redis.call('HSET', r, name, fallback) end
+end
+redis.call('HDEL', r, 'b', 'p', 'w', 'Q', 'U', 'G', 'I', 'D', 'Z', 'u', 'pn')
+if redis.call('TYPE', KEYS[2]).ok ~= 'string' then redis.call('DEL', KEYS[2]) end
+return 1
+"""
+)
+
 # KEYS from to · ARGV id · moves an id between the orders of a version, and keeps its place
 # returns 0 if it had none
 MOVE = Script(
@@ -806,8 +871,11 @@ return {redis.call('ZCARD', KEYS[1]), redis.call('ZCARD', KEYS[2]), age}
 EPOCH = Script(
     _NOW
     + """
-redis.call('SET', KEYS[1], ARGV[1] .. ':' .. now, 'NX')
-local number, born = string.match(redis.call('GET', KEYS[1]), '^(%d+):(%d+)$')
+local number, born = string.match(redis.call('GET', KEYS[1]) or '', '^(%d+):(%d+)$')
+if not number or tonumber(number) > 255 or tonumber(born) > now + 86400000 then
+  number, born = ARGV[1], now
+  redis.call('SET', KEYS[1], number .. ':' .. born)
+end
 return {tonumber(number), tonumber(born), now}
 """
 )
@@ -870,7 +938,7 @@ local items = {}
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   local ends, item = string.match(all[i + 1], '^(%d+) (.*)$')
-  if tonumber(ends) > now then items[#items + 1] = item else redis.call('HDEL', KEYS[1], all[i]) end
+  if ends and tonumber(ends) > now then items[#items + 1] = item else redis.call('HDEL', KEYS[1], all[i]) end
 end
 return items
 """
@@ -880,7 +948,7 @@ return items
 LEAD = Script(
     """
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
+if holder and holder ~= ARGV[1] and redis.call('PTTL', KEYS[1]) > 0 then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """

@@ -23,6 +23,8 @@ from broker.backends.redis.connection import Connection
 from broker.backends.redis.keys import body as _body
 from broker.backends.redis.keys import record as _record
 from broker.backends.redis.keys import stream as _stream
+from broker.backends.redis.results import reading
+from broker.errors import RecordDamaged
 from broker.model import Chunk, Excerpt, Flow, Lease, Outcome, RequestState
 from broker.settings import Settings
 
@@ -59,6 +61,7 @@ class _Writer:
     def __init__(self, connection: Connection, settings: Settings, lease: Lease, watch: Watch, channel: str) -> None:
         self._connection = connection
         self._watch = watch
+        self._request_id = lease.request_id
         self._keys = _record(lease.request_id), _stream(lease.request_id)
         self._facts = lease.token, channel, settings.stream_bytes // 2, settings.stream_bytes
 
@@ -66,14 +69,18 @@ class _Writer:
         self._watch.forget()
         packed = pack_outcome(head) if head else b""
         parts = (part for chunk in chunks for part in (chunk.end, int(chunk.event), chunk.event_id, chunk.data))
-        [reply] = await self._connection.run(scripts.STREAM_APPEND.call(self._keys, *self._facts, packed, *parts))
-        state, cut, unread_bytes, unattended_ms = reply
-        return Flow(
-            state=RequestState(_text(state)),
-            cut=bool(cut),
-            unread_bytes=int(unread_bytes),
-            unattended_s=int(unattended_ms) / 1000,
-        )
+        try:
+            [reply] = await self._connection.run(scripts.STREAM_APPEND.call(self._keys, *self._facts, packed, *parts))
+            with reading(self._request_id):
+                state, cut, unread_bytes, unattended_ms = reply
+                return Flow(
+                    state=RequestState(_text(state)),
+                    cut=bool(cut),
+                    unread_bytes=int(unread_bytes),
+                    unattended_s=int(unattended_ms) / 1000,
+                )
+        except RecordDamaged:  # as one that is lost
+            return Flow(state=RequestState.RUNNING, cut=True, unread_bytes=0, unattended_s=0.0)
 
     async def drained(self, timeout_s: float) -> None:
         await self._watch.changed(timeout_s)
@@ -104,6 +111,7 @@ class _Reader:
     def __init__(self, connection: Connection, settings: Settings, request_id: str, watch: _News, channel: str) -> None:
         self._connection = connection
         self._watch = watch
+        self._request_id = request_id
         self._keys = _record(request_id), _body(request_id), _stream(request_id)
         ttl_ms, self._step_bytes = int(settings.result_ttl_s * 1000), settings.stream_bytes // _STEPS
         self._facts = channel, int(settings.lease_s * 1000), ttl_ms, self._step_bytes
@@ -118,7 +126,8 @@ class _Reader:
         [reply] = await self._connection.run(
             scripts.STREAM_READ.call(self._keys, after, limit_bytes, int(attended_s * 1000), *self._facts)
         )
-        self._last = None if reply is None else _excerpt(reply)
+        with reading(self._request_id):
+            self._last = None if reply is None else _excerpt(reply)
         self._due_at = time.monotonic() + attended_s / _STEPS
         self._due_offset = after + self._step_bytes
         return self._last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,7 +9,8 @@ from typing import Any
 
 from broker.backends.redis import keys, scripts
 from broker.backends.redis.connection import Command, Connection
-from broker.backends.redis.results import RedisResults, job_arguments, leaving
+from broker.backends.redis.results import RedisResults, job_arguments, leaving, reading
+from broker.errors import RecordDamaged
 from broker.model import Job, RequestState, Survey
 from broker.settings import Settings
 
@@ -18,7 +18,7 @@ _RECORDS = keys.record("*")
 # An entry that has been there for less may be of a record that is being made.
 _STRAY_AFTER_S = 60.0
 # What reading a record raises that is none.
-_GARBLED = (ValueError, TypeError, AttributeError)
+_GARBLED = (ValueError, TypeError, AttributeError, OverflowError)
 _QUEUED = RequestState.QUEUED.encode()
 _RUNNING = RequestState.RUNNING.encode()
 
@@ -35,13 +35,13 @@ class RedisUpkeep:
         scan = ("SCAN", cursor, "MATCH", _RECORDS, "COUNT", limit, "TYPE", "hash")
         [[following, found]] = await self._connection.run(scan)
         ids = [key.decode(errors="replace")[5:-3] for key in found]
-        (seconds, micros), *records = await self._connection.run(
+        (seconds, micros), *records = await self._connection.each(
             ("TIME",), *(("HMGET", key, "s", "v", "d", "Q", "n", "Z") for key in found)
         )
         states: Counter[RequestState] = Counter()
         unreadable, live = 0, []
         for request_id, fields in zip(ids, records, strict=True):
-            if all(field is None for field in fields):  # gone since the scan
+            if isinstance(fields, RecordDamaged) or all(field is None for field in fields):  # gone since the scan
                 continue
             try:
                 state = RequestState(fields[0].decode())
@@ -70,7 +70,7 @@ class RedisUpkeep:
             members = _members(entries)
             if not members:
                 continue
-            states = await self._connection.run(*(("HGET", keys.record(each), "s") for each, _ in members))
+            states = await self._connection.each(*(("HGET", keys.record(_id(each)), "s") for each, _ in members))
             for (request_id, score), raw in zip(members, states, strict=True):
                 if raw == belongs or (raw is None and score >= fresh_after):
                     continue
@@ -83,10 +83,14 @@ class RedisUpkeep:
         return len(mending), max(len(_members(queued)), len(_members(taken))) == limit
 
     async def restore(self, job: Job) -> RequestState:
+        return await self._results.healing(job.id, lambda: self._restore(job))
+
+    async def _restore(self, job: Job) -> RequestState:
         [[rebuilt, raw]] = await self._connection.run(
             scripts.RESTORE.call((keys.record(job.id), keys.body(job.id)), self._retention_ms, *job_arguments(job))
         )
-        state = RequestState(raw.decode())
+        with reading(job.id):
+            state = RequestState(raw.decode())
         # Not only of a rebuilt one: it may have been set aside, or this was broken off here the last time.
         commands: list[Command] = list(self._results.entering(job)) if rebuilt or not state.terminal else []
         if state.terminal:
@@ -107,12 +111,15 @@ class RedisUpkeep:
         [members] = await self._connection.run(("ZRANGE", place, "-inf", before, "BYSCORE", "LIMIT", 0, limit))
         if not members:
             return 0
-        ids = [member.decode() for member in members]
-        found = await self._connection.run(
+        ids = [_id(member) for member in members]
+        found = await self._connection.each(
             *(("HMGET", keys.record(each), "s", "v", "d", "Q", "n", "Z", "a") for each in ids)
         )
         waiting: list[tuple[_Entry, str]] = []
-        for request_id, (*fields, account) in zip(ids, found, strict=True):
+        for request_id, reply in zip(ids, found, strict=True):
+            if isinstance(reply, RecordDamaged):
+                continue
+            *fields, account = reply
             if fields[0] != _QUEUED or fields[5] is not None:
                 continue
             with suppress(*_GARBLED):
@@ -133,7 +140,7 @@ class RedisUpkeep:
     async def _tend(self, live: Sequence[_Entry], states: Counter[RequestState], *, now_ms: int) -> tuple[int, int]:
         """Count what is not terminal, as it stands after the overdue ones were expired and the others have places."""
         overdue = [entry for entry in live if entry.due_ms <= now_ms]
-        records = await asyncio.gather(*(self._results.glance(entry.id) for entry in overdue))
+        records = await self._results.glances([entry.id for entry in overdue])
         ended = {record.id: record.state for record in records if record is not None and record.state.terminal}
         states.update(ended.get(entry.id, entry.state) for entry in live)
         rest = [entry for entry in live if entry.id not in ended]
@@ -182,6 +189,11 @@ def _due_place(entry: _Entry) -> str:
     return keys.due(entry.version_id)
 
 
-def _members(entries: Sequence[Any]) -> list[tuple[str, float]]:
+def _members(entries: Sequence[Any]) -> list[tuple[bytes, float]]:
     """RESP3 answers pairs."""
-    return [(member.decode(), float(score)) for member, score in entries]
+    return [(member, float(score)) for member, score in entries]
+
+
+def _id(member: bytes) -> str:
+    """Nobody's, where it is no text."""
+    return member.decode(errors="replace")
