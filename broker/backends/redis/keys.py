@@ -48,8 +48,8 @@ def account(name: str) -> str:
     return f"fnq:{{{name}}}:a"
 
 
-# What MEND does about a key, by how its name ends or begins. None is the only place of anything: sweeps and claims fill them
-# again; but for the list of an account's dead letters, which are then to be had by ID alone.
+# What MEND does about a key, by how its name ends or begins. None is the only place of anything: sweeps and claims fill
+# them again; but for the list of dead letters of an account, which are then to be had by ID alone.
 _MENDED_BY_END = {":q": "zset", ":x": "zset", ":d": "zset", ":a": "zset", ":g": "zset", ":n": "ledger"}
 _MENDED_BY_BEGIN = {
     "fnq:l:": "numbers",
