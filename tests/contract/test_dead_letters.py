@@ -68,7 +68,7 @@ async def accept(store: Store, account: str, **given: str) -> Job:
         digest="d",
         headers=(("Content-Type", "text/plain"),),
         body=b"\x00input\xff",
-        assets=("a", "b"),
+        assets=(str(uuid.uuid4()), str(uuid.uuid4())),
     )
 
 
@@ -237,31 +237,33 @@ async def test_the_oldest_make_way(store: Store, account: str) -> None:
 
 # -- starting again ----------------------------------------------------------------------------
 
+ONE, TWO, THREE, ANOTHER = (str(uuid.uuid4()) for _ in range(4))
+
 
 async def test_a_redrive_keeps_the_id_that_was_settled_first(store: Store, account: str) -> None:
     job = await die(store, account)
-    first = await store.letters.bind(job.id, "one")
+    first = await store.letters.bind(job.id, ONE)
     assert first is not None
-    assert (first.id, first.done) == ("one", False)
-    again = await store.letters.bind(job.id, "two")
+    assert (first.id, first.done) == (ONE, False)
+    again = await store.letters.bind(job.id, TWO)
     assert again is not None
-    assert (again.id, again.done) == ("one", False)
-    await store.letters.redriven(job.id, "one")
-    done = await store.letters.bind(job.id, "three")
+    assert (again.id, again.done) == (ONE, False)
+    await store.letters.redriven(job.id, ONE)
+    done = await store.letters.bind(job.id, THREE)
     assert done is not None
-    assert (done.id, done.done) == ("one", True)
+    assert (done.id, done.done) == (ONE, True)
 
 
 async def test_record_and_letter_name_the_request_that_was_made(store: Store, account: str) -> None:
     job = await die(store, account)
-    await store.letters.bind(job.id, "one")
+    await store.letters.bind(job.id, ONE)
     assert await ids(store, account, DeadLetterFilter(redriven=False)) == [job.id]
-    await store.letters.redriven(job.id, "one")
+    await store.letters.redriven(job.id, ONE)
     record, letter = await store.results.read(job.id), await store.letters.glance(job.id)
     assert record is not None
-    assert (record.state, record.redriven_as) == (RequestState.DEAD, "one")
+    assert (record.state, record.redriven_as) == (RequestState.DEAD, ONE)
     assert letter is not None
-    assert letter.redriven_as == "one"
+    assert letter.redriven_as == ONE
     assert letter.redriven_at >= letter.died_at
     assert await ids(store, account, DeadLetterFilter(redriven=False)) == []
     assert await ids(store, account, DeadLetterFilter(redriven=True)) == [job.id]
@@ -269,19 +271,19 @@ async def test_record_and_letter_name_the_request_that_was_made(store: Store, ac
 
 async def test_an_id_that_came_to_nothing_is_forgotten(store: Store, account: str) -> None:
     job = await die(store, account)
-    await store.letters.bind(job.id, "one")
-    await store.letters.unbind(job.id, "another")
-    await store.letters.unbind(job.id, "one")
-    bound = await store.letters.bind(job.id, "two")
+    await store.letters.bind(job.id, ONE)
+    await store.letters.unbind(job.id, ANOTHER)
+    await store.letters.unbind(job.id, ONE)
+    bound = await store.letters.bind(job.id, TWO)
     assert bound is not None
-    assert bound.id == "two"
+    assert bound.id == TWO
 
 
 async def test_once_more_needs_the_last_one_named(store: Store, account: str) -> None:
     job = await die(store, account)
-    await store.letters.bind(job.id, "one")
-    await store.letters.redriven(job.id, "one")
-    for candidate in ("two", "three"):  # asked twice, settled once
-        bound = await store.letters.bind(job.id, candidate, after="one")
+    await store.letters.bind(job.id, ONE)
+    await store.letters.redriven(job.id, ONE)
+    for candidate in (TWO, THREE):  # asked twice, settled once
+        bound = await store.letters.bind(job.id, candidate, after=ONE)
         assert bound is not None
-        assert (bound.id, bound.done) == ("two", False)
+        assert (bound.id, bound.done) == (TWO, False)

@@ -127,7 +127,7 @@ async def test_a_job_arrives_as_it_was_sent(queue: Queue, version_id: str, body:
         body=body,
         body_key="inputs/default/1",
         headers=(("X-Name", "Zoë 雪 🧊"), ("X-Quote", 'a "b" \\ c')),
-        assets=("3f1c", "9d2e"),
+        assets=(str(uuid.uuid4()), str(uuid.uuid4())),
         passthrough=True,
         poll_s=7,
     )
