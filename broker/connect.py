@@ -17,11 +17,12 @@ from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
 from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.backends.rabbitmq import queue as rabbitmq
+from broker.backends.rabbitmq.users import VersionUsers
 from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
 from broker.keyring import Keyring
-from broker.ports import Blobs, Broker, Queue, Store
-from broker.settings import ApiSettings, SecretSettings, Settings
+from broker.ports import Blobs, Broker, NoUsers, Queue, Store, Users
+from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings
 from broker.signatures import Signatures
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
     signatures = Signatures.of(settings)
     settings = _with_secret(settings)
     keyring = Keyring.parse(_encryption_keys(settings))
+    users = _users(settings)
     async with AsyncExitStack() as stack:
         queue = await stack.enter_async_context(_open_queue(settings, signatures))
         store = await stack.enter_async_context(_open(STORES, "store_url", settings))
@@ -58,6 +60,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
             blobs=blobs,
             settings=settings,
             keyring=keyring,
+            users=users,
         )
 
 
@@ -103,6 +106,10 @@ def _opener(table: Mapping[str, Chosen], name: str, settings: Settings) -> tuple
         known = ", ".join(f"{known}://" for known in table)
         raise ConfigurationError(f"FNQUEUE_{name.upper()}: unknown scheme {scheme[:20]!r}; known are {known}")
     return table[scheme], url
+
+
+def _users(settings: Settings) -> Users:
+    return VersionUsers(settings) if isinstance(settings, ControllerSettings) and settings.version_users else NoUsers()
 
 
 def _encryption_keys(settings: Settings) -> str:

@@ -51,7 +51,7 @@ from broker.model import (
     Verdict,
 )
 from broker.ports import FURTHEST, MOST_UPDATES, PAGE_SCAN
-from broker.settings import Settings
+from broker.settings import Settings, SidecarSettings
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ class RedisResults:
         self._connection = connection
         self._settings = settings
         self._retention_ms = int(settings.result_ttl_s * 1000)
-        self.channel = f"fnq:h:{secrets.token_hex(6)}"
+        # On a front end's one hears of requests of every version: a sidecar may only listen on those of its own kind.
+        kind = "w" if isinstance(settings, SidecarSettings) else "h"
+        self.channel = f"fnq:{kind}:{secrets.token_hex(6)}"
         self.hints = Hints()
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
@@ -283,8 +285,13 @@ class RedisResults:
 
     async def epoch(self, *, fresh: bool = False) -> Epoch:
         if fresh or self._epoch is None:
-            [reply] = await self._connection.run(scripts.EPOCH.call(("fnq:epoch",), secrets.randbelow(256)))
-            number, born, now = (int(part) for part in reply)
+            known, (seconds, micros) = await self._connection.run(("GET", "fnq:epoch"), ("TIME",))
+            if known is None:  # a sidecar may not begin one
+                [known] = await self._connection.run(
+                    scripts.EPOCH.call(("fnq:epoch",), secrets.randbelow(256)),
+                )
+            number, born = (int(part) for part in known.split(b":"))
+            now = int(seconds) * 1000 + int(micros) // 1000
             self._epoch = Epoch(number=number, born_at=born / 1000, now=now / 1000)
         return self._epoch
 

@@ -704,13 +704,12 @@ return {redis.call('ZCARD', KEYS[1]), redis.call('ZCARD', KEYS[2]), age}
 """
 )
 
-# KEYS epoch · ARGV number for a new one · returns {number, born, now}
+# KEYS epoch · ARGV number for a new one · returns "<number>:<born>"
 EPOCH = Script(
     _NOW
     + """
 redis.call('SET', KEYS[1], ARGV[1] .. ':' .. now, 'NX')
-local number, born = string.match(redis.call('GET', KEYS[1]), '^(%d+):(%d+)$')
-return {tonumber(number), tonumber(born), now}
+return redis.call('GET', KEYS[1])
 """
 )
 
