@@ -206,9 +206,18 @@ class Record:
 
 
 class House:
-    """Front ends, controllers and their instances over servers that are given."""
+    """Front ends, controllers and their instances over servers that are given. `controllers` are settings of theirs
+    alone: other users of the same servers."""
 
-    def __init__(self, folder: Path, servers: Mapping[str, str], *, fronts: int = 1, **settings: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        servers: Mapping[str, str],
+        *,
+        fronts: int = 1,
+        controllers: Mapping[str, str] | None = None,
+        **settings: str,
+    ) -> None:
         self.folder = folder
         self.key = f"nvapi-{secrets.token_urlsafe(32)}"
         self.record = Record(folder / "record")
@@ -232,7 +241,7 @@ class House:
             **settings,
         }
         self.fronts = [self._front(number, shared) for number in range(fronts)]
-        self._shared = shared
+        self._shared = {**shared, **(controllers or {})}
         self.controllers: list[Program] = []
         self.add_controller()
 

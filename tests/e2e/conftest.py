@@ -110,12 +110,20 @@ def production(folder: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     rabbitmq: RabbitMQ = request.getfixturevalue("product_rabbitmq")
     redis: Redis = request.getfixturevalue("redis_server")
     s3: S3 = request.getfixturevalue("s3")
+    # What other tests store in another database is not deployed here.
     servers = {
-        "FNQUEUE_QUEUE_URL": rabbitmq.url,
-        "FNQUEUE_STORE_URL": f"{redis.url.rpartition('/')[0]}/9",  # what other tests store there is not deployed here
+        "FNQUEUE_QUEUE_URL": rabbitmq.url_for("api"),
+        "FNQUEUE_STORE_URL": redis.url_for("api", 9),
         "FNQUEUE_BLOBS_URL": s3.url,
     }
-    with house.running(House(folder, servers, fronts=1, **settings_for(folder))) as running:
+    controllers = {
+        "FNQUEUE_QUEUE_URL": rabbitmq.url_for("controller"),
+        "FNQUEUE_QUEUE_MANAGEMENT_URL": rabbitmq.management_url_for("controller"),
+        "FNQUEUE_STORE_URL": redis.url_for("controller", 9),
+        "FNQUEUE_SIDECAR_STORE_URL": redis.url_for("sidecar", 9),
+        "FNQUEUE_VERSION_USERS": "true",
+    }
+    with house.running(House(folder, servers, controllers=controllers, **settings_for(folder))) as running:
         [front] = running.fronts
         record, log = running.record, front.log
         yield Site(family="production", url=front.url, key=running.key, record=record, log=log, settings=servers)
