@@ -35,7 +35,7 @@ def for_rabbitmq(passwords: Mapping[str, str]) -> dict[str, Any]:
 
 
 def for_redis(passwords: Mapping[str, str], *, open_to_all: bool = False) -> str:
-    """The text of an ACL file. `open_to_all`: with the user `default` as a Redis has it that was never told of users."""
+    """The text of an ACL file. `open_to_all`: with the user `default` as a Redis that has no users has it."""
     hashes = {role: f"#{hashlib.sha256(passwords[role].encode()).hexdigest()}" for role in ROLES}
     return _acl(hashes, default=_OPEN if open_to_all else "user default off")
 
@@ -51,9 +51,7 @@ def redis_template() -> str:
 def _definitions(passwords: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     return {
         "users": [{"name": user_of(role), **passwords[role], "tags": TAGS[role]} for role in ROLES],
-        "permissions": [
-            {"user": user_of(role), "vhost": _VHOST, **PERMISSIONS[role]._asdict()} for role in ROLES
-        ],
+        "permissions": [{"user": user_of(role), "vhost": _VHOST, **PERMISSIONS[role]._asdict()} for role in ROLES],
     }
 
 

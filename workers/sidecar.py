@@ -497,7 +497,7 @@ class Sidecar:
         return 0.0
 
     async def _refuse(self, run: _Run, lease: Lease, reason: str) -> None:
-        """End a request as dead that no worker may run. If this process dies in between, the next one finds the same."""
+        """End a request as dead that no worker may run. If this process dies in between, the next finds the same."""
 
         async def release() -> RequestState:
             return await self._results.release(lease, refund=False)

@@ -41,7 +41,7 @@ class Compose:
         """Start them, wait until they are healthy, and say where they are, as settings."""
         self._marker.touch()
         self._docker("up", "--detach", "--wait", *services, patience_s=UP_S)
-        found = {}
+        found: dict[str, str] = {}
         if "rabbitmq" in services:
             address, management = self._address("rabbitmq", 5672), self._address("rabbitmq", 15672)
             found |= {
