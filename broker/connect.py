@@ -42,10 +42,9 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
     Raises:
         ConfigurationError: an unknown scheme or a bad URL.
     """
-    signatures = Signatures.of(settings)
+    signatures, users = Signatures.of(settings), _users(settings)
     settings = _with_secret(settings)
     keyring = Keyring.parse(_encryption_keys(settings))
-    users = _users(settings)
     async with AsyncExitStack() as stack:
         queue = await stack.enter_async_context(_open_queue(settings, signatures))
         store = await stack.enter_async_context(_open(STORES, "store_url", settings))
