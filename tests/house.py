@@ -213,9 +213,10 @@ class House:
         self,
         folder: Path,
         servers: Mapping[str, str],
+        controllers: Mapping[str, str] | None = None,
+        /,
         *,
         fronts: int = 1,
-        controllers: Mapping[str, str] | None = None,
         **settings: str,
     ) -> None:
         self.folder = folder

@@ -123,7 +123,7 @@ def production(folder: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
         "FNQUEUE_SIDECAR_STORE_URL": redis.url_for("sidecar", 9),
         "FNQUEUE_VERSION_USERS": "true",
     }
-    with house.running(House(folder, servers, controllers=controllers, **settings_for(folder))) as running:
+    with house.running(House(folder, servers, controllers, fronts=1, **settings_for(folder))) as running:
         [front] = running.fronts
         record, log = running.record, front.log
         yield Site(family="production", url=front.url, key=running.key, record=record, log=log, settings=servers)

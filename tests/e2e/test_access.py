@@ -72,7 +72,7 @@ async def test_redis_refuses_what_a_role_has_no_need_of(redis_server: Redis, rol
     async with redis_as(redis_server, role) as client:
         for command in REFUSED[role]:
             try:
-                await client.execute_command(*command.split())  # type: ignore[no-untyped-call]  theirs
+                await client.execute_command(*command.split())  # type: ignore[no-untyped-call]  # theirs
             except NoPermissionError:
                 continue
             allowed.append(command)
@@ -86,9 +86,9 @@ async def test_a_script_gives_a_sidecar_no_more_than_it_has(redis_server: Redis)
         for command in ("'ZRANGE', KEYS[1], 0, -1", "'KEYS', '*'", "'HGETALL', 'fnq:c:{keys}'", "'FLUSHALL'"):
             sha = await client.script_load(f"return redis.call({command})")
             with pytest.raises(ResponseError, match="The user executing the script can't"):
-                await client.evalsha(sha, 1, f"{OTHERS}:q")  # type: ignore[misc]  their stub is not async
+                await client.evalsha(sha, 1, f"{OTHERS}:q")
             with pytest.raises(NoPermissionError):
-                await client.evalsha(sha, 1, "fnq:c:{keys}")  # type: ignore[misc]  the same
+                await client.evalsha(sha, 1, "fnq:c:{keys}")
 
 
 async def test_a_guarded_redis_lets_nobody_in_without_a_password(tmp_path: Path) -> None:

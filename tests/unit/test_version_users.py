@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -27,9 +28,14 @@ STORE_URL = "redis://fnqueue-controller:hush-store@redis:6379/3"
 KEY = SecretStr("k" * 32)
 
 
-def settings(**given: object) -> ControllerSettings:
-    urls = {"queue_url": QUEUE_URL, "store_url": STORE_URL, "queue_management_url": "http://c:hush-api@rabbit:15672"}
-    return ControllerSettings(**{name: SecretStr(url) for name, url in urls.items()} | {"secret_key": KEY, **given})
+def settings(**given: Any) -> ControllerSettings:
+    told = {
+        "queue_url": SecretStr(QUEUE_URL),
+        "store_url": SecretStr(STORE_URL),
+        "queue_management_url": SecretStr("http://c:hush-api@rabbit:15672"),
+        "secret_key": KEY,
+    }
+    return ControllerSettings(**{**told, **given})
 
 
 def test_the_user_of_a_version_takes_the_place_of_the_urls_own() -> None:
