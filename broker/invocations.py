@@ -289,7 +289,7 @@ async def _park_body(broker: Broker, draft: Draft, body: bytes | BodyFile) -> tu
     if len(body) <= broker.settings.inline_body_bytes:
         return body, "", ""
     await broker.blobs.put(key, body, content_type="application/octet-stream")
-    return b"", key, hashlib.sha256(body).hexdigest()
+    return b"", key, (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
 
 
 async def _publish(broker: Broker, job: Job) -> None:

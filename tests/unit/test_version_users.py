@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +11,11 @@ from pydantic import SecretStr
 
 from broker import version_users
 from broker.connect import open_broker
-from broker.errors import ConfigurationError, LauncherUnavailable
+from broker.errors import ConfigurationError
 from broker.ports import NoUsers
 from broker.settings import ApiSettings, ControllerSettings
 from tests.contract.launchers import SPECIFICATION, VERSION
+from tests.unit.launchers import Users
 from tests.unit.test_reconcile import Controller, deployed, row, undeploy
 from tests.unit.test_reconcile import controller as _controller
 from workers.controller.removal import QUIET_S
@@ -98,22 +98,6 @@ async def test_what_is_lacking_is_said_at_the_start(given: dict[str, SecretStr],
 async def test_a_front_end_makes_no_users() -> None:
     async with open_broker(ApiSettings(secret_key=KEY)) as broker:
         assert isinstance(broker.users, NoUsers)
-
-
-class Users:
-    """Those of a server that is away until `there`."""
-
-    def __init__(self) -> None:
-        self.there = True
-        self.admitted: set[str] = set()
-
-    async def admit(self, version_ids: Collection[str], *, look: bool = False) -> None:
-        if not self.there:
-            raise LauncherUnavailable("RabbitMQ is away")
-        self.admitted.update(version_ids)
-
-    async def expel(self, version_id: str) -> None:
-        self.admitted.discard(version_id)
 
 
 async def test_a_version_has_its_user_before_its_first_instance_and_until_its_queue_goes(
