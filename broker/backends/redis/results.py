@@ -287,9 +287,7 @@ class RedisResults:
         if fresh or self._epoch is None:
             known, (seconds, micros) = await self._connection.run(("GET", "fnq:epoch"), ("TIME",))
             if known is None:  # a sidecar may not begin one
-                [known] = await self._connection.run(
-                    scripts.EPOCH.call(("fnq:epoch",), secrets.randbelow(256)),
-                )
+                [known] = await self._connection.run(scripts.EPOCH.call(("fnq:epoch",), secrets.randbelow(256)))
             number, born = (int(part) for part in known.split(b":"))
             now = int(seconds) * 1000 + int(micros) // 1000
             self._epoch = Epoch(number=number, born_at=born / 1000, now=now / 1000)
