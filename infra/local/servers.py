@@ -55,6 +55,10 @@ class RabbitMQ(Server):
         """`role` is one of `infra.access`."""
         return f"amqp://{access.user_of(role)}:{self._passwords[role]}@{LOOPBACK}:{self.port}/"
 
+    @property
+    def has_management(self) -> bool:
+        return self._management_port > 0
+
     def management_url_for(self, role: str) -> str:
         return f"http://{access.user_of(role)}:{self._passwords[role]}@{LOOPBACK}:{self._management_port}"
 

@@ -111,18 +111,7 @@ def production(folder: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     redis: Redis = request.getfixturevalue("redis_server")
     s3: S3 = request.getfixturevalue("s3")
     # What other tests store in another database is not deployed here.
-    servers = {
-        "FNQUEUE_QUEUE_URL": rabbitmq.url_for("api"),
-        "FNQUEUE_STORE_URL": redis.url_for("api", 9),
-        "FNQUEUE_BLOBS_URL": s3.url,
-    }
-    controllers = {
-        "FNQUEUE_QUEUE_URL": rabbitmq.url_for("controller"),
-        "FNQUEUE_QUEUE_MANAGEMENT_URL": rabbitmq.management_url_for("controller"),
-        "FNQUEUE_STORE_URL": redis.url_for("controller", 9),
-        "FNQUEUE_SIDECAR_STORE_URL": redis.url_for("sidecar", 9),
-        "FNQUEUE_VERSION_USERS": "true",
-    }
+    servers, controllers = house.users(rabbitmq, redis, s3, database=9)
     with house.running(House(folder, servers, controllers, fronts=1, **settings_for(folder))) as running:
         [front] = running.fronts
         record, log = running.record, front.log
