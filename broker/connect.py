@@ -18,11 +18,12 @@ from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
 from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.backends.rabbitmq import queue as rabbitmq
+from broker.backends.rabbitmq.users import VersionUsers
 from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
 from broker.keyring import Keyring
-from broker.ports import Blobs, Broker, Queue, Store
-from broker.settings import ApiSettings, SecretSettings, Settings
+from broker.ports import Blobs, Broker, NoUsers, Queue, Store, Users
+from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings
 from broker.signatures import Signatures
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
     Raises:
         ConfigurationError: an unknown scheme or a bad URL.
     """
-    signatures = Signatures.of(settings)
+    signatures, users = Signatures.of(settings), _users(settings)
     settings = _with_secret(settings)
     keyring = Keyring.parse(_encryption_keys(settings))
     async with AsyncExitStack() as stack:
@@ -60,6 +61,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
             blobs=blobs,
             settings=settings,
             keyring=keyring,
+            users=users,
         )
 
 
@@ -106,6 +108,10 @@ def _opener(table: Mapping[str, Chosen], name: str, settings: Settings) -> tuple
         known = ", ".join(f"{known}://" for known in table)
         raise ConfigurationError(f"FNQUEUE_{name.upper()}: unknown scheme {scheme[:20]!r}; known are {known}")
     return table[scheme], url
+
+
+def _users(settings: Settings) -> Users:
+    return VersionUsers(settings) if isinstance(settings, ControllerSettings) and settings.version_users else NoUsers()
 
 
 def _encryption_keys(settings: Settings) -> str:

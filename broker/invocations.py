@@ -247,7 +247,7 @@ async def position(broker: Broker, principal: Principal, request_id: str) -> tup
 
 
 async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch: bool) -> Record:
-    body, body_key = await _park_body(broker, draft, submission.body)
+    body, body_key, body_sha256 = await _park_body(broker, draft, submission.body)
     try:
         record = await broker.results.create(draft, queue_limit=broker.settings.queue_limit, watch=watch)
     except FnqueueError:
@@ -268,6 +268,7 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         headers=submission.headers,
         body=body,
         body_key=body_key,
+        body_sha256=body_sha256,
         blob_bytes=draft.size_bytes if body_key else 0,
         assets=submission.assets,
         passthrough=submission.passthrough,
@@ -287,16 +288,17 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
     return record
 
 
-async def _park_body(broker: Broker, draft: Draft, body: bytes | BodyFile) -> tuple[bytes, str]:
-    """Bodies that are too large for a message wait in the blob store; nothing waits in this process."""
+async def _park_body(broker: Broker, draft: Draft, body: bytes | BodyFile) -> tuple[bytes, str, str]:
+    """Bodies that are too large for a message wait in the blob store; nothing waits in this process. What goes into the
+    message, or the blob's key and digest."""
     key = input_key(draft.account, draft.id)
     if isinstance(body, BodyFile):
         await broker.blobs.upload(key, body.copy_to, content_type="application/octet-stream", scratch=body.path.parent)
-    elif len(body) <= broker.settings.inline_body_bytes:
-        return body, ""
-    else:
-        await broker.blobs.put(key, body, content_type="application/octet-stream")
-    return b"", key
+        return b"", key, body.sha256.hex()
+    if len(body) <= broker.settings.inline_body_bytes:
+        return body, "", ""
+    await broker.blobs.put(key, body, content_type="application/octet-stream")
+    return b"", key, (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
 
 
 def input_key(account: str, request_id: str) -> str:

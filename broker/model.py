@@ -446,7 +446,7 @@ class Job:
     """What travels through the queue: enough to run the request and to rebuild its record.
 
     `body` is the request body unless it was too large for a message; then `body_key` names the blob, which has
-    `blob_bytes`.
+    `blob_bytes`, and `body_sha256` is the digest of what is in it, in hex; "" of a job that an older release accepted.
     `headers` are the client's, already filtered; `poll_s` is how long the accepting call may wait, `region` where it
     was accepted. `queue_deadline_at` and `run_timeout_s` are as in `Record`.
     `target` is the path and query to ask the container for, "" for its inference path. `streaming` sends the answer
@@ -475,6 +475,7 @@ class Job:
     target: str = ""
     streaming: bool = False
     channel: Channel | None = None
+    body_sha256: str = ""
     blob_bytes: int = 0
 
     @property

@@ -6,9 +6,9 @@ errors named here; vendor errors never pass.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -674,6 +674,30 @@ class Fleet(Protocol):
         """Every instance of the kept specifications."""
 
 
+# -- Users -------------------------------------------------------------------------------------
+
+
+class Users(Protocol):
+    """Users of the queue's server for the sidecars of single versions."""
+
+    async def admit(self, version_ids: Collection[str], *, look: bool = False) -> None:
+        """They are there from now on. Idempotent, and cheap for those that it made before, unless it is to `look`
+        whether they still are. Raises LauncherUnavailable."""
+
+    async def expel(self, version_id: str) -> None:
+        """Remove a version's, which ends its connections. Idempotent. Raises LauncherUnavailable."""
+
+
+class NoUsers:
+    """Where sidecars come in by one user for all."""
+
+    async def admit(self, version_ids: Collection[str], *, look: bool = False) -> None:
+        return
+
+    async def expel(self, version_id: str) -> None:
+        return
+
+
 class Store(NamedTuple):
     """The ports that one store serves together."""
 
@@ -699,3 +723,4 @@ class Broker:
     blobs: Blobs
     settings: Settings
     keyring: Keyring
+    users: Users = field(default_factory=NoUsers)

@@ -240,7 +240,8 @@ class SecretSettings(Settings):
     queue_management_url: SecretStr = Field(
         SecretStr(""),
         description="RabbitMQ's management API, `http://user:password@host:15672`, of a user with the tag "
-        "`monitoring`: for what AMQP does not tell when a profile is checked, and for `fnqueue doctor`.",
+        "`monitoring`: for what AMQP does not tell when a profile is checked, and for `fnqueue doctor`. A controller "
+        "with `version_users` needs the tag `administrator`.",
     )
 
 
@@ -425,6 +426,23 @@ class ApiSettings(SecretSettings):
 class ControllerSettings(SecretSettings):
     """`fnqueue controller`, and the controller inside `fnqueue dev`."""
 
+    sidecar_queue_url: SecretStr = Field(
+        SecretStr(""),
+        description="What sidecars are given as `queue_url`: the same server, with a user who may do less "
+        "(docs/operations.md); empty: the controller's own.",
+    )
+    sidecar_store_url: SecretStr = Field(
+        SecretStr(""),
+        description="The same for `store_url`. As its user may not look at the server's configuration, such a sidecar "
+        "takes the controller's word for the profile.",
+    )
+    sidecar_blobs_url: SecretStr = Field(SecretStr(""), description="The same for `blobs_url`.")
+    version_users: bool = Field(
+        False,
+        description="Make a RabbitMQ user for each deployed version, who may consume that version's queue alone, and "
+        "give it to its sidecars. Takes an administrator in `queue_management_url`, and `secret_key` or "
+        "`signing_keys`, the same on every controller.",
+    )
     images_file: Path | None = Field(
         None,
         description="TOML file that maps image references to commands for `process://`; added to the samples.",

@@ -63,8 +63,9 @@ def rabbitmq(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="session")
 def product_rabbitmq(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
-    """A RabbitMQ for all tests of the whole product: its controllers take every dead letter."""
-    with _starter(lambda: RabbitMQ(tmp_path_factory.mktemp("product-rabbitmq"))) as start:
+    """A RabbitMQ for all tests of the whole product: its controllers take every dead letter. With its management API,
+    by which controllers make users of versions."""
+    with _starter(lambda: RabbitMQ(tmp_path_factory.mktemp("product-rabbitmq"), management=True)) as start:
         yield start()
 
 

@@ -18,6 +18,7 @@ import aiohttp
 import psutil
 
 from infra.local.process import free_port
+from infra.local.servers import S3, RabbitMQ, Redis
 from infra.local.stack import Program
 from tests.eventually import eventually
 
@@ -205,10 +206,40 @@ class Record:
         await eventually(count, lambda seen: seen >= times, within_s=within_s)
 
 
-class House:
-    """Front ends, controllers and their instances over servers that are given."""
+def users(rabbitmq: RabbitMQ, redis: Redis, s3: S3, *, database: int = 0) -> tuple[dict[str, str], dict[str, str]]:
+    """What a House's front ends are told, and its controllers: each kind of process comes in as the user who is shipped
+    for it. Versions have users where there is a management API to make them by."""
+    fronts, controllers = (
+        {
+            "FNQUEUE_QUEUE_URL": rabbitmq.url_for(role),
+            "FNQUEUE_STORE_URL": redis.url_for(role, database),
+            "FNQUEUE_BLOBS_URL": s3.url,
+        }
+        for role in ("api", "controller")
+    )
+    controllers["FNQUEUE_SIDECAR_STORE_URL"] = redis.url_for("sidecar", database)
+    if rabbitmq.has_management:
+        controllers["FNQUEUE_QUEUE_MANAGEMENT_URL"] = rabbitmq.management_url_for("controller")
+        controllers["FNQUEUE_VERSION_USERS"] = "true"
+    else:
+        controllers["FNQUEUE_SIDECAR_QUEUE_URL"] = rabbitmq.url_for("sidecar")
+    return fronts, controllers
 
-    def __init__(self, folder: Path, servers: Mapping[str, str], *, fronts: int = 1, **settings: str) -> None:
+
+class House:
+    """Front ends, controllers and their instances over servers that are given. `controllers` are settings of theirs
+    alone: other users of the same servers."""
+
+    def __init__(
+        self,
+        folder: Path,
+        servers: Mapping[str, str],
+        controllers: Mapping[str, str] | None = None,
+        /,
+        *,
+        fronts: int = 1,
+        **settings: str,
+    ) -> None:
         self.folder = folder
         self.key = f"nvapi-{secrets.token_urlsafe(32)}"
         self.record = Record(folder / "record")
@@ -232,7 +263,7 @@ class House:
             **settings,
         }
         self.fronts = [self._front(number, shared) for number in range(fronts)]
-        self._shared = shared
+        self._shared = {**shared, **(controllers or {})}
         self.controllers: list[Program] = []
         self.add_controller()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import tempfile
@@ -40,6 +41,10 @@ _NEVER_FORWARDED = frozenset(
 )
 
 
+class BodyAltered(Exception):
+    """What lies in the blob store is not what the front end signed. Nothing may be run with it, now or later."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Workspace:
     """One attempt's place on disk. `assets` and `response` are the container's too; `scratch` is ours alone.
@@ -70,6 +75,7 @@ async def workspace(blobs: Blobs, settings: SidecarSettings, job: Job, clerk: lo
 
     Raises:
         AttemptFailed: the directories could not be made, or an input could not be fetched.
+        BodyAltered.
     """
     try:
         name = _canonical(job.id)
@@ -201,9 +207,17 @@ async def _fetch_body(blobs: Blobs, job: Job, scratch: Path) -> Path:
     try:
         await loops.in_thread(prepare_scratch, path)
         await blobs.download(job.body_key, path)
+        digest = await loops.in_thread(_sha256, path) if job.body_sha256 else ""
     except (FnqueueError, OSError) as exc:
         raise AttemptFailed(problem(job, 500, PREPARE_FAULT)) from exc
+    if digest != job.body_sha256:
+        raise BodyAltered("its body in the blob store was changed after it was accepted")
     return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.sha256).hexdigest()
 
 
 def _canonical(text: str) -> str:

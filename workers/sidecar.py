@@ -34,7 +34,7 @@ from workers.inference import (
     RunTimedOut,
     problem,
 )
-from workers.inputs import container_headers, headers_for_all, workspace
+from workers.inputs import BodyAltered, container_headers, headers_for_all, workspace
 from workers.metering import HEARTBEAT_S, Meter
 from workers.outputs import collect
 from workers.progress import ProgressWatch
@@ -307,6 +307,8 @@ class Sidecar:
             await self._hand_back(run, lost)
         except ContainerBusy as busy:
             return await self._postpone(run, claim.lease, busy)
+        except BodyAltered as altered:
+            await self._refuse(run, claim.lease, str(altered))
         else:
             await self._finish(run, claim.lease, state, outcome)
         return 0.0
@@ -341,13 +343,13 @@ class Sidecar:
         """Run the job in the container while its lease is kept.
 
         Raises:
-            ContainerLost, ContainerBusy, LeaseLost.
+            ContainerLost, ContainerBusy, LeaseLost, BodyAltered.
         """
         try:
             async with loops.beside(self._keep(run, lease)):
                 outcome = await loops.guard(
                     self._answer(run, lease),
-                    expected=(AttemptFailed, ContainerLost, ContainerBusy, LeaseLost),
+                    expected=(AttemptFailed, ContainerLost, ContainerBusy, LeaseLost, BodyAltered),
                     request_id=run.job.id,
                 )
         except RunTimedOut as late:
@@ -506,6 +508,20 @@ class Sidecar:
         else:
             await self._end(run, state, metered=await self._ended_by(run, lease, state))
         return 0.0
+
+    async def _refuse(self, run: _Run, lease: Lease, reason: str) -> None:
+        """End a request as dead that no worker may run. If this process dies in between, the next finds the same."""
+
+        async def release() -> RequestState:
+            return await self._results.release(lease, refund=False)
+
+        async def end() -> Claim:
+            return await self._results.end(run.job, RequestState.DEAD, reason=reason, cause=DeadCause.REJECTED)
+
+        logger.error("body_refused", extra={"request_id": run.job.id, "cause": reason, **run.facts})
+        await loops.insist(release, on=StoreUnavailable, name="refuse")
+        ended = await loops.insist(end, on=StoreUnavailable, name="refuse")
+        await self._end(run, ended.state, metered=await self._ended_by(run, lease, ended.state))
 
     async def _finish(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> None:
         stands = await self._settle(run, lease, state, outcome)

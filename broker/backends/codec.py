@@ -120,6 +120,7 @@ _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "deadline_at": (int, float),
     "digest": str,
     "body_key": str,
+    "body_sha256": str,
     "passthrough": bool,
     "poll_s": int,
     "queue_deadline_at": (int, float),

@@ -11,12 +11,13 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from infra import access
 from infra.local.process import LOOPBACK, ServerFailed, kept_secret
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 FILES = ("docker-compose.yml", "infra/local/compose.yml")
 PROJECT = "fnqueue-stack"
-USER = "fnqueue"
+ACCESS_KEY = "fnqueue-access"
 BUCKET = "fnqueue"
 UP_S = 600.0  # images are pulled the first time
 QUESTION_S = 20.0
@@ -40,13 +41,24 @@ class Compose:
         """Start them, wait until they are healthy, and say where they are, as settings."""
         self._marker.touch()
         self._docker("up", "--detach", "--wait", *services, patience_s=UP_S)
-        found = {}
+        found: dict[str, str] = {}
         if "rabbitmq" in services:
-            found["FNQUEUE_QUEUE_URL"] = f"amqp://{USER}:{self._queue_password}@{self._address('rabbitmq', 5672)}/"
+            address, management = self._address("rabbitmq", 5672), self._address("rabbitmq", 15672)
+            found |= {
+                "FNQUEUE_QUEUE_URL": f"amqp://{self._user('api')}@{address}/",
+                "FNQUEUE_CONTROLLER_QUEUE_URL": f"amqp://{self._user('controller')}@{address}/",
+                "FNQUEUE_QUEUE_MANAGEMENT_URL": f"http://{self._user('controller')}@{management}",
+                "FNQUEUE_VERSION_USERS": "true",
+            }
         if "redis" in services:
-            found["FNQUEUE_STORE_URL"] = f"redis://:{self._store_password}@{self._address('redis', 6379)}/0"
+            address = self._address("redis", 6379)
+            found |= {
+                "FNQUEUE_STORE_URL": f"redis://{self._user('api')}@{address}/0",
+                "FNQUEUE_CONTROLLER_STORE_URL": f"redis://{self._user('controller')}@{address}/0",
+                "FNQUEUE_SIDECAR_STORE_URL": f"redis://{self._user('sidecar')}@{address}/0",
+            }
         if "s3" in services:
-            credentials = f"{USER}-access:{self._blobs_secret}"
+            credentials = f"{ACCESS_KEY}:{self._blobs_secret}"
             found["FNQUEUE_BLOBS_URL"] = f"s3://{credentials}@{self._address('s3', 9000)}/{BUCKET}?tls=false"
         return found
 
@@ -56,13 +68,11 @@ class Compose:
             self._docker("down", patience_s=UP_S)
             self._marker.unlink()
 
-    @property
-    def _queue_password(self) -> str:
-        return kept_secret(self._folder / "compose.queue")
+    def _password(self, role: str) -> str:
+        return kept_secret(self._folder / f"compose.{role}")
 
-    @property
-    def _store_password(self) -> str:
-        return kept_secret(self._folder / "compose.store")
+    def _user(self, role: str) -> str:
+        return f"{access.user_of(role)}:{self._password(role)}"
 
     @property
     def _blobs_secret(self) -> str:
@@ -75,10 +85,8 @@ class Compose:
     def _docker(self, *arguments: str, patience_s: float) -> str:
         files = [part for name in FILES for part in ("-f", str(REPOSITORY / name))]
         secrets = {
-            "RABBITMQ_USER": USER,
-            "RABBITMQ_PASSWORD": self._queue_password,
-            "REDIS_PASSWORD": self._store_password,
-            "S3_ACCESS_KEY": f"{USER}-access",
+            **{f"{role.upper()}_PASSWORD": self._password(role) for role in access.ROLES},
+            "S3_ACCESS_KEY": ACCESS_KEY,
             "S3_SECRET_KEY": self._blobs_secret,
             "S3_BUCKET": BUCKET,
         }

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import http.client
 import json
-import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from infra import access
 from infra.local import binaries
 from infra.local.process import LOOPBACK, PROBE_S, Server, ServerFailed, bare_environment, free_port, kept_secret
 
@@ -32,7 +30,6 @@ class RabbitMQ(Server):
 
     name = "rabbitmq"
     program = "rabbitmq-server"
-    user = "fnqueue"
     # Its data lives in a folder named after the node, so the name outlives the ports. Own epmd: no clash.
     node = "fnqueue@localhost"
 
@@ -43,15 +40,27 @@ class RabbitMQ(Server):
         self._management_port = free_port() if management else 0
         self._distribution_port = free_port()
         self._epmd_port = free_port()
-        self._password = kept_secret(self.folder / "password")
+        self._passwords = _passwords(self.folder)
 
     @property
     def url(self) -> str:
-        return f"amqp://{self.user}:{self._password}@{LOOPBACK}:{self.port}/"
+        """The operator's, who may do everything."""
+        return self.url_for("operator")
 
     @property
     def management_url(self) -> str:
-        return f"http://{self.user}:{self._password}@{LOOPBACK}:{self._management_port}"
+        return self.management_url_for("operator")
+
+    def url_for(self, role: str) -> str:
+        """`role` is one of `infra.access`."""
+        return f"amqp://{access.user_of(role)}:{self._passwords[role]}@{LOOPBACK}:{self.port}/"
+
+    @property
+    def has_management(self) -> bool:
+        return self._management_port > 0
+
+    def management_url_for(self, role: str) -> str:
+        return f"http://{access.user_of(role)}:{self._passwords[role]}@{LOOPBACK}:{self._management_port}"
 
     def command(self) -> Sequence[str]:
         # RabbitMQ would start epmd as a daemon that outlives it: ours is started first, in its process group.
@@ -128,13 +137,10 @@ class RabbitMQ(Server):
         definitions.write_text(json.dumps(self._definitions()))
 
     def _definitions(self) -> dict[str, object]:
-        """Ours and a user: a node that loads definitions makes no user of its own."""
-        user = {"name": self.user, "password_hash": _password_hash(self._password), "tags": "administrator"}
-        everything = {"configure": ".*", "write": ".*", "read": ".*"}
+        """Ours and the users: a node that loads definitions makes no user of its own."""
         return {
             **json.loads((INFRA / "rabbitmq" / "definitions.json").read_text()),
-            "users": [user],
-            "permissions": [{"user": self.user, "vhost": "/", **everything}],
+            **access.for_rabbitmq(self._passwords),
         }
 
 
@@ -145,17 +151,32 @@ class Redis(Server):
     program = "redis-server"
     start_s = 30.0
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, guarded: bool = False) -> None:
+        """`guarded`: nobody comes in without a password. Otherwise there is also a user for all, who may do
+        everything."""
         super().__init__(folder)
         self.port = free_port()
+        self._guarded = guarded
+        self._passwords = _passwords(self.folder)
 
     @property
     def url(self) -> str:
-        return f"redis://{LOOPBACK}:{self.port}/0"
+        """Of a user who may do everything."""
+        return self.url_for("operator") if self._guarded else f"redis://{LOOPBACK}:{self.port}/0"
+
+    def url_for(self, role: str, database: int = 0) -> str:
+        """`role` is one of `infra.access`."""
+        return f"redis://{access.user_of(role)}:{self._passwords[role]}@{LOOPBACK}:{self.port}/{database}"
+
+    def spawn(self) -> None:
+        self._acl.touch(mode=0o600)
+        self._acl.write_text(access.for_redis(self._passwords, open_to_all=not self._guarded))
+        super().spawn()
 
     def command(self) -> Sequence[str]:
         server = str(binaries.program(self.program))
         place = ["--bind", LOOPBACK, "--port", str(self.port), "--dir", str(self.folder)]
+        place += ["--aclfile", str(self._acl)]
         # A title of its own would overwrite the environment that `supervisor.members` looks at.
         return [server, str(INFRA / "redis" / "redis.conf"), *place, "--set-proc-title", "no"]
 
@@ -167,10 +188,16 @@ class Redis(Server):
         try:
             with socket.create_connection((LOOPBACK, self.port), PROBE_S) as connection:
                 connection.settimeout(PROBE_S)
-                connection.sendall(b"PING\r\n")
-                return connection.recv(7) == b"+PONG\r\n"
+                login = f"AUTH {access.user_of('operator')} {self._passwords['operator']}"
+                connection.sendall(f"{login}\r\nPING\r\n".encode())
+                with connection.makefile("rb") as answers:
+                    return [answers.readline(), answers.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
         except OSError:
             return False
+
+    @property
+    def _acl(self) -> Path:
+        return self.folder / "users.acl"
 
 
 class S3(Server):
@@ -233,10 +260,8 @@ class S3(Server):
             connection.close()
 
 
-def _password_hash(password: str) -> str:
-    """As RabbitMQ keeps it: base64(salt + sha256(salt + password)), with a salt of four bytes."""
-    salt = secrets.token_bytes(4)
-    return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
+def _passwords(folder: Path) -> dict[str, str]:
+    return {role: kept_secret(folder / f"{role}.password") for role in access.ROLES}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,7 +2,8 @@
 
 RabbitMQ, Redis and S3, then `fnqueue api` and `fnqueue controller`, under a supervisor that restarts what
 dies. Everything is kept in `.fnqueue/stack` (`FNQUEUE_STACK_DIR`). A server that `FNQUEUE_QUEUE_URL`,
-`FNQUEUE_STORE_URL` or `FNQUEUE_BLOBS_URL` names is used and not started.
+`FNQUEUE_STORE_URL` or `FNQUEUE_BLOBS_URL` names is used and not started; a URL for the controller alone, with another
+user, is `FNQUEUE_CONTROLLER_QUEUE_URL` and so on. The servers that are started have a user for each kind of process.
 
 With `ENGINE=podman`, functions run as containers of a podman of the stack's own, with images made of what runs here.
 """
@@ -35,7 +36,6 @@ SERVERS: Mapping[str, type[RabbitMQ | Redis | S3]] = {
     "FNQUEUE_STORE_URL": Redis,
     "FNQUEUE_BLOBS_URL": S3,
 }
-
 
 SIDECAR_IMAGE = "fnqueue/fnqueue:local"
 # By the names that `process://` knows them by: the same function runs either way.
@@ -121,6 +121,51 @@ class Address:
                 ) from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """The servers that are ours to start; None where the user named one."""
+
+    rabbitmq: RabbitMQ | None
+    redis: Redis | None
+    s3: S3 | None
+
+    @classmethod
+    def started(cls, folder: Path) -> Own:
+        unnamed = unnamed_servers()
+        return cls(
+            rabbitmq=RabbitMQ(folder / RabbitMQ.name, management=True) if "FNQUEUE_QUEUE_URL" in unnamed else None,
+            redis=Redis(folder / Redis.name, guarded=True) if "FNQUEUE_STORE_URL" in unnamed else None,
+            s3=S3(folder / S3.name) if "FNQUEUE_BLOBS_URL" in unnamed else None,
+        )
+
+    @property
+    def servers(self) -> list[Server]:
+        """In the order they are started."""
+        return [server for server in (self.rabbitmq, self.redis, self.s3) if server is not None]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.servers) == len(SERVERS)
+
+    def told(self, role: str) -> dict[str, str]:
+        """Settings of `api` or `controller`: how it reaches these servers, and of a controller, how its sidecars do."""
+        settings = {}
+        if self.rabbitmq is not None:
+            settings["FNQUEUE_QUEUE_URL"] = self.rabbitmq.url_for(role)
+            if role == "controller":
+                settings["FNQUEUE_QUEUE_MANAGEMENT_URL"] = self.rabbitmq.management_url_for(role)
+                settings["FNQUEUE_VERSION_USERS"] = "true"
+        if self.redis is not None:
+            settings["FNQUEUE_STORE_URL"] = self.redis.url_for(role)
+            if role == "controller":
+                settings["FNQUEUE_SIDECAR_STORE_URL"] = self.redis.url_for("sidecar")
+            else:  # it may not look; the controller does
+                settings["FNQUEUE_PROFILE_ASSERTED"] = "true"
+        if self.s3 is not None:
+            settings["FNQUEUE_BLOBS_URL"] = self.s3.url
+        return settings
+
+
 class Stack(Daemon):
     """The daemon of the stack's folder, which also keeps its secrets and the address of the api."""
 
@@ -145,7 +190,7 @@ class Stack(Daemon):
     def children(self, address: Address) -> list[Server]:
         """In the order they are started."""
         (self.folder / "url").write_text(address.url)
-        servers = {name: SERVERS[name](self.folder / SERVERS[name].name) for name in unnamed_servers()}
+        own = Own.started(self.folder)
         engine = [self.podman] if wants_podman() else []
         shared = {
             "FNQUEUE_LAUNCHER_URL": os.environ.get("FNQUEUE_LAUNCHER_URL", "process://"),
@@ -155,17 +200,17 @@ class Stack(Daemon):
             "FNQUEUE_DATA_DIR": os.environ.get("FNQUEUE_DATA_DIR", str(self.folder / "data")),
             "FNQUEUE_SECRET_KEY": kept_secret(self.folder / "secret.key"),
             "FNQUEUE_ENCRYPTION_KEYS": f"stack:{kept_secret(self.folder / 'encryption.key')}",
-            **{name: server.url for name, server in servers.items()},
             # What infra/redis and infra/rabbitmq configure; of other servers their owner has to say it.
-            "FNQUEUE_PROFILE": os.environ.get("FNQUEUE_PROFILE", "B" if len(servers) == len(SERVERS) else "A"),
+            "FNQUEUE_PROFILE": os.environ.get("FNQUEUE_PROFILE", "B" if own.complete else "A"),
         }
         front = {
+            **own.told("api"),
             "FNQUEUE_ADMIN_KEY": self.admin_key,
             "FNQUEUE_HOST": address.host,
             "FNQUEUE_PORT": str(address.port),
         }
         return [
-            *servers.values(),
+            *own.servers,
             *engine,
             Program(
                 "api",
@@ -174,7 +219,12 @@ class Stack(Daemon):
                 environment={**shared, **front},
                 url=address.url,
             ),
-            Program("controller", self.folder / "controller", command=fnqueue("controller"), environment=shared),
+            Program(
+                "controller",
+                self.folder / "controller",
+                command=fnqueue("controller"),
+                environment={**shared, **own.told("controller"), **named_for_controller()},
+            ),
         ]
 
 
@@ -222,6 +272,12 @@ def supervise(stack: Stack) -> None:
 def unnamed_servers() -> list[str]:
     """Settings of the servers that are ours to start."""
     return [name for name in SERVERS if not os.environ.get(name)]
+
+
+def named_for_controller() -> dict[str, str]:
+    """What the user gives the controller in the place of what everybody has."""
+    given = ((name, os.environ.get(name.replace("_", "_CONTROLLER_", 1), "")) for name in SERVERS)
+    return {name: url for name, url in given if url}
 
 
 def provide_servers(folder: Path) -> Mapping[str, str]:

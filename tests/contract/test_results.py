@@ -762,6 +762,31 @@ async def test_a_report_that_comes_twice_or_late_counts_once(results: Results, v
     assert [found.percent for found in await results.updates(job.id, after=0, limit=10)] == [1, 2]
 
 
+async def test_without_the_secret_of_its_lease_nobody_touches_an_attempt(results: Results, version_id: str) -> None:
+    """What a worker of another function could know of it at most: the request and which attempt it is."""
+    job = await accept(results, version_id)
+    lease = await granted(results, job)
+    for token in ("", "0" * len(lease.token), lease.token[:-1], lease.token + "0"):
+        guessed = replace(lease, token=token)
+        assert await results.renew(guessed, lease_s=300) is not RequestState.RUNNING
+        assert await results.report(guessed, update(1), sequence=1) is not RequestState.RUNNING
+        for change in (
+            results.settle(guessed, job, FULFILLED, OUTCOME),
+            results.release(guessed, refund=True),
+            results.postpone(guessed, OUTCOME, wait_s=1),
+        ):
+            assert await change is RequestState.RUNNING
+        ended = await results.end(job, RequestState.DEAD, reason="not theirs")
+        assert (ended.verdict, ended.state) == (Verdict.HELD, RequestState.RUNNING)
+        again = await claim(results, job, worker="rogue")
+        assert (again.verdict, again.lease) == (Verdict.HELD, None)
+    record = await results.read(job.id)
+    assert record is not None
+    assert (record.state, record.attempt, record.worker) == (RequestState.RUNNING, 1, "w1")
+    assert record.progress is None
+    assert await results.settle(lease, job, FULFILLED, OUTCOME) is FULFILLED
+
+
 async def test_only_the_holder_of_the_lease_reports(results: Results, version_id: str) -> None:
     job = await accept(results, version_id)
     lease = await granted(results, job)

@@ -110,12 +110,9 @@ def production(folder: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     rabbitmq: RabbitMQ = request.getfixturevalue("product_rabbitmq")
     redis: Redis = request.getfixturevalue("redis_server")
     s3: S3 = request.getfixturevalue("s3")
-    servers = {
-        "FNQUEUE_QUEUE_URL": rabbitmq.url,
-        "FNQUEUE_STORE_URL": f"{redis.url.rpartition('/')[0]}/9",  # what other tests store there is not deployed here
-        "FNQUEUE_BLOBS_URL": s3.url,
-    }
-    with house.running(House(folder, servers, fronts=1, **settings_for(folder))) as running:
+    # What other tests store in another database is not deployed here.
+    servers, controllers = house.users(rabbitmq, redis, s3, database=9)
+    with house.running(House(folder, servers, controllers, fronts=1, **settings_for(folder))) as running:
         [front] = running.fronts
         record, log = running.record, front.log
         yield Site(family="production", url=front.url, key=running.key, record=record, log=log, settings=servers)

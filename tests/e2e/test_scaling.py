@@ -12,7 +12,7 @@ import redis
 
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests.eventually import eventually
-from tests.house import RECORDER, Caller, Function, House, running
+from tests.house import RECORDER, Caller, Function, House, running, users
 
 NVCF = "/v2/nvcf"
 REQUESTS = 100
@@ -36,15 +36,13 @@ def house(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[House]:
     """With two controllers over one data folder."""
-    servers = {
-        "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
-        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/7",
-        "FNQUEUE_BLOBS_URL": s3.url,
+    settings = {
         "FNQUEUE_IDLE_S": str(IDLE_S),
         "FNQUEUE_RECONCILE_S": "0.5",
         "FNQUEUE_DRAIN_S": "5",
     }
-    made = House(tmp_path_factory.mktemp("scaling"), servers)
+    servers = users(product_rabbitmq, redis_server, s3, database=7)
+    made = House(tmp_path_factory.mktemp("scaling"), *servers, fronts=1, **settings)
     made.add_controller()
     with running(made) as found:
         yield found

@@ -27,7 +27,7 @@ from broker.settings import ControllerSettings, load
 from infra.local.process import LOOPBACK, free_port
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests.eventually import eventually
-from tests.house import RECORDER, Caller, House
+from tests.house import RECORDER, Caller, House, users
 from tests.house import running as running_house
 from workers.controller.auditor import RESTORED_AT_ONCE, Auditor, Walk
 
@@ -55,12 +55,8 @@ def make_house(
         def make(**settings: str) -> House:
             with redis.Redis.from_url(store_url(redis_server)) as client:
                 client.flushdb()
-            servers = {
-                "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
-                "FNQUEUE_STORE_URL": store_url(redis_server),
-                "FNQUEUE_BLOBS_URL": s3.url,
-            }
-            return started.enter_context(running_house(House(tmp_path, servers, fronts=1, **settings)))
+            servers = users(product_rabbitmq, redis_server, s3, database=DB)
+            return started.enter_context(running_house(House(tmp_path, *servers, fronts=1, **settings)))
 
         yield make
 

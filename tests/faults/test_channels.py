@@ -15,7 +15,7 @@ from aiohttp import WSMsgType
 
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests.eventually import eventually
-from tests.house import CONTAINERS, Caller, Function, House, Reply, running
+from tests.house import CONTAINERS, Caller, Function, House, Reply, running, users
 
 TALKER = "tests/talker:latest"
 GONE = "The front end that held the caller's connection has gone"
@@ -32,9 +32,9 @@ def shared(
     store_url = f"{redis_server.url.rpartition('/')[0]}/8"
     with redis.Redis.from_url(store_url) as store:
         store.flushdb()  # no deployment of an earlier test is this controller's to keep
-    servers = {"FNQUEUE_QUEUE_URL": product_rabbitmq.url, "FNQUEUE_STORE_URL": store_url, "FNQUEUE_BLOBS_URL": s3.url}
+    servers = users(product_rabbitmq, redis_server, s3, database=8)
     settings = {"FNQUEUE_IMAGES_FILE": str(images), "FNQUEUE_CHANNEL_DRAIN_S": "1", "FNQUEUE_DRAIN_S": "3"}
-    with running(House(folder, servers, fronts=2, **settings)) as found:
+    with running(House(folder, *servers, fronts=2, **settings)) as found:
         yield found
 
 

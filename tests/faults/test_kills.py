@@ -23,7 +23,7 @@ from broker.model import Job
 from broker.settings import Settings
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests.eventually import eventually
-from tests.house import RECORDER, Caller, Function, House
+from tests.house import RECORDER, Caller, Function, House, users
 from tests.sse import Listening, listening
 
 T = TypeVar("T")
@@ -36,14 +36,6 @@ class Shared:
     rabbitmq: RabbitMQ
     redis: Redis
     s3: S3
-
-    @property
-    def urls(self) -> dict[str, str]:
-        return {
-            "FNQUEUE_QUEUE_URL": self.rabbitmq.url,
-            "FNQUEUE_STORE_URL": self.redis.url,
-            "FNQUEUE_BLOBS_URL": self.s3.url,
-        }
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +61,7 @@ def make_house(servers: Shared, tmp_path: Path) -> Iterator[Callable[..., House]
             server.start()
         with redis.Redis.from_url(servers.redis.url) as client:
             client.flushall()  # no deployment of an earlier test is the next controller's to keep
-        house = House(tmp_path, servers.urls, fronts=fronts, **settings)
+        house = House(tmp_path, *users(servers.rabbitmq, servers.redis, servers.s3), fronts=fronts, **settings)
         started.append(house)
         house.start()
         return house

@@ -34,14 +34,9 @@ def product(
     product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[House]:
     """Two front ends."""
-    servers = {
-        "FNQUEUE_QUEUE_URL": product_rabbitmq.url,
-        "FNQUEUE_STORE_URL": f"{redis_server.url.rpartition('/')[0]}/8",
-        "FNQUEUE_BLOBS_URL": s3.url,
-        "FNQUEUE_STREAM_GRACE_S": str(GRACE_S),
-        "FNQUEUE_STREAM_BYTES": str(MIB),
-    }
-    with house.running(House(tmp_path_factory.mktemp("streams"), servers, fronts=2)) as running:
+    servers = house.users(product_rabbitmq, redis_server, s3, database=8)
+    settings = {"FNQUEUE_STREAM_GRACE_S": str(GRACE_S), "FNQUEUE_STREAM_BYTES": str(MIB)}
+    with house.running(House(tmp_path_factory.mktemp("streams"), *servers, fronts=2, **settings)) as running:
         yield running
 
 

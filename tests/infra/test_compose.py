@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from infra.access import ROLES
 from infra.docs import SECTIONS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -70,3 +73,50 @@ def test_every_image_is_pinned_to_a_series() -> None:
     images = re.findall(r"^ *image: (\S+)$", COMPOSE, re.MULTILINE)
     assert images
     assert [image for image in images if not re.search(r":(\d+\.\d+|local)$", image)] == []
+
+
+@pytest.mark.parametrize(
+    ("script", "template", "written"),
+    [
+        ("redis.sh", "redis/users.acl", "usr/local/etc/users.acl"),
+        ("rabbitmq.sh", "rabbitmq/users.json", "etc/rabbitmq/definitions.d/20-users.json"),
+    ],
+)
+def test_servers_start_with_our_users_and_the_passwords_of_the_environment(
+    tmp_path: Path, script: str, template: str, written: str
+) -> None:
+    """As the image's shell runs it, with a root of its own and stand-ins for what only the image has."""
+    for folder in ("bin", "usr/local/etc", "etc/rabbitmq/definitions.d", "etc/rabbitmq/conf.d"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("chown", "docker-entrypoint.sh", "rabbitmq-plugins"):
+        stand_in = tmp_path / "bin" / name
+        stand_in.write_text('#!/bin/sh\nprintf "%s " "$0" "$@"\nenv\n')
+        stand_in.chmod(0o755)
+    source = (REPOSITORY / "infra" / template).read_text()
+    (tmp_path / "usr/local/etc" / f"fnqueue-users{Path(template).suffix}").write_text(source)
+    text = (REPOSITORY / "infra/docker" / script).read_text()
+    text = re.sub(r"(?<=[ >])/(?=usr/local/etc|etc/)", f"{tmp_path}/", text)
+    passwords = {role: f"Hush-.{role}_~" for role in ROLES}
+    environment = {f"{role.upper()}_PASSWORD": password for role, password in passwords.items()}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+    def run(**given: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-c", text],
+            env={"PATH": path, **environment, **given},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    done = run()
+
+    assert done.returncode == 0, done.stderr
+    found = (tmp_path / written).read_text()
+    assert (tmp_path / written).stat().st_mode & 0o077 == 0
+    assert found == re.sub(r"([A-Z]+)_PASSWORD", lambda name: passwords[name[1].lower()], source)
+    assert "docker-entrypoint.sh" in done.stdout
+    assert "Hush" not in done.stdout.rpartition("docker-entrypoint.sh")[2]
+    assert run(API_PASSWORD="a/b").returncode == 1
+    assert run(API_PASSWORD="").returncode != 0

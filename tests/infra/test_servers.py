@@ -202,7 +202,8 @@ def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
 
 
 def test_no_command_line_carries_a_secret(tmp_path: Path) -> None:
-    servers: list[Server] = [RabbitMQ(tmp_path / "rabbitmq"), S3(tmp_path / "s3")]
+    redis = Redis(tmp_path / "redis", guarded=True)
+    servers: list[Server] = [RabbitMQ(tmp_path / "rabbitmq"), redis, S3(tmp_path / "s3")]
     for server in servers:
         secret = urlsplit(server.url).password
         assert secret

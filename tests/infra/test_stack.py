@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from infra.access import ROLES
 from infra.local.process import ServerFailed, free_port
+from infra.local.servers import RabbitMQ, Redis
 from infra.local.stack import Address, Stack
 
 NAMES = ("FNQUEUE_QUEUE_URL", "FNQUEUE_STORE_URL", "FNQUEUE_BLOBS_URL")
-SECRET_FILES = {"admin.key", "secret.key", "password", "secret"}  # those of RabbitMQ and S3 last
+SECRET_FILES = ["admin.key", "secret.key", "secret", *(f"*/{role}.password" for role in ROLES)]
 
 
 @pytest.fixture
@@ -29,10 +31,36 @@ def test_servers_come_before_the_programs_that_use_them(stack: Stack) -> None:
 
 def test_programs_are_told_where_the_servers_are(stack: Stack) -> None:
     rabbitmq, redis, s3, api, controller = stack.children(Address.from_environment())
+    assert isinstance(rabbitmq, RabbitMQ)
+    assert isinstance(redis, Redis)
     for program in (api, controller):
         told = program.environment()
-        assert [told[name] for name in NAMES] == [rabbitmq.url, redis.url, s3.url]
+        urls = [rabbitmq.url_for(program.name), redis.url_for(program.name), s3.url]
+        assert [told[name] for name in NAMES] == urls
         assert told["FNQUEUE_LAUNCHER_URL"] == "process://"
+
+
+def test_each_program_is_told_its_own_users_and_nobody_the_operators(stack: Stack) -> None:
+    rabbitmq, redis, _, api, controller = stack.children(Address.from_environment())
+    told = controller.environment()
+    assert "fnqueue-sidecar:" in told["FNQUEUE_SIDECAR_STORE_URL"]
+    assert told["FNQUEUE_VERSION_USERS"] == "true"
+    passwords = {
+        role: {(server.folder / f"{role}.password").read_text() for server in (rabbitmq, redis)} for role in ROLES
+    }
+    for program, strangers in ((api, ("operator", "controller", "sidecar")), (controller, ("operator", "api"))):
+        values = " ".join(program.environment().values())
+        assert not [role for role in strangers for password in passwords[role] if password in values]
+
+
+def test_a_controller_may_be_given_another_user_of_a_server_that_is_named(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FNQUEUE_STORE_URL", "redis://api@elsewhere")
+    monkeypatch.setenv("FNQUEUE_CONTROLLER_STORE_URL", "redis://controller@elsewhere")
+    *_, api, controller = stack.children(Address.from_environment())
+    assert api.environment()["FNQUEUE_STORE_URL"] == "redis://api@elsewhere"
+    assert controller.environment()["FNQUEUE_STORE_URL"] == "redis://controller@elsewhere"
 
 
 @pytest.mark.parametrize(("name", "server"), [*zip(NAMES, ("rabbitmq", "redis", "s3"), strict=True)])
@@ -72,8 +100,8 @@ def test_secrets_are_kept_for_the_next_start_and_for_the_owner_only(stack: Stack
 
 def test_no_command_line_carries_a_secret(stack: Stack) -> None:
     children = stack.children(Address.from_environment())
-    secrets = {path.read_text() for path in stack.folder.rglob("*") if path.name in SECRET_FILES}
-    assert len(secrets) == len(SECRET_FILES)
+    secrets = {path.read_text() for name in SECRET_FILES for path in stack.folder.rglob(name)}
+    assert len(secrets) == 3 + 2 * len(ROLES)  # RabbitMQ's and Redis' are not the same
     for child in children:
         assert not [secret for secret in secrets if secret in " ".join(child.command())]
 

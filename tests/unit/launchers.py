@@ -4,9 +4,10 @@ is expected of a real one."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from broker.errors import ConfigurationError, NoCapacity
+from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity
 from broker.model import Gpu, GpuSpecification, Login, Version
 from broker.ports import Launched
 
@@ -74,3 +75,19 @@ class FakeLauncher:
     def kill(self, instance_id: str, error: str = "container was killed by signal 9") -> None:
         self.instances[instance_id].alive = False
         self.instances[instance_id].error = error
+
+
+class Users:
+    """Those of a server that is away until `there`."""
+
+    def __init__(self) -> None:
+        self.there = True
+        self.admitted: set[str] = set()
+
+    async def admit(self, version_ids: Collection[str], *, look: bool = False) -> None:
+        if not self.there:
+            raise LauncherUnavailable("RabbitMQ is away")
+        self.admitted.update(version_ids)
+
+    async def expel(self, version_id: str) -> None:
+        self.admitted.discard(version_id)

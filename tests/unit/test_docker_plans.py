@@ -67,6 +67,14 @@ def test_an_instance_has_its_cards_share_of_the_machine_unless_the_settings_say_
     assert "Memory" not in host(replace(a_plan(), cards=(), offer=None))
 
 
+def test_a_container_is_told_nothing_of_the_servers() -> None:
+    urls = {f"{name}_url": f"amqp://u:hush@{name}" for name in ("queue", "store", "blobs")}
+    sidecar = load(SidecarSettings, function_id="f", function_version_id="v", message_keys="k:hush", **urls)
+    plan = a_plan(version_users=True, secret_key="hush" * 8)
+    assert "hush" not in str(plan.container(sidecar))
+    assert "amqp://u:hush@queue" in str(plan.sidecar(sidecar)["Env"])
+
+
 def test_a_container_is_restarted_only_when_the_settings_say_so() -> None:
     assert host(a_plan())["RestartPolicy"] == {"Name": "no"}
     assert host(a_plan(docker_restarts=2))["RestartPolicy"] == {"Name": "on-failure", "MaximumRetryCount": 2}

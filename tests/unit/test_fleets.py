@@ -16,6 +16,7 @@ from broker.model import Draft, FunctionStatus, GpuSpecification, Instance, Inst
 from broker.ports import Broker
 from tests.eventually import eventually
 from tests.kubernetes_api import KubernetesApi, Object, kubernetes_api
+from tests.unit.launchers import Users
 from tests.unit.test_kubernetes_launcher import SETTINGS, opened, waiting
 from workers.controller.chores import Chores
 from workers.controller.fleets import FleetReconciler
@@ -36,6 +37,10 @@ class Controller:
         self.broker, self.api, self.fleet, self.chores = broker, api, fleet, chores
         self.clock = 1000.0
         self._reconciler = FleetReconciler(broker, SETTINGS, fleet, chores, lambda: self.clock)
+
+    def use(self, users: Users) -> None:
+        self.broker = replace(self.broker, users=users)
+        self._reconciler = FleetReconciler(self.broker, SETTINGS, self.fleet, self.chores, lambda: self.clock)
 
     async def step(self, *, after_s: float = 0.0) -> None:
         self.clock += after_s
@@ -114,6 +119,20 @@ async def controller(memory_broker: Broker) -> AsyncIterator[Controller]:
     async with kubernetes_api() as api, opened(api) as fleet, asyncio.TaskGroup() as group:
         await memory_broker.catalog.offer(await fleet.gpus(), ttl_s=60)
         yield Controller(memory_broker, api, fleet, Chores(group))
+
+
+async def test_a_version_has_its_user_before_anything_is_kept(controller: Controller) -> None:
+    users = Users()
+    controller.use(users)
+    users.there = False
+    version = await controller.deploy(1)
+    await controller.step()
+    assert controller.api.all("Deployment") == []
+    assert await controller.errors(version) == ["RabbitMQ is away"]
+    users.there = True
+    await controller.step()
+    assert len(controller.api.all("Deployment")) == 1
+    assert users.admitted == {version.id}
 
 
 async def test_a_deployment_becomes_active_when_its_pods_report(controller: Controller) -> None:

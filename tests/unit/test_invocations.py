@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -191,6 +192,7 @@ async def test_a_body_too_large_for_a_message_waits_in_the_blob_store(
     assert delivery is not None
     assert delivery.job.body == b""
     assert await memory_broker.blobs.get(delivery.job.body_key, limit_bytes=len(body)) == body
+    assert delivery.job.body_sha256 == hashlib.sha256(body).hexdigest()
 
 
 async def test_a_body_whose_blob_store_is_away_is_refused_and_leaves_nothing(

@@ -174,6 +174,21 @@ def test_servers_addresses_are_in_a_secret_and_nowhere_else() -> None:
     assert "password" not in json.dumps(manifests)
 
 
+def test_sidecars_come_in_with_users_of_their_own() -> None:
+    given = {
+        "secret_key": SecretStr("k" * 40),
+        "version_users": True,
+        "queue_management_url": SecretStr("http://c:queue-password@rabbitmq:15672"),
+        "sidecar_store_url": SecretStr("redis://theirs@redis/"),
+        "sidecar_blobs_url": SecretStr("s3://theirs:theirs@s3/bucket"),
+    }
+    manifests = render(settings=SETTINGS.model_copy(update=given))
+    told = decoded(manifests.pop(f"Secret {NAME}-settings"))
+    assert told["FNQUEUE_QUEUE_URL"].startswith(f"amqp://fnqueue-v-{V1}:")
+    assert told["FNQUEUE_STORE_URL"] == "redis://theirs@redis/"
+    assert "password" not in str(told) + json.dumps(manifests)
+
+
 def test_keys_of_front_ends_and_controllers_are_not_told_but_those_for_messages_of_the_version() -> None:
     settings = SETTINGS.model_copy(
         update={"secret_key": SecretStr("k" * 40), "encryption_keys": SecretStr("k1:" + "a" * 64)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import random
@@ -324,6 +325,24 @@ async def test_a_body_from_the_blob_store_reaches_the_container(rig: Rig) -> Non
     assert record.state is RequestState.FULFILLED
     assert rig.box.bodies == [b"l" * 1_000_000]
     await rig.nothing_left()
+
+
+async def test_a_body_that_was_changed_in_the_blob_store_is_never_run(rig: Rig) -> None:
+    await rig.blobs.put("inputs/acme/x", b"another", content_type="application/octet-stream")
+    digest = hashlib.sha256(b"signed").hexdigest()
+    record = await rig.run(body=b"", body_key="inputs/acme/x", body_sha256=digest)
+    assert (record.state, record.attempt) == (RequestState.DEAD, 1)
+    assert record.reason == "its body in the blob store was changed after it was accepted"
+    assert rig.box.bodies == []
+    await rig.nothing_left()
+
+
+async def test_a_body_that_is_what_was_signed_is_run(rig: Rig) -> None:
+    await rig.blobs.put("inputs/acme/x", b"signed", content_type="application/octet-stream")
+    digest = hashlib.sha256(b"signed").hexdigest()
+    record = await rig.run(body=b"", body_key="inputs/acme/x", body_sha256=digest)
+    assert record.state is RequestState.FULFILLED
+    assert rig.box.bodies == [b"signed"]
 
 
 @pytest.mark.parametrize("status", [200, 500])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -408,6 +409,7 @@ async def test_a_large_body_goes_through_a_file_to_the_blob_store(tmp_path: Path
         job = await job_of(house, "PUT", "/large", data=chunks(20) if chunked else whole)
         assert (job.body, job.body_key) == (b"", f"inputs/default/{job.id}")
         assert await house.broker.blobs.get(job.body_key, limit_bytes=30 * MIB) == whole
+        assert job.body_sha256 == hashlib.sha256(whole).hexdigest()
         assert list(spool.iterdir()) == []
 
 

@@ -26,6 +26,7 @@ from workers.controller.reconcile import (
     STRAY_S,
     UNDEPLOY_GRACE_S,
     Streak,
+    ensure_queues,
     quarantine_of,
 )
 from workers.controller.removal import Removals
@@ -101,10 +102,8 @@ class FleetReconciler:
         await self.fleet.weigh({report.id: report.busy > 0 for report in reports})
 
     async def ensure_queues(self) -> None:
-        """Make the queues of all deployments exist again, should the broker have lost one."""
-        for row in await self.broker.catalog.deployments.list():
-            if not row.item.undeployed:
-                await self.broker.queue.declare(row.item.version_id)
+        """As Reconciler's."""
+        await ensure_queues(self.broker)
 
     async def _look(
         self, wanted: Sequence[Deployment], kept: Mapping[str, str], replicas: Sequence[Replica]
@@ -152,6 +151,7 @@ class FleetReconciler:
             try:
                 content = secrets.reveal(self.broker, row.item) if row else None
                 login = await registries.credential_for(self.broker, version.account, version.container_image)
+                await self.broker.users.admit([version.id])
                 await self.fleet.keep(version, specification, secrets=content, login=login)
             except (ConfigurationError, LauncherUnavailable, NoCapacity) as exc:
                 self._note(specification, version, exc)

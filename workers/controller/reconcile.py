@@ -160,10 +160,8 @@ class Reconciler:
         self._forget(views, launched)
 
     async def ensure_queues(self) -> None:
-        """Make the queues of all deployments exist again, should the broker have lost one."""
-        for row in await self.broker.catalog.deployments.list():
-            if not row.item.undeployed:
-                await self.broker.queue.declare(row.item.version_id)
+        """Make the queues of all deployments exist again, should the broker have lost one, and the users for them."""
+        await ensure_queues(self.broker)
 
     # -- looking -----------------------------------------------------------------------------------
 
@@ -282,6 +280,7 @@ class Reconciler:
             row = await self.broker.catalog.secrets.get(version.id)
             content = secrets.reveal(self.broker, row.item) if row else None
             login = await registries.credential_for(self.broker, version.account, version.container_image)
+            await self.broker.users.admit([version.id])
             if not self.leads():
                 return False
             await self.launcher.start(instance_id, version, specification, secrets=content, login=login)
@@ -442,6 +441,15 @@ class Reconciler:
         self.removals.forget(ids)
         self._sick_at = {key: kept for key, kept in self._sick_at.items() if key in instances}
         self._buried &= instances
+
+
+async def ensure_queues(broker: Broker) -> None:
+    """The queues of what is deployed, and the users who consume them."""
+    rows = await broker.catalog.deployments.list()
+    deployed = [row.item.version_id for row in rows if not row.item.undeployed]
+    for version_id in deployed:
+        await broker.queue.declare(version_id)
+    await broker.users.admit(deployed, look=True)
 
 
 @dataclass(frozen=True, slots=True)

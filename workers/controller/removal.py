@@ -62,6 +62,7 @@ class Removals:
             return
         # Whoever was late: now nobody can be later.
         if await undertaker.clear(self.broker, deployment.version_id):
+            await self.broker.users.expel(deployment.version_id)
             await deployments.finish_removal(self.broker, deployment)
             logger.info("deployment_removed", extra={"version_id": deployment.version_id})
 

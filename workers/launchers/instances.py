@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
+from broker import version_users
 from broker.deployments import left_out
 from broker.errors import ConfigurationError, NoCapacity
 from broker.model import GpuSpecification, Place, Version
@@ -55,6 +56,7 @@ def sidecar_settings(
         # It runs beside a user's code: it can check the messages of its version, and make nothing of ours.
         "secret_key": SecretStr(""),
         "message_keys": Signatures.of(controller).for_sidecar(version.id),
+        **_servers(controller, version.id),
         "function_id": version.function_id,
         "function_version_id": version.id,
         "function_name": version.name,
@@ -74,6 +76,20 @@ def sidecar_settings(
         "max_request_concurrency": specification.max_request_concurrency,
     }
     return load(SidecarSettings, **shared | told | placed)
+
+
+def _servers(controller: ControllerSettings, version_id: str) -> dict[str, Any]:
+    """URLs with fewer rights than the controller's, as far as there are any. Raises ConfigurationError."""
+    own: dict[str, SecretStr] = {
+        name: url
+        for name in ("queue_url", "store_url", "blobs_url")
+        if (url := getattr(controller, f"sidecar_{name}")).get_secret_value()
+    }
+    if controller.version_users:
+        queue_url = own.get("queue_url", controller.queue_url)
+        own["queue_url"] = version_users.url_for(controller, version_id, queue_url)
+    # Only the controller's user may look at what a profile is checked by, and it has.
+    return own | ({"profile_asserted": True} if "store_url" in own else {})
 
 
 def sidecar_variables(settings: SidecarSettings) -> dict[str, str]:

@@ -36,6 +36,11 @@ _LOST = (
     PAMQPException,
 )
 
+
+class Refused(ConfigurationError):
+    """The URL's user may not do this."""
+
+
 Closable = PikaConnection | AbstractConnection | AbstractChannel | TopologyChannel
 
 
@@ -69,7 +74,7 @@ class Line:
     async def question(self) -> AsyncIterator[TopologyChannel]:
         """A throw-away channel, since a question that fails closes the channel it was asked on.
 
-        Raises Unavailable, or ConfigurationError when the answer will always be no.
+        Raises Unavailable, or ConfigurationError when the answer will always be no; Refused is one.
         """
         channel: TopologyChannel | None = None
         try:
@@ -81,7 +86,7 @@ class Line:
             if isinstance(exc.__cause__, amqp.ChannelPreconditionFailed | amqp.ChannelLockedResource):
                 raise ConfigurationError(f"RabbitMQ has this name for something else: {exc.__cause__}") from exc
             if isinstance(exc.__cause__, amqp.ChannelAccessRefused):
-                raise ConfigurationError(f"RabbitMQ's user lacks a permission: {exc.__cause__}") from exc
+                raise Refused(f"RabbitMQ's user lacks a permission: {exc.__cause__}") from exc
             raise
         finally:
             if channel is not None and not channel.is_closed:

@@ -39,7 +39,7 @@ async def look(url: str, settings: Settings, *, management_url: str = "", probe:
     facts = await _by_amqp(url, settings, probe=probe)
     if not management_url:
         return facts
-    base, headers = _management(management_url)
+    base, headers = management(management_url)
     vhost = quote(unquote(urlsplit(url).path[1:]) or "/", safe="")
     return await asyncio.to_thread(_by_management, facts, base, headers, vhost, settings.publish_timeout_s)
 
@@ -85,8 +85,8 @@ async def _is_blocked(line: Line) -> bool:
     return False
 
 
-def _management(url: str) -> tuple[str, dict[str, str]]:
-    """Where it is without the credentials, and the header that carries them."""
+def management(url: str) -> tuple[str, dict[str, str]]:
+    """Where it is without the credentials, and the header that carries them. Raises ConfigurationError."""
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -25,6 +25,11 @@ def queue_name(version_id: str) -> str:
     return f"fnq.v.{version_id}" if version_id else DEAD
 
 
+def exchange_name(version_id: str) -> str:
+    """It leads to the version's queue and to no other."""
+    return f"fnq.x.{version_id}"
+
+
 def properties(job: Job, envelope: bytes, signature: str) -> Basic.Properties:
     """Persistent, and named after the request: a returned message is matched by its id."""
     signed = {SIGNATURE: signature} if signature else {}

@@ -47,7 +47,9 @@ class Publisher:
         if envelope_bytes > limit_bytes > 0:
             raise PublishRejected(f"the request's headers take {envelope_bytes} bytes, at most {limit_bytes} fit")
 
-    async def send(self, routing_key: str, properties: Basic.Properties, body: bytes, *, timeout_s: float) -> None:
+    async def send(
+        self, routing_key: str, properties: Basic.Properties, body: bytes, *, timeout_s: float, exchange: str = ""
+    ) -> None:
         message_id = str(properties.message_id)
         async with answering(timeout_s, PublishUnconfirmed, "RabbitMQ did not confirm the job"):
             while other := self._outstanding.get(message_id):
@@ -59,7 +61,12 @@ class Publisher:
             try:
                 # Waiting for the socket would hold the channel's lock for a loop turn a message: a quarter of the CPU.
                 await self._channel.basic_publish(
-                    body, routing_key=routing_key, properties=properties, mandatory=True, wait=False
+                    body,
+                    exchange=exchange,
+                    routing_key=routing_key,
+                    properties=properties,
+                    mandatory=True,
+                    wait=False,
                 )
             except amqp.PublishError as exc:
                 raise QueueMissing("the function version has no queue") from exc

@@ -13,14 +13,14 @@ from pamqp.common import FieldValue
 
 from broker.backends.breaker import Breaker, seek
 from broker.backends.codec import pack_job
-from broker.backends.rabbitmq.connection import Line, answering
+from broker.backends.rabbitmq.connection import Line, Refused, answering
 from broker.backends.rabbitmq.deliveries import Deliveries, Lane
-from broker.backends.rabbitmq.messages import DEAD, properties, queue_name
+from broker.backends.rabbitmq.messages import DEAD, exchange_name, properties, queue_name
 from broker.backends.rabbitmq.publisher import Publisher
 from broker.errors import CircuitOpen, ConfigurationError, PublishRejected, QueueMissing, Unavailable
 from broker.model import Job
 from broker.ports import Delivery
-from broker.settings import Settings
+from broker.settings import Settings, SidecarSettings
 from broker.signatures import NO_SIGNATURES, Signatures
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ class RabbitQueue:
         self._signatures = signatures
         self._renew_s = renew_s
         self._settle_s = settle_s
+        # It may use what is there for its version, and nothing else.
+        self._confined = isinstance(settings, SidecarSettings)
         self._answer_s = settings.publish_timeout_s
         self._publishing = Line(url, "publish", answer_s=self._answer_s)
         self._consuming = Line(url, "consume", answer_s=self._answer_s)
@@ -85,9 +87,14 @@ class RabbitQueue:
         self._seeking: asyncio.Task[None] | None = None
 
     async def prepare(self) -> None:
-        """Make the dead letters' place exist, or leave it to the first use when the broker is away."""
+        """Make the dead letters' place exist, or leave it to the first use when the broker is away, and to those who
+        may. Raises ConfigurationError."""
         try:
-            await self._declare_dead_letters()
+            if self._confined:
+                async with self._consuming.question():
+                    pass  # whether it may come in at all
+            else:
+                await self._ensure_dead_letters()
         except Unavailable as exc:
             if isinstance(exc.__cause__, amqp.AuthenticationError | amqp.ProbableAuthenticationError):
                 raise ConfigurationError(f"{exc}: it refuses the URL's user or password") from exc
@@ -96,16 +103,20 @@ class RabbitQueue:
     async def declare(self, version_id: str) -> None:
         """As the port says. Of a queue that is new it returns only once a crash of the broker would not lose it."""
         if not self._prepared:
-            await self._declare_dead_letters()
+            await self._ensure_dead_letters()
         existed = await self.depth(version_id) is not None
         async with self._consuming.question() as channel:
-            await channel.declare_queue(queue_name(version_id), durable=True, arguments=_QUORUM)
+            queue = await channel.declare_queue(queue_name(version_id), durable=True, arguments=_QUORUM)
+            await queue.bind(
+                await channel.declare_exchange(exchange_name(version_id), ExchangeType.FANOUT, durable=True)
+            )
         if not existed:
             await asyncio.sleep(self._settle_s)
 
     async def delete(self, version_id: str) -> None:
         async with self._consuming.question() as channel:
             await channel.queue_delete(queue_name(version_id))
+            await channel.exchange_delete(exchange_name(version_id))
 
     async def publish(self, job: Job, *, timeout_s: float) -> None:
         """As the port says; Unavailable when nothing was sent: no connection, or the broker takes no messages.
@@ -137,7 +148,13 @@ class RabbitQueue:
         await publisher.ready(min(UNBLOCK_S, timeout_s))
         publisher.measure(len(envelope))
         signed = properties(job, envelope, self._signatures.sign(job.version_id, envelope, body))
-        await publisher.send(queue_name(job.version_id), signed, body, timeout_s=until - loop.time())
+        await publisher.send(
+            queue_name(job.version_id),
+            signed,
+            body,
+            timeout_s=until - loop.time(),
+            exchange=exchange_name(job.version_id) if self._confined else "",
+        )
 
     @asynccontextmanager
     async def consume(self, version_id: str, *, prefetch: int) -> AsyncIterator[AsyncIterator[Delivery]]:
@@ -157,7 +174,7 @@ class RabbitQueue:
             prefetch,
             signatures=self._signatures,
             renew_s=self._renew_s,
-            prepare=self._declare_dead_letters,
+            prepare=self._ensure_dead_letters,
         )
         try:
             yield deliveries
@@ -211,9 +228,17 @@ class RabbitQueue:
                 self._publisher = Publisher(self._publishing, channel)
             return self._publisher
 
+    async def _ensure_dead_letters(self) -> None:
+        """Front ends may not make them. They begin without: a controller makes them, and until then a version's queue
+        keeps what is dead."""
+        try:
+            await self._declare_dead_letters()
+        except Refused as exc:
+            logger.info("dead_letters_left_to_controllers", extra={"cause": str(exc)})
+        self._prepared = True
+
     async def _declare_dead_letters(self) -> None:
         async with self._consuming.question() as channel:
             exchange = await channel.declare_exchange(DEAD, ExchangeType.FANOUT, durable=True)
             queue = await channel.declare_queue(DEAD, durable=True, arguments=_QUORUM)
             await queue.bind(exchange)
-        self._prepared = True

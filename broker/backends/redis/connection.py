@@ -56,6 +56,7 @@ class Connection:
                 # Every script may run twice, so one silent retry over a fresh connection is safe.
                 retry=Retry(ConstantBackoff(0.05), 1),
                 retry_on_error=[ConnectionError],
+                driver_info=None,  # our users may not CLIENT SETINFO, a command that Redis 7.0 does not know
             )
         except ValueError as exc:
             raise ConfigurationError("FNQUEUE_STORE_URL: not a Redis URL") from exc

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ from broker.model import (
     Verdict,
 )
 from broker.ports import FURTHEST, MOST_UPDATES, PAGE_SCAN
-from broker.settings import Settings
+from broker.settings import Settings, SidecarSettings
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ _EPOCH_REFRESH_S = 2.0
 # For so long after a limit was met, it is looked at before anything is written.
 _CROWDED_S = 1.0
 _MOST_CROWDED = 1000
+_EPOCH = re.compile(rb"(\d{1,3}):(\d{1,15})")
 _STRAY_AFTER_S = 60.0
 _PAGE_BATCH = 250
 # A record is made some time before its entry in the account's list, and unfinished it lives this much longer than
@@ -83,7 +85,9 @@ class RedisResults:
         self._connection = connection
         self._settings = settings
         self._retention_ms = int(settings.result_ttl_s * 1000)
-        self.channel = f"fnq:h:{secrets.token_hex(6)}"
+        # On a front end's one hears of requests of every version: a sidecar may only listen on those of its own kind.
+        kind = "w" if isinstance(settings, SidecarSettings) else "h"
+        self.channel = f"fnq:{kind}:{secrets.token_hex(6)}"
         self.hints = Hints()
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
@@ -333,9 +337,14 @@ class RedisResults:
 
     async def epoch(self, *, fresh: bool = False) -> Epoch:
         if fresh or self._epoch is None:
-            [reply] = await self._connection.run(scripts.EPOCH.call(("fnq:epoch",), secrets.randbelow(256)))
-            number, born, now = (int(part) for part in reply)
-            self._epoch = Epoch(number=number, born_at=born / 1000, now=now / 1000)
+            known, (seconds, micros) = await self._connection.run(("GET", "fnq:epoch"), ("TIME",))
+            now_ms = int(seconds) * 1000 + int(micros) // 1000
+            found = _epoch(known, now_ms)
+            if found is None:  # a sidecar may not begin one
+                [known] = await self._connection.run(scripts.EPOCH.call(("fnq:epoch",), secrets.randbelow(256)))
+                found = _epoch(known, now_ms)
+            assert found is not None, "EPOCH replaces what is none"
+            self._epoch = found
         return self._epoch
 
     async def ping(self) -> None:
@@ -892,6 +901,14 @@ def _lost(claimed: Sequence[Any]) -> Attempt | None:
         ended_at=int(ended) / 1000,
         end=AttemptEnd.LOST,
     )
+
+
+def _epoch(raw: bytes | None, now_ms: int) -> Epoch | None:
+    """None for what EPOCH would replace."""
+    found = _EPOCH.fullmatch(raw or b"")
+    if found is None or int(found[1]) > 255 or int(found[2]) > now_ms + 86_400_000:
+        return None
+    return Epoch(number=int(found[1]), born_at=int(found[2]) / 1000, now=now_ms / 1000)
 
 
 def _number(raw: bytes | None) -> int:

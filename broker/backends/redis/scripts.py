@@ -867,7 +867,7 @@ return {redis.call('ZCARD', KEYS[1]), redis.call('ZCARD', KEYS[2]), age}
 """
 )
 
-# KEYS epoch · ARGV number for a new one · returns {number, born, now}
+# KEYS epoch · ARGV number for a new one · returns "<number>:<born>"
 EPOCH = Script(
     _NOW
     + """
@@ -876,7 +876,7 @@ if not number or tonumber(number) > 255 or tonumber(born) > now + 86400000 then
   number, born = ARGV[1], now
   redis.call('SET', KEYS[1], number .. ':' .. born)
 end
-return {tonumber(number), tonumber(born), now}
+return redis.call('GET', KEYS[1])
 """
 )
 
