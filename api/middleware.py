@@ -6,12 +6,12 @@ import logging
 import time
 from functools import cache
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
 from api import headers, problems
 from api.front import Front
-from broker.errors import FnqueueError, Unauthenticated
+from broker.errors import BadRequest, FnqueueError, Unauthenticated
 from broker.model import Record, Taken
 
 logger = logging.getLogger(__name__)
@@ -31,14 +31,14 @@ _PREFLIGHT_S = "86400"
 
 
 def observing(front: Front) -> Middleware:
-    """Logs one line per invocation, and closes connections while this server is stopping."""
+    """Logs one line per invocation, and closes the connections that are not to be kept."""
 
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         started_at = time.perf_counter()
         front.newcomers.met(request.protocol)
         try:
-            response = await handler(request)
+            response = await handler(request) if _plainly_framed(request) else _misframed()
         except BaseException:
             # Nobody is left to answer: the client has gone. 499 is what proxies log then.
             _log(request, 499, started_at)
@@ -46,12 +46,24 @@ def observing(front: Front) -> Middleware:
         response.headers["Server"] = SERVER
         if (taken := request.get(TAKEN)) is not None:
             response.headers.update(headers.rate_limit(taken.quotas))
-        if front.calls.stopping:
+        if front.calls.stopping or request.version < HttpVersion11:
+            # HTTP/1.0 keeps connections by a habit that no two servers share (RFC 9112 §6.1, §9.3).
             response.force_close()
         _log(request, response.status, started_at)
         return response
 
     return observe
+
+
+def _plainly_framed(request: web.Request) -> bool:
+    """Codings that nobody here undoes would reach the container as its body, and a proxy may have undone them."""
+    return request.headers.get("Transfer-Encoding", "chunked").lower() == "chunked"
+
+
+def _misframed() -> web.Response:
+    response = problems.response(BadRequest("Transfer-Encoding may only be chunked", field="Transfer-Encoding"))
+    response.force_close()
+    return response
 
 
 def _log(request: web.Request, status: int, started_at: float) -> None:
