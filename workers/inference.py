@@ -204,7 +204,7 @@ class Inference:
         """Whether the last health check got no answer in time, rather than a bad one or a refusal."""
 
     async def __aenter__(self) -> Self:
-        """Raises ConfigurationError: aiohttp's parser is the one in Python, which is too lax for what containers send."""
+        """Raises ConfigurationError: aiohttp's parser is the one in Python, too lax for what containers send."""
         if http_parser.HttpResponseParser is http_parser.HttpResponseParserPy:
             raise ConfigurationError("aiohttp came without its HTTP parser in C; `fnqueue doctor` says how to mend it")
         self._fresh = _client(aiohttp.TCPConnector(force_close=True, limit=0))
