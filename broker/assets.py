@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 from urllib.parse import quote
 
-from broker.errors import BadRequest, NotFound
+from broker.errors import BadRequest, NotFound, PayloadTooLarge
 from broker.model import Asset, Blob, Principal
 from broker.ports import Broker
 
@@ -90,15 +90,20 @@ async def resolve(broker: Broker, account: str, asset_ids: Iterable[str]) -> Non
     Raises:
         NotFound: names the first that is missing or foreign.
         BadRequest: an id is no UUID.
+        PayloadTooLarge: together they have more than `max_assets_bytes`.
     """
     keys = {asset_id: key_of(account, asset_id) for asset_id in asset_ids}
 
     async def look(key: str) -> Blob | None:
         return await broker.blobs.head(key)
 
+    size_bytes, limit_bytes = 0, broker.settings.max_assets_bytes
     for asset_id, blob in zip(keys, await _each(look, keys.values()), strict=True):
         if blob is None:
             raise _not_found(asset_id)
+        size_bytes += blob.size_bytes
+    if size_bytes > limit_bytes:
+        raise PayloadTooLarge(f"the assets have more than {limit_bytes} bytes together", limit_bytes=limit_bytes)
 
 
 def key_of(account: str, asset_id: str) -> str:
