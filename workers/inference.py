@@ -197,6 +197,7 @@ class Inference:
         grpc = settings.health_protocol == "gRPC"
         self._probe: Probe = GrpcProbe(settings) if grpc else HttpProbe(settings, self._session)
         self._fresh: aiohttp.ClientSession | None = None
+        self._sockets: aiohttp.ClientSession | None = None
         self._kept: aiohttp.ClientSession | None = None
         self.fault = f"{self._probe.subject} was not answered yet"
         """Why the last health check failed, '' if it did not."""
@@ -208,13 +209,14 @@ class Inference:
         if http_parser.HttpResponseParser is http_parser.HttpResponseParserPy:
             raise ConfigurationError("aiohttp came without its HTTP parser in C; `fnqueue doctor` says how to mend it")
         self._fresh = _client(aiohttp.TCPConnector(force_close=True, limit=0))
+        self._sockets = _client(aiohttp.TCPConnector(force_close=True, limit=0), middlewares=(stay,))
         self._kept = _client(_Kept(keepalive_timeout=KEPT_S, limit=0))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for session in (self._fresh, self._kept):
+        for session in (self._fresh, self._sockets, self._kept):
             if session is not None:
                 await session.close()
 
@@ -315,9 +317,10 @@ class Inference:
             ContainerLost, Refused.
             AttemptFailed: what came back was not a handshake.
         """
+        assert self._sockets is not None, "Inference is used outside of its context"
         with Translated(job):
             try:
-                return await self._session(self._settings.max_attempts).ws_connect(
+                return await self._sockets.ws_connect(
                     self._url_of(job),
                     method=job.method,
                     protocols=protocols,
@@ -443,9 +446,26 @@ def _silent(connection: Connection) -> bool:
     return not watched.poll(0)
 
 
-def _client(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+async def stay(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """For sessions that open WebSockets: `ws_connect` follows redirects, wherever they lead, and cannot be told not to.
+
+    Raises aiohttp.WSServerHandshakeError: the answer is one.
+    """
+    response = await handler(request)
+    if 300 <= response.status < 400:
+        response.close()
+        raise aiohttp.WSServerHandshakeError(
+            response.request_info, (), message="a redirect", status=response.status, headers=response.headers
+        )
+    return response
+
+
+def _client(
+    connector: aiohttp.TCPConnector, *, middlewares: Sequence[aiohttp.ClientMiddlewareType] = ()
+) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=connector,
+        middlewares=middlewares,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         auto_decompress=False,

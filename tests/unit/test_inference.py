@@ -15,6 +15,7 @@ from aiohttp import web
 from broker.model import Job, Outcome, RequestState
 from tests.unit.container import Container, a_job, answer, container, keeping, raw_container, settings_for
 from workers.inference import Answer, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
+from workers.inference import Refused as ContainerRefused
 
 
 class Bench:
@@ -110,6 +111,37 @@ async def test_the_containers_redirect_is_a_result_without_its_location(bench: B
     assert got.status == 302
     assert "location" not in {name.lower() for name, _ in got.headers}
     assert len(bench.box.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_no_redirect_is_followed_from_a_handshake_either(bench: Bench, status: int) -> None:
+    async with container() as elsewhere:
+        location = f"http://127.0.0.1:{elsewhere.port}/latest/meta-data"
+        bench.answers(b"", status=status, headers={"Location": location, "X-Own": "1"})
+        with pytest.raises(ContainerRefused) as refused:
+            await bench.inference.connect(
+                a_job(method="GET", target="/ws", passthrough=True), (), protocols=(), largest_bytes=1024
+            )
+        assert (elsewhere.paths, len(bench.box.paths)) == ([], 1)
+    assert refused.value.status == status
+    assert ("Location", location) in refused.value.headers
+    assert ("X-Own", "1") in refused.value.headers
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "//evil.example/x", "/..%2f..%2fx", "/@evil.example/x", "/\\evil.example", "/%5c%5cevil.example", "/../../x",
+        "http://evil.example/x", "@evil.example", "evil.example:80", "?x", "", "/.", "/;@evil.example", "/%00", "/a b",
+    ],
+)  # fmt: skip
+async def test_no_target_leads_to_another_host(bench: Bench, target: str) -> None:
+    """Nor one that no front end would have let pass."""
+    try:
+        await bench.infer(a_job(method="GET", target=target, passthrough=True), body=b"")
+    except AttemptFailed:
+        assert " " in target
+    assert len(bench.box.paths) == (" " not in target)
 
 
 async def test_headers_that_are_not_the_containers_to_set_are_dropped(bench: Bench) -> None:
