@@ -83,9 +83,7 @@ def test_text_shows_the_same_facts() -> None:
         'GET "https://s3/b/k?X-Amz-Credential=canary%2F20260101&X-Amz-Signature=canary"',
     ],
 )
-def test_what_a_library_raises_is_written_without_its_credentials(
-    log_format: Literal["json", "text"], said: str
-) -> None:
+def test_what_a_library_raises_shows_no_credentials(log_format: Literal["json", "text"], said: str) -> None:
     logs.configure("INFO", log_format)
     [handler] = logging.getLogger().handlers
     try:
