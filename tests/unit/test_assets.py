@@ -216,6 +216,15 @@ def test_no_two_accounts_share_a_key() -> None:
     assert len({assets.key_of(account, asset_id) for account in accounts}) == len(accounts)
 
 
+@pytest.mark.parametrize("size_bytes", [-1, 0, assets.LARGEST_UPLOAD_BYTES + 1])
+async def test_a_size_that_no_upload_has_is_refused(broker: Broker, size_bytes: int) -> None:
+    with pytest.raises(BadRequest) as refusal:
+        await assets.create(
+            broker, OURS, content_type="image/png", description="A cat", expires_s=HOUR_S, size_bytes=size_bytes
+        )
+    assert isinstance(refusal.value, PayloadTooLarge) == (size_bytes > 0)
+
+
 # -- resolve -----------------------------------------------------------------------------------
 
 
