@@ -7,9 +7,15 @@ WORKERS ?= 3
 ALONE := tests/compat/test_openapi.py
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Nothing but what requirements/ names, byte for byte; then fnqueue itself.
+LOCKED := $(PIP) --require-hashes -r
+SELF := $(PIP) --no-deps -e .
+TOOLS ?= .venv-tools
+COMPILE := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" $(UPGRADE)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo stack stack-down stack-status test lint check chaos fuzz bench format clean
+.PHONY: help venv run demo stack stack-down stack-status test lint check chaos fuzz bench format lock audit sbom clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,8 +67,22 @@ format: $(VENV)/.dev ## Format the code and apply the safe fixes
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
+lock: $(TOOLS)/.made ## Write requirements/*.txt anew after pyproject.toml changed; UPGRADE=--upgrade takes what is newest
+	$(COMPILE) pyproject.toml --extra grpc -o requirements/run.txt
+	$(COMPILE) pyproject.toml --extra grpc --extra ocr -c requirements/run.txt -o requirements/ocr.txt
+	$(COMPILE) pyproject.toml --extra grpc --extra ocr --extra dev -c requirements/ocr.txt -o requirements/dev.txt
+	$(COMPILE) requirements/build.in -o requirements/build.txt
+	$(COMPILE) requirements/tools.in -o requirements/tools.txt
+
+audit: $(TOOLS)/.made ## Compare what is installed for production with PyPI's list of known vulnerabilities
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements/ocr.txt
+
+sbom: $(TOOLS)/.made ## Write build/sbom.json (CycloneDX): what production is made of, with the hashes
+	@mkdir -p build
+	$(TOOLS)/bin/cyclonedx-py requirements requirements/run.txt --output-format JSON --output-file build/sbom.json
+
 clean: ## Remove caches, builds and the virtual environment; data in .fnqueue stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: what is installed is newer than what asks for it.
@@ -73,14 +93,21 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.run: $(VENV)/.made pyproject.toml
-	$(PIP) -e .
+$(VENV)/.run: $(VENV)/.made pyproject.toml requirements/run.txt
+	$(LOCKED) requirements/run.txt
+	$(SELF)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.made pyproject.toml
-	$(PIP) -e ".[dev]"
+$(VENV)/.dev: $(VENV)/.made pyproject.toml requirements/dev.txt
+	$(LOCKED) requirements/dev.txt
+	$(SELF)
 	@touch $(VENV)/.run $@
 
-$(VENV)/.ocr: $(VENV)/.run examples/ocr/requirements.txt
-	$(PIP) -r examples/ocr/requirements.txt
+$(VENV)/.ocr: $(VENV)/.run requirements/ocr.txt
+	$(LOCKED) requirements/ocr.txt
+	@touch $@
+
+$(TOOLS)/.made: $(VENV)/.made requirements/tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/tools.txt
 	@touch $@

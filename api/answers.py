@@ -154,7 +154,7 @@ def _delivered(record: Record, outcome: Outcome, speaker: Speaker) -> Answer:
     status = 200 if outcome.status == 202 and speaker is Speaker.SERVER else outcome.status
     found = _marked(record, "fulfilled" if 100 < status < 400 else "errored")
     for name, value in outcome.headers:
-        key = name.lower()
+        key = name.lower().replace("_", "-")
         if key == "access-control-expose-headers":
             found[headers.EXPOSE_HEADERS] = f"{found[headers.EXPOSE_HEADERS]}, {value}"
         elif _may_say(speaker, key):

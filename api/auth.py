@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -11,8 +14,10 @@ from multidict import MultiMapping
 from api import headers
 from api.front import Front
 from broker.accounts import ADMIN, acting_for, require, require_key
-from broker.errors import Forbidden, Unauthenticated
+from broker.errors import Forbidden, StoreUnavailable, Unauthenticated
 from broker.model import Principal
+
+_LOOK_S = 2.0
 
 Guarded = Callable[[Front, web.Request, Principal], Awaitable[web.StreamResponse]]
 
@@ -42,6 +47,25 @@ async def authenticate(front: Front, request: web.Request, *scopes: str) -> Prin
     if "org" in named and named["org"] != principal.account:
         raise Forbidden("the credential is of another org: the org in the path is the account's ID")
     return principal
+
+
+async def still(front: Front, request: web.BaseRequest, *scopes: str) -> None:
+    """Return if what the call was let in with is good yet: a call may be held for an hour, and a key that was taken
+    from a thief must not be good for that long. A look within two seconds of the last one asks nobody.
+
+    A store that is away takes nothing from who was let in.
+
+    Raises Unauthenticated, or Forbidden when the caller holds none of `scopes` any more.
+    """
+    with suppress(StoreUnavailable):
+        require(await front.authenticator.authenticate(token(request.headers)), *scopes)
+
+
+async def watched(front: Front, request: web.Request, *scopes: str) -> NoReturn:
+    """Look every two seconds. Raises as `still`."""
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        await still(front, request, *scopes)
 
 
 def guarded(front: Front, handler: Guarded, *scopes: str, delegates: bool = False) -> Handler:

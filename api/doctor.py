@@ -74,9 +74,9 @@ def _libraries() -> Iterator[Finding]:
     yield Finding(
         server="fnqueue",
         name="HTTP parser",
-        level=Level.WARN if slow else Level.OK,
+        level=Level.FAIL if slow else Level.OK,
         value="Python" if slow else "C",
-        advice="aiohttp's extension is missing: slower, and less strict" if slow else "",
+        advice="aiohttp's extension is missing; the other one is not strict, and no process starts" if slow else "",
         mend="pip install --force-reinstall --only-binary :all: aiohttp" if slow else "",
     )
 

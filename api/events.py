@@ -17,13 +17,13 @@ from aiohttp import web
 from api import middleware
 from api.calls import Interrupted
 from api.front import Front
-from broker.errors import Overloaded
+from broker.errors import Forbidden, Overloaded, Unauthenticated
 from broker.model import EVENT_STREAM
 
 logger = logging.getLogger(__name__)
 
 RETRY_MS = 1000
-# What a client may take to read 64 KiB, and how long one stream may go on before its key is looked at again.
+# What a client may take to read 64 KiB, and how long one stream may go on before its client has to come again.
 WRITE_S = 30.0
 LONGEST_S = 3600.0
 
@@ -50,7 +50,8 @@ async def serve(
     write_s: float = WRITE_S,
 ) -> web.StreamResponse:
     """Answer with `response` as an event stream of `events`, which are closed in the end. It ends with them, after
-    LONGEST_S, when the client takes longer than `write_s` to read, or when this server stops.
+    LONGEST_S, when the client takes longer than `write_s` to read, when `events` finds it is let in no more
+    (`api.auth.still`), or when this server stops.
 
     Raises:
         Overloaded: this server is stopping.
@@ -66,7 +67,7 @@ async def serve(
     except Interrupted:
         if not response.prepared:
             raise Overloaded("this server is stopping; send the request again") from None
-    except (TimeoutError, ConnectionError):
+    except (TimeoutError, ConnectionError, Unauthenticated, Forbidden):
         pass
     except _Stuck:
         if request.transport is not None:

@@ -6,12 +6,12 @@ import logging
 import time
 from functools import cache
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
 from api import headers, problems
 from api.front import Front
-from broker.errors import FnqueueError, Unauthenticated
+from broker.errors import BadRequest, FnqueueError, Unauthenticated
 from broker.model import Record, Taken
 
 logger = logging.getLogger(__name__)
@@ -33,15 +33,16 @@ _PREFLIGHT_S = "86400"
 
 
 def observing(front: Front) -> Middleware:
-    """Refuses on connections that are one too many, logs one line per invocation, and closes connections while this
-    server is stopping."""
+    """Refuses on connections that are one too many, logs one line per invocation, and closes the connections that are
+    not to be kept."""
 
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         started_at = time.perf_counter()
-        refusal = front.connections.met(request.protocol)
+        surplus = front.connections.met(request.protocol)
+        refusal = _misframed(request) or (surplus if request.path not in ABOUT_THIS_SERVER else None)
         try:
-            if refusal is None or request.path in ABOUT_THIS_SERVER:
+            if refusal is None:
                 response = await handler(request)
             else:
                 response = _problem(request, refusal)
@@ -53,12 +54,20 @@ def observing(front: Front) -> Middleware:
         response.headers["Server"] = SERVER
         if (taken := request.get(TAKEN)) is not None:
             response.headers.update(headers.rate_limit(taken.quotas))
-        if front.calls.stopping:
+        if front.calls.stopping or request.version < HttpVersion11:
+            # HTTP/1.0 keeps connections by a habit that no two servers share (RFC 9112 §6.1, §9.3).
             response.force_close()
         _log(request, response.status, started_at)
         return response
 
     return observe
+
+
+def _misframed(request: web.Request) -> BadRequest | None:
+    """Codings that nobody here undoes would reach the container as its body, and a proxy may have undone them."""
+    if request.headers.get("Transfer-Encoding", "chunked").lower() == "chunked":
+        return None
+    return BadRequest("Transfer-Encoding may only be chunked", field="Transfer-Encoding")
 
 
 def _log(request: web.Request, status: int, started_at: float) -> None:

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import http_parser, web
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
@@ -46,8 +46,9 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     `shutdown_grace_s` seconds.
 
     Raises:
-        ConfigurationError: the address cannot be listened on.
+        ConfigurationError: the address cannot be listened on, or aiohttp's parser is the lax one.
     """
+    _require_strict_parser()
     front = Front.over(broker, settings)
     runner = web.AppRunner(
         make_app(front), handler_cancellation=True, shutdown_timeout=max(0.1, settings.shutdown_grace_s)
@@ -157,6 +158,15 @@ def _address(settings: ApiSettings, host: str) -> str:
         except OSError:
             return "::1" if host == "::" else "127.0.0.1"
         return str(probe.getsockname()[0])
+
+
+def _require_strict_parser() -> None:
+    """aiohttp's parser in Python takes what others read differently, and a proxy in front may be one of those."""
+    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
+        raise ConfigurationError(
+            "aiohttp came without its HTTP parser in C, or AIOHTTP_NO_EXTENSIONS is set; the other one is not strict "
+            "enough to face clients: pip install --force-reinstall --only-binary :all: aiohttp"
+        )
 
 
 def _http_logger() -> logging.Logger:

@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from aiohttp import web
 
-from api import answers, headers
+from api import answers, auth, headers
 from api.answers import Answer, Speaker
 from api.calls import Interrupted
 from api.front import Front
 from broker import streams
-from broker.errors import StoreUnavailable, StreamNotKept
+from broker.accounts import INVOKE
+from broker.errors import Forbidden, StoreUnavailable, StreamNotKept, Unauthenticated
 from broker.model import Chunk, Excerpt, Record, RequestState
 from broker.ports import StreamReader
 
@@ -159,11 +160,20 @@ class StreamedResponse(web.StreamResponse):
         streams.require_next(excerpt, self._at)
         if not excerpt.chunks:
             return
+        await self._still_permitted()
         if excerpt.head is None or (excerpt.head.status, excerpt.head.event_stream) != self._kind():
             raise StreamNotKept("the request was begun again, and is answered in another way")
         named = _named if self._events else _plain
         await self._send(b"".join(named(excerpt.attempt, chunk) for chunk in excerpt.chunks))
         self._at, self._attempt = excerpt.chunks[-1].end, excerpt.attempt
+
+    async def _still_permitted(self) -> None:
+        assert self._req is not None, "it is being answered"
+        try:
+            await auth.still(self._front, self._req, INVOKE)
+        except (Unauthenticated, Forbidden):
+            await self._hang_up(b"")
+            raise ConnectionResetError("its client is not let in any more") from None
 
     def _kind(self) -> tuple[int, bool]:
         return self._head.status, self._head.event_stream

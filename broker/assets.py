@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 from urllib.parse import quote
 
-from broker.errors import BadRequest, NotFound
+from broker.errors import BadRequest, NotFound, PayloadTooLarge
 from broker.model import Asset, Blob, Principal
 from broker.ports import Broker
 
@@ -23,6 +23,7 @@ T = TypeVar("T")
 NO_DESCRIPTION = "Description not available"
 NO_CONTENT_TYPE = "application/octet-stream"
 LONGEST_CONTENT_TYPE = 255
+LARGEST_UPLOAD_BYTES = 5 * 1024**3  # as one PUT to S3
 LONGEST_DESCRIPTION = 1024  # S3 keeps 2 KB of metadata an object, names included
 LOOKUPS = 16  # asked of the blob store at once, per caller
 
@@ -34,16 +35,28 @@ _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
 async def create(
-    broker: Broker, principal: Principal, *, content_type: str, description: str, expires_s: float
+    broker: Broker,
+    principal: Principal,
+    *,
+    content_type: str,
+    description: str,
+    expires_s: float,
+    size_bytes: int | None = None,
 ) -> tuple[Asset, str]:
-    """A new asset and the URL that takes its bytes in one PUT; nothing is stored until then.
+    """A new asset and the URL that takes its bytes in one PUT, exactly `size_bytes` of them where that is given;
+    nothing is stored until then.
 
     The PUT must carry `Content-Type` and `x-amz-meta-nvcf-asset-description` exactly as in the asset returned.
 
     Raises:
         BadRequest: a field is missing or cannot be a header. S3 keeps metadata as ASCII, and clients disagree on
             how to send anything else, so a description beyond printable ASCII is refused rather than garbled.
+        PayloadTooLarge: a size above what one PUT may have.
     """
+    if size_bytes is not None and size_bytes < 1:
+        raise BadRequest("contentLength is what the upload will have in bytes, at least 1", field="contentLength")
+    if size_bytes is not None and size_bytes > LARGEST_UPLOAD_BYTES:
+        raise PayloadTooLarge(f"an upload may have {LARGEST_UPLOAD_BYTES} bytes", limit_bytes=LARGEST_UPLOAD_BYTES)
     asset = Asset(
         id=str(uuid.uuid4()),
         content_type=_content_type(content_type),
@@ -55,6 +68,7 @@ async def create(
         content_type=asset.content_type,
         description=asset.description,
         expires_s=expires_s,
+        size_bytes=size_bytes or 0,
     )
     return asset, url
 
@@ -90,15 +104,20 @@ async def resolve(broker: Broker, account: str, asset_ids: Iterable[str]) -> Non
     Raises:
         NotFound: names the first that is missing or foreign.
         BadRequest: an id is no UUID.
+        PayloadTooLarge: together they have more than `max_assets_bytes`.
     """
     keys = {asset_id: key_of(account, asset_id) for asset_id in asset_ids}
 
     async def look(key: str) -> Blob | None:
         return await broker.blobs.head(key)
 
+    size_bytes, limit_bytes = 0, broker.settings.max_assets_bytes
     for asset_id, blob in zip(keys, await _each(look, keys.values()), strict=True):
         if blob is None:
             raise _not_found(asset_id)
+        size_bytes += blob.size_bytes
+    if size_bytes > limit_bytes:
+        raise PayloadTooLarge(f"the assets have more than {limit_bytes} bytes together", limit_bytes=limit_bytes)
 
 
 def key_of(account: str, asset_id: str) -> str:

@@ -155,10 +155,9 @@ async def _bucket(bucket: s3.S3Blobs, *, probe: bool) -> BlobFacts:
 async def _signed_url(blobs: Blobs) -> str:
     """ "" when an object went there and back as a client's does; else what went wrong, without any URL."""
     key = f"doctor/{uuid.uuid4()}"
-    about = {"content_type": "text/plain", "description": "doctor"}
     headers = {"Content-Type": "text/plain", "x-amz-meta-nvcf-asset-description": "doctor"}
     try:
-        upload = blobs.upload_url(key, **about, expires_s=60)
+        upload = blobs.upload_url(key, content_type="text/plain", description="doctor", expires_s=60)
         download = blobs.download_url(key, filename="doctor.txt", expires_s=60)
         return await asyncio.to_thread(_there_and_back, upload, download, headers)
     finally:

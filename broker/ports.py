@@ -522,8 +522,11 @@ class Sink(Protocol):
 class Blobs(Protocol):
     """Large bytes by key (`assets/<account>/<uuid>`, `inputs/…`, `results/…`). Raise BlobsUnavailable."""
 
-    def upload_url(self, key: str, *, content_type: str, description: str, expires_s: float) -> str:
-        """A URL that takes one PUT with exactly this Content-Type and x-amz-meta-nvcf-asset-description."""
+    def upload_url(
+        self, key: str, *, content_type: str, description: str, expires_s: float, size_bytes: int = 0
+    ) -> str:
+        """A URL that takes one PUT with exactly this Content-Type and x-amz-meta-nvcf-asset-description, of exactly
+        `size_bytes` unless that is 0."""
 
     def download_url(self, key: str, *, filename: str, expires_s: float) -> str:
         """A URL that gives the object to whoever holds it, as an attachment, until it expires."""

@@ -168,6 +168,12 @@ class Settings(BaseSettings):
         le=16 * MIB,
         description="Request bodies above this travel through the blob store instead of the queue.",
     )
+    max_assets_bytes: int = Field(
+        20 * 1024 * MIB,
+        ge=MIB,
+        description="What the assets of one request may come to, in bytes; beyond it 413. A signed upload has no limit "
+        "but the blob store's, and each asset is laid on the disk of a worker.",
+    )
     stream_bytes: int = Field(
         4 * MIB,
         ge=64 * 1024,

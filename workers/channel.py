@@ -33,6 +33,7 @@ from workers.inference import (
     Translated,
     connection_fault,
     problem,
+    stay,
 )
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,9 @@ class Dialer:
 
     async def __aenter__(self) -> Self:
         connector = aiohttp.TCPConnector(force_close=True, limit=0, socket_factory=_kept_alive)
-        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        self._session = aiohttp.ClientSession(
+            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), middlewares=(stay,)
+        )
         return self
 
     async def __aexit__(

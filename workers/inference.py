@@ -6,6 +6,7 @@ Everything that the container sends is untrusted (field/security.md): its status
 from __future__ import annotations
 
 import asyncio
+import re
 import select
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -17,9 +18,11 @@ from typing import Any, BinaryIO, Literal, Self
 
 import aiohttp
 import orjson
+from aiohttp import http_parser
 from aiohttp.connector import Connection
 from yarl import URL
 
+from broker.errors import ConfigurationError
 from broker.model import Job, Outcome, RequestState
 from broker.settings import SidecarSettings
 from workers import loops
@@ -62,6 +65,7 @@ _NOT_THE_CONTAINERS = _OURS | {
     "set-cookie",
     "set-cookie2",
 }
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # Where Python's phrase changed between releases: `type` must not change with the interpreter.
 _PHRASES = {
     413: "Request Entity Too Large",
@@ -193,6 +197,7 @@ class Inference:
         grpc = settings.health_protocol == "gRPC"
         self._probe: Probe = GrpcProbe(settings) if grpc else HttpProbe(settings, self._session)
         self._fresh: aiohttp.ClientSession | None = None
+        self._sockets: aiohttp.ClientSession | None = None
         self._kept: aiohttp.ClientSession | None = None
         self.fault = f"{self._probe.subject} was not answered yet"
         """Why the last health check failed, '' if it did not."""
@@ -200,14 +205,18 @@ class Inference:
         """Whether the last health check got no answer in time, rather than a bad one or a refusal."""
 
     async def __aenter__(self) -> Self:
+        """Raises ConfigurationError: aiohttp's parser is the one in Python, too lax for what containers send."""
+        if http_parser.HttpResponseParser is http_parser.HttpResponseParserPy:
+            raise ConfigurationError("aiohttp came without its HTTP parser in C; `fnqueue doctor` says how to mend it")
         self._fresh = _client(aiohttp.TCPConnector(force_close=True, limit=0))
+        self._sockets = _client(aiohttp.TCPConnector(force_close=True, limit=0), middlewares=(stay,))
         self._kept = _client(_Kept(keepalive_timeout=KEPT_S, limit=0))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for session in (self._fresh, self._kept):
+        for session in (self._fresh, self._sockets, self._kept):
             if session is not None:
                 await session.close()
 
@@ -308,9 +317,10 @@ class Inference:
             ContainerLost, Refused.
             AttemptFailed: what came back was not a handshake.
         """
+        assert self._sockets is not None, "Inference is used outside of its context"
         with Translated(job):
             try:
-                return await self._session(self._settings.max_attempts).ws_connect(
+                return await self._sockets.ws_connect(
                     self._url_of(job),
                     method=job.method,
                     protocols=protocols,
@@ -439,9 +449,26 @@ def _silent(connection: Connection) -> bool:
     return not watched.poll(0)
 
 
-def _client(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+async def stay(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """For sessions that open WebSockets: `ws_connect` follows redirects, wherever they lead, and cannot be told not to.
+
+    Raises aiohttp.WSServerHandshakeError: the answer is one.
+    """
+    response = await handler(request)
+    if 300 <= response.status < 400:
+        response.close()
+        raise aiohttp.WSServerHandshakeError(
+            response.request_info, (), message="a redirect", status=response.status, headers=response.headers
+        )
+    return response
+
+
+def _client(
+    connector: aiohttp.TCPConnector, *, middlewares: Sequence[aiohttp.ClientMiddlewareType] = ()
+) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=connector,
+        middlewares=middlewares,
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         auto_decompress=False,
@@ -509,7 +536,7 @@ def _presentable(job: Job, headers: Mapping[str, str], url: URL) -> tuple[tuple[
     kept = [
         (name, _from_outside(value, url) if name.lower() == "location" else value)
         for name, value in end_to_end(headers.items())
-        if name.lower() not in dropped and not name.lower().replace("_", "-").startswith("nvcf-")
+        if (key := name.lower().replace("_", "-")) not in dropped and not key.startswith("nvcf-")
     ]
     kept = [(name, value) for name, value in kept if _is_text(name + value)]
     size_bytes = sum(len(name) + len(value) for name, value in kept)
@@ -529,7 +556,10 @@ def _from_outside(location: str, url: URL) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """Bytes that are not UTF-8 arrive as lone surrogates, which no codec of ours can store."""
+    """Bytes that are not UTF-8 arrive as lone surrogates, which no codec of ours can store. And what is no text for
+    RFC 9110 §5.5 would be sent on in our name: this library reads it, others break off."""
+    if _CONTROL.search(value):
+        return False
     try:
         value.encode()
     except UnicodeEncodeError:

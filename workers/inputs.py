@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from broker.errors import FnqueueError
 from broker.model import Job
 from broker.ports import Blobs
 from broker.settings import SidecarSettings
-from workers import loops
+from workers import loops, trees
 from workers.inference import AttemptFailed, end_to_end, prepare_scratch, problem
 
 ASSETS_FAULT = "Internal error while downloading assets"
@@ -170,10 +169,10 @@ def _make_directories(room: Workspace, assets_follow: bool) -> None:
 
 def _make_way(room: Workspace) -> None:
     """For the first job of all; or an earlier attempt that was killed left something, or its container planted a
-    link there."""
+    link there. What cannot be removed fails the attempt that needs the name."""
     for path in (room.assets, room.response):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(path)
+        trees.remove(path)
 
 
 async def _fetch_assets(blobs: Blobs, job: Job, directory: Path) -> None:
@@ -241,7 +240,7 @@ async def _clear(room: Workspace) -> None:
             await room.vacate()
     finally:  # also when this is cancelled
         if room.left:
-            await loops.in_thread(_remove, *room.left)
+            await loops.in_thread(trees.remove, *room.left)
 
 
 def _vacate(*paths: Path) -> tuple[Path, ...]:
@@ -257,13 +256,3 @@ def _removed(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _remove(*paths: Path) -> None:
-    """What cannot be removed stays, and fails the next attempt that needs the name."""
-    for path in paths:
-        if path.is_symlink() or path.is_file():
-            with suppress(OSError):
-                path.unlink()
-        else:
-            shutil.rmtree(path, ignore_errors=True)

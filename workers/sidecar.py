@@ -19,7 +19,7 @@ from pathlib import Path
 from aiohttp import web
 
 from broker.errors import RecordDamaged, StoreUnavailable, Unavailable
-from broker.model import Claim, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Timings, Verdict
+from broker.model import Claim, DeadCause, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Timings, Verdict
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from workers import loops

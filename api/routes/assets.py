@@ -20,6 +20,7 @@ async def create(front: Front, request: web.Request, principal: Principal) -> we
         content_type=asked.content_type,
         description=asked.description,
         expires_s=front.settings.asset_url_ttl_s,
+        size_bytes=asked.content_length,
     )
     upload = wire.AssetUpload(
         asset_id=asset.id, upload_url=url, content_type=asset.content_type, description=asset.description

@@ -10,11 +10,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from api.front import Front
 from api.problems import BodyTooSlow
+from broker.assets import LARGEST_UPLOAD_BYTES
 from broker.backends.files import FileBlobs
 from broker.errors import BadRequest, NotFound, PayloadTooLarge
 
 DESCRIPTION = "x-amz-meta-nvcf-asset-description"
-MAX_UPLOAD_BYTES = 5 * 1024**3  # as one PUT to S3
 
 
 class BlobRoutes:
@@ -27,17 +27,23 @@ class BlobRoutes:
     async def put(self, request: web.Request) -> web.Response:
         key = request.match_info["key"]
         content_type, description = request.headers.get("Content-Type", ""), request.headers.get(DESCRIPTION, "")
-        self._blobs.verify_upload(key, request.query, content_type=content_type, description=description)
+        self._blobs.verify_upload(
+            key,
+            request.query,
+            content_type=content_type,
+            description=description,
+            size_bytes=request.content_length or 0,
+        )
         if request.content_length is None:
             raise BadRequest("an upload tells its length (Content-Length), as S3 wants it", field="Content-Length")
-        if request.content_length > MAX_UPLOAD_BYTES:
-            raise PayloadTooLarge(f"an upload may have {MAX_UPLOAD_BYTES} bytes", limit_bytes=MAX_UPLOAD_BYTES)
+        if request.content_length > LARGEST_UPLOAD_BYTES:
+            raise PayloadTooLarge(f"an upload may have {LARGEST_UPLOAD_BYTES} bytes", limit_bytes=LARGEST_UPLOAD_BYTES)
         await self._blobs.receive(
             key,
             self._chunks(request),
             content_type=content_type,
             description=description,
-            limit_bytes=MAX_UPLOAD_BYTES,
+            limit_bytes=LARGEST_UPLOAD_BYTES,
         )
         return web.Response()
 

@@ -17,7 +17,7 @@ from aiohttp import ClientError, HttpVersion11, StreamReader, WSMsgType, web
 from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
-from api import answers, headers, problems
+from api import answers, auth, headers, problems
 from api.answers import Speaker
 from api.calls import Accepting, Interrupted
 from api.channels import FAREWELL_S, STOPPING, Line, Stopped
@@ -25,8 +25,9 @@ from api.front import Front
 from api.middleware import RECORD, SERVER, TAKEN
 from api.problems import TimedOut, WorkerLost
 from broker import channels, invocations, tasks
+from broker.accounts import INVOKE
 from broker.channels import CHUNK_BYTES, Close, CloseCode, Failure, Garbled, Head, Kind
-from broker.errors import BadRequest, FnqueueError, Overloaded, PayloadTooLarge
+from broker.errors import BadRequest, FnqueueError, Forbidden, Overloaded, PayloadTooLarge, Unauthenticated
 from broker.invocations import Submission
 from broker.model import Outcome, Record, RequestState, Version
 
@@ -213,6 +214,13 @@ class _Call:
         marked = answers.begun(self.record, Outcome(status=failure.status), self.speaker).headers
         return problems.respond(failure.status, failure.problem, extra=marked)
 
+    async def permitted(self) -> NoReturn:
+        """Raises _ClientGone once its client is not let in any more."""
+        try:
+            await auth.watched(self.front, self.request, INVOKE)
+        except (Unauthenticated, Forbidden):
+            raise _ClientGone("its client is not let in any more") from None
+
     def abort(self, reason: str) -> None:
         """End the request as cancelled, and have its container let go; the store tells the sidecar, too, where the
         channel is blocked."""
@@ -276,7 +284,7 @@ class _Exchange:
         """Raises what is to be answered in place of an answer."""
         call = self._call
         try:
-            async with tasks.beside(self._upload(), self._line.watch()):
+            async with tasks.beside(self._upload(), self._line.watch(), call.permitted()):
                 return await self._download()
         except asyncio.CancelledError:
             if not self._whole:
@@ -284,6 +292,7 @@ class _Exchange:
             raise
         except _ClientGone as gone:
             call.abort(gone.reason)
+            call.cut()
             return self._response or web.Response(status=_CLIENT_CLOSED)
         except _Broken as broken:
             return self._cut(broken) if self._response else call.problem(broken.failure)
@@ -355,7 +364,7 @@ class _WebSocket:
         """Raises what is to be answered where the handshake was not."""
         call = self._call
         try:
-            async with tasks.beside(self._line.watch()):
+            async with tasks.beside(self._line.watch(), call.permitted()):
                 head = await _head(self._line)
                 if head.status != 101:
                     return web.Response(status=head.status, headers=call.headers(head))

@@ -8,11 +8,12 @@ from contextlib import aclosing
 import orjson
 from aiohttp import web
 
-from api import answers, headers
+from api import answers, auth, headers
 from api import events as sse
 from api.front import Front
 from api.routes.invocations import status_url
 from broker import events, invocations
+from broker.accounts import INVOKE
 from broker.events import Event, Kind, Seen
 from broker.model import EVENT_STREAM, Principal, Progress, Record
 from broker.ports import FURTHEST
@@ -41,6 +42,7 @@ async def follow(front: Front, request: web.Request, principal: Principal) -> we
 async def _events(front: Front, request: web.Request, record: Record, seen: Seen) -> AsyncGenerator[bytes, None]:
     async with aclosing(events.follow(front.broker.results, front.places, record, seen)) as found:
         async for event in found:
+            await auth.still(front, request, INVOKE)
             yield _encoded(front, request, event) if event is not None else sse.KEEP_ALIVE
 
 

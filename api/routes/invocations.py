@@ -250,6 +250,7 @@ def _gives_up(front: Front, request: web.Request, call: Call, record: Record) ->
 
 async def _answer(front: Front, request: web.Request, record: Record, manner: Manner) -> Answer:
     broker, settings = front.broker, front.settings
+    await auth.still(front, request, SCOPE)
     record = await gathered(broker, record)
 
     def download_url(key: str, filename: str) -> str:

@@ -65,23 +65,33 @@ class FileBlobs:
         """Where clients reach the api: `http://host:port`, without a path."""
         self._base_url = url.rstrip("/")
 
-    def upload_url(self, key: str, *, content_type: str, description: str, expires_s: float) -> str:
+    def upload_url(
+        self, key: str, *, content_type: str, description: str, expires_s: float, size_bytes: int = 0
+    ) -> str:
         about = {"type": _trimmed(content_type), "description": _trimmed(description)}
+        if size_bytes:
+            about["size"] = str(size_bytes)
         return self._signed("PUT", key, expires_s, about)
 
     def download_url(self, key: str, *, filename: str, expires_s: float) -> str:
         return self._signed("GET", key, expires_s, {"filename": re.sub(r"[^A-Za-z0-9._-]", "_", filename)})
 
-    def verify_upload(self, key: str, query: Mapping[str, str], *, content_type: str, description: str) -> None:
-        """Whether a PUT may go ahead, given its Content-Type and x-amz-meta-nvcf-asset-description ('' if absent).
+    def verify_upload(
+        self, key: str, query: Mapping[str, str], *, content_type: str, description: str, size_bytes: int
+    ) -> None:
+        """Whether a PUT may go ahead, given its Content-Type, x-amz-meta-nvcf-asset-description ('' if absent) and
+        Content-Length.
 
         Raises:
             Forbidden: the URL is not one of ours for this verb and key, it has expired, or a header is not what
                 was signed.
         """
-        signed = self._verified("PUT", key, query, ("type", "description"))
+        names = ("type", "description", "size") if "size" in query else ("type", "description")
+        signed = self._verified("PUT", key, query, names)
         if (signed["type"], signed["description"]) != (_trimmed(content_type), _trimmed(description)):
             raise Forbidden("the content type or the description is not the one that was signed")
+        if signed.get("size", str(size_bytes)) != str(size_bytes):
+            raise Forbidden("the size is not the one that was signed")
 
     def verify_download(self, key: str, query: Mapping[str, str]) -> str:
         """The file name to offer in `Content-Disposition: attachment`; needs no quoting.

@@ -92,14 +92,18 @@ class S3Blobs:
         self._bucket_exists = False
         self._bucket_lock = threading.Lock()
 
-    def upload_url(self, key: str, *, content_type: str, description: str, expires_s: float) -> str:
+    def upload_url(
+        self, key: str, *, content_type: str, description: str, expires_s: float, size_bytes: int = 0
+    ) -> str:
         """Good for as long as the credentials are: temporary ones may end before `expires_s`."""
         if content_type.lower() == UNSIGNABLE:
             raise BadRequest(
                 f"content type {UNSIGNABLE!r} cannot be signed; leave the charset out", field="contentType"
             )
-        metadata = {"Metadata": {DESCRIPTION: description}} if description else {}
-        return self._sign("put_object", expires_s, Key=key, ContentType=content_type, **metadata)
+        about: dict[str, Any] = {"Metadata": {DESCRIPTION: description}} if description else {}
+        if size_bytes:
+            about["ContentLength"] = size_bytes
+        return self._sign("put_object", expires_s, Key=key, ContentType=content_type, **about)
 
     def download_url(self, key: str, *, filename: str, expires_s: float) -> str:
         disposition = f'attachment; filename="{re.sub(r"[^A-Za-z0-9._-]", "_", filename)}"'

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 import time
 from itertools import islice
@@ -21,6 +22,13 @@ METERING = "fnqueue.metering"
 # A record's own attributes come first, what was given in `extra` after them.
 _OWN = len(vars(logging.makeLogRecord({})))
 _ADDED = frozenset({"message", "asctime"})  # by a formatter that had the record before
+
+# The password of a URL, what a URL is signed with, and bearer tokens.
+_CREDENTIAL = re.compile(
+    r"(?P<before>://[^/\s:@\"]*:(?=[^/\s@\"]+@)|X-Amz-(?:Signature|Credential|Security-Token)=|Bearer |nvapi-)"
+    r"[^/\s@&\"'\\]+",
+    re.IGNORECASE,
+)
 
 
 def configure(level: str, log_format: Literal["json", "text"]) -> None:
@@ -44,14 +52,20 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        return _scrubbed(record, orjson.dumps(line, default=str).decode())
 
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts = " ".join(f"{name}={value}" for name, value in _facts(record).items())
         line = f"{_timestamp(record.created)} {record.levelname:<7} {record.getMessage()} {facts}".rstrip()
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        return _scrubbed(record, f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
+
+
+def _scrubbed(record: logging.LogRecord, line: str) -> str:
+    """Without the credentials that libraries put into what they raise. No line of ours has any; this is for trouble
+    that nobody foresaw."""
+    return _CREDENTIAL.sub(r"\g<before>***", line) if record.levelno >= logging.WARNING else line
 
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:

@@ -12,6 +12,8 @@ class CreateAsset(Wire):
 
     content_type: str
     description: str
+    content_length: int | None = None
+    """Bytes that the upload will have. Ours: the URL takes no other size then."""
 
 
 class AssetUpload(Wire):

@@ -81,7 +81,13 @@ async def serving(blobs: FileBlobs) -> AsyncIterator[None]:
     async def put(request: web.Request, key: str) -> web.StreamResponse:
         content_type = request.headers.get("Content-Type", "")
         description = request.headers.get(DESCRIPTION_HEADER, "")
-        blobs.verify_upload(key, request.query, content_type=content_type, description=description)
+        blobs.verify_upload(
+            key,
+            request.query,
+            content_type=content_type,
+            description=description,
+            size_bytes=request.content_length or 0,
+        )
         chunks = request.content.iter_chunked(256 * 1024)
         await blobs.receive(key, chunks, content_type=content_type, description=description, limit_bytes=LIMIT_BYTES)
         return web.Response()
@@ -420,9 +426,20 @@ async def test_a_signed_put_allows_no_other_key(blobs: Blobs, client: aiohttp.Cl
     assert await blobs.head(other) is None
 
 
+async def test_a_signed_put_takes_the_size_that_was_said_and_no_other(
+    blobs: Blobs, client: aiohttp.ClientSession
+) -> None:
+    """`status_of` sends four bytes."""
+    for size_bytes, expected in ((3, 403), (5, 403), (4, 200)):
+        key = new_key("assets/t1")
+        url = blobs.upload_url(key, content_type=PNG, description=CAT, expires_s=SIGNED_S, size_bytes=size_bytes)
+        assert await status_of(client, "PUT", url, HEADERS) == expected
+        assert (await blobs.head(key) is not None) == (expected == 200)
+
+
 async def test_no_part_of_a_signed_url_can_be_changed(blobs: Blobs, client: aiohttp.ClientSession) -> None:
     key = new_key("assets/t1")
-    url = cat_url(blobs, key)
+    url = blobs.upload_url(key, content_type=PNG, description=CAT, expires_s=SIGNED_S, size_bytes=4)
     base, _, query = url.partition("?")
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
@@ -681,7 +698,7 @@ async def test_a_key_that_could_leave_the_folder_is_refused(folder: FileBlobs, k
     with pytest.raises(BadRequest):
         folder.path(key)
     with pytest.raises(Forbidden):
-        folder.verify_upload(key, {}, content_type=PNG, description=CAT)
+        folder.verify_upload(key, {}, content_type=PNG, description=CAT, size_bytes=4)
 
 
 async def test_a_cut_upload_leaves_nothing(folder: FileBlobs, tmp_path: Path) -> None:

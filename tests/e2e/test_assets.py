@@ -187,6 +187,8 @@ async def test_an_upload_that_is_not_as_it_was_signed_is_403(caller: Caller) -> 
         ({"contentType": "image/png", "description": "a\nb"}, ["description"]),
         ({"contentType": "image/png", "description": "ü"}, ["description"]),
         ({"contentType": "image/png", "description": "d" * 1025}, ["description"]),
+        ({"contentType": "image/png", "description": "d", "contentLength": 0}, ["contentLength"]),
+        ({"contentType": "image/png", "description": "d", "contentLength": "x"}, ["contentLength"]),
     ],
 )
 async def test_an_asset_without_a_type_and_a_description_is_400(

@@ -1,4 +1,4 @@
-"""Secrets planted in every input are found in the secrets file of their instance, and nowhere else at all."""
+"""Secrets planted in every input are found where they belong, and nowhere else at all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import base64
 import hashlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import psutil
 import pytest
@@ -71,20 +72,44 @@ class Planter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grounds:
+    """A running product. `passwords` open its servers, by whose they are."""
+
     house: House
     rabbitmq: RabbitMQ
     redis: Redis
+    redis_url: str
     keys: str
+    passwords: dict[str, str]
 
 
-@pytest.fixture
-def grounds(product_rabbitmq: RabbitMQ, new_redis: Callable[[], Redis], s3: S3, tmp_path: Path) -> Iterator[Grounds]:
-    store = new_redis()
-    servers = {"FNQUEUE_QUEUE_URL": product_rabbitmq.url, "FNQUEUE_STORE_URL": store.url, "FNQUEUE_BLOBS_URL": s3.url}
-    keys = secrets.token_hex(32)
-    house = House(tmp_path, servers, FNQUEUE_LOG_LEVEL="DEBUG", FNQUEUE_ENCRYPTION_KEYS=f"k1:{keys}")
-    with running(house):
-        yield Grounds(house=house, rabbitmq=product_rabbitmq, redis=store, keys=keys)
+@pytest.fixture(scope="module")
+def grounds(
+    programs: None, product_rabbitmq: RabbitMQ, s3: S3, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Grounds]:
+    store, folder = Redis(tmp_path_factory.mktemp("own-redis")), tmp_path_factory.mktemp("grounds")
+    password, keys = f"canary{secrets.token_hex(12)}", secrets.token_hex(32)
+    store.start()
+    try:
+        with redis.Redis.from_url(store.url) as client:
+            client.config_set("requirepass", password)
+        url = store.url.replace("redis://", f"redis://:{password}@")
+        servers = {"FNQUEUE_QUEUE_URL": product_rabbitmq.url, "FNQUEUE_STORE_URL": url, "FNQUEUE_BLOBS_URL": s3.url}
+        house = House(folder, servers, FNQUEUE_LOG_LEVEL="DEBUG", FNQUEUE_ENCRYPTION_KEYS=f"k1:{keys}")
+        with running(house):
+            yield Grounds(
+                house=house,
+                rabbitmq=product_rabbitmq,
+                redis=store,
+                redis_url=url,
+                keys=keys,
+                passwords={
+                    "rabbitmq": urlsplit(product_rabbitmq.url).password or "",
+                    "redis": password,
+                    "s3": s3.secret_key,
+                },
+            )
+    finally:
+        store.kill()
 
 
 @pytest.fixture
@@ -212,7 +237,7 @@ async def test_secrets_are_where_they_belong_and_nowhere_else(grounds: Grounds, 
     folders = (house.folder, grounds.rabbitmq.folder, grounds.redis.folder)
     leaks = {path: found(needles, path.read_bytes()) for folder in folders for path in files(folder) if path != file}
     assert [(path, leaked) for path, leaked in leaks.items() if leaked] == []
-    assert [leaked for value in stored(grounds.redis.url) for leaked in found(needles, value)] == []
+    assert [leaked for value in stored(grounds.redis_url) for leaked in found(needles, value)] == []
     answers = (str(dict(reply.headers)).encode() + reply.body for reply in planter.replies)
     assert [leaked for answer in answers for leaked in found(needles, answer)] == []
     started_with = environments()
@@ -233,3 +258,69 @@ async def test_secrets_are_where_they_belong_and_nowhere_else(grounds: Grounds, 
 
 async def _where(house: House) -> list[Path]:
     return sorted(house.folder.rglob("secrets.json"))
+
+
+@pytest.mark.timeout(240)
+async def test_what_is_sent_and_what_opens_servers_is_in_no_log_and_no_container(
+    grounds: Grounds, planter: Planter
+) -> None:
+    """The last test of this product: it takes its Redis away."""
+    house, admin = grounds.house, planter.caller
+    key, sent, signatures = await send(planter)
+    ours = [house.key, grounds.keys, *grounds.passwords.values()]
+
+    told = [str(dict(reply.headers)).encode() + reply.body for reply in planter.replies]
+    assert any(found(sent, answer) for answer in told), "the function was given them"
+    assert [found(ours, answer) for answer in told if found(ours, answer)] == []
+    kept = list(stored(grounds.redis_url))
+    assert [found([*ours, key, *signatures], value) for value in kept if found([*ours, key, *signatures], value)] == []
+    queued = {path: found([house.key, key, *signatures], path.read_bytes()) for path in files(grounds.rabbitmq.folder)}
+    assert [leak for leak in queued.items() if leak[1]] == []
+    containers = {process.pid for process in house.containers()}
+    assert containers
+    for words, environment in environments().items():
+        assert found([key, *sent, *signatures], environment) == [], words
+        if int(words.split()[0]) in containers:
+            assert found(ours, environment) == [], words
+
+    grounds.redis.kill()
+    gone = await admin.call("POST", f"{NVCF}/functions", data={**DEFINITION, "name": sent[0]})
+    assert gone.status == 503
+    assert found([*ours, key], gone.body) == []
+    written = [path for path in files(house.folder) if path.name not in ("images.toml", "record")]
+    assert any(b'"event":"answered"' in path.read_bytes() for path in written)
+    needles = [*ours, key, *sent, *signatures]
+    leaks = {path: found(needles, path.read_bytes()) for path in written}
+    assert [(path, leaked) for path, leaked in leaks.items() if leaked] == []
+
+
+async def send(planter: Planter) -> tuple[str, list[str], list[str]]:
+    """Requests of an account of its own, good and bad, with a canary in every part of them: its key, the canaries, and
+    what the signatures of its URLs were."""
+    p, admin = planter, planter.caller
+    rights = {"policies": [{"scopes": ["invoke_function"], "resources": [{"id": "*", "type": "account-functions"}]}]}
+    made = await admin.call("POST", "/v1/keys", data={"description": "d", "authorizations": rights})
+    assert made.status == 200, made
+    key = str(made.json["value"])
+    function = await p.create()
+    await function.deploy(instances=1, concurrency=1)
+    first = len(p.canaries)
+    invoke = f"/pexec/functions/{function.id}"
+    worn = {"X-Canary": p.canary(), "Cookie": p.canary(), "Idempotency-Key": p.canary(), "NVCF-SUB": p.canary()}
+    for order in ({"note": p.canary()}, {"note": p.canary(), "die": True}):
+        reply = await admin.call(
+            "POST", f"{NVCF}{invoke}?q={p.canary()}", data=order, headers={**worn, "Authorization": f"Bearer {key}"}
+        )
+        assert reply.status == (500 if "die" in order else 200), reply
+        p.replies.append(reply)
+        worn |= {"Idempotency-Key": p.canary()}
+    await p.send(401, "GET", f"/functions?q={p.canary()}", key=f"nvapi-{p.canary()}")
+    await p.send(400, "POST", "/functions", body=f'{{"name": "{p.canary()}'.encode())
+    await p.send(400, "POST", "/functions", data={**DEFINITION, "inferenceUrl": f"\\{p.canary()}"})
+    await p.send(404, "POST", invoke.replace(function.id, UNKNOWN), data={"note": p.canary()})
+    signatures = []
+    described = await p.send(200, "POST", "/assets", data={"contentType": "text/plain", "description": p.canary()})
+    upload = parse_qs(urlsplit(described.json["uploadUrl"]).query)
+    signatures += upload["X-Amz-Signature"] + upload["X-Amz-Credential"]
+    sent = p.canaries[first:]
+    return key, sent, signatures

@@ -70,6 +70,8 @@ def test_a_finished_request_is_never_202_which_would_be_polled_for_ever() -> Non
 
 def test_a_container_cannot_speak_in_our_name() -> None:
     forged = (
+        ("nvcf_reqid", "forged"),
+        ("Set_Cookie", "a=b"),
         ("NVCF-REQID", "forged"),
         ("nvcf-status", "forged"),
         ("Set-Cookie", "a=b"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -11,11 +12,11 @@ import pytest
 
 from broker import assets
 from broker.backends import files
-from broker.errors import BadRequest, NotFound
+from broker.errors import BadRequest, NotFound, PayloadTooLarge
 from broker.keyring import Keyring
 from broker.model import Principal
 from broker.ports import Broker, Catalog, Counters, DeadLetters, Queue, Results, Streams, Upkeep
-from broker.settings import Settings, load
+from broker.settings import MIB, Settings, load
 
 HOUR_S = 3600.0
 OURS = Principal(account="t1", subject="me", scopes=frozenset())
@@ -216,6 +217,15 @@ def test_no_two_accounts_share_a_key() -> None:
     assert len({assets.key_of(account, asset_id) for account in accounts}) == len(accounts)
 
 
+@pytest.mark.parametrize("size_bytes", [-1, 0, assets.LARGEST_UPLOAD_BYTES + 1])
+async def test_a_size_that_no_upload_has_is_refused(broker: Broker, size_bytes: int) -> None:
+    with pytest.raises(BadRequest) as refusal:
+        await assets.create(
+            broker, OURS, content_type="image/png", description="A cat", expires_s=HOUR_S, size_bytes=size_bytes
+        )
+    assert isinstance(refusal.value, PayloadTooLarge) == (size_bytes > 0)
+
+
 # -- resolve -----------------------------------------------------------------------------------
 
 
@@ -231,3 +241,14 @@ async def test_the_first_that_is_missing_is_named(broker: Broker) -> None:
         with pytest.raises(NotFound) as refusal:
             await assets.resolve(broker, "t1", [known, missing.upper(), str(uuid.uuid4())])
         assert str(refusal.value) == f"NotFound error: failed to find asset {missing}"
+
+
+async def test_assets_that_are_too_large_together_are_refused(broker: Broker) -> None:
+    limited = replace(broker, settings=load(Settings, data_dir=broker.settings.data_dir, max_assets_bytes=MIB))
+    asset_ids = [await uploaded(broker, OURS) for _ in range(2)]
+    for asset_id, size_bytes in zip(asset_ids, (MIB - 4, 5), strict=True):
+        await broker.blobs.put(assets.key_of("t1", asset_id), bytes(size_bytes), content_type="image/png")
+    await assets.resolve(limited, "t1", asset_ids[:1] * 3)
+    with pytest.raises(PayloadTooLarge) as refusal:
+        await assets.resolve(limited, "t1", asset_ids)
+    assert refusal.value.limit_bytes == MIB

@@ -402,6 +402,7 @@ async def test_the_status_shows_what_was_counted_and_mended(broker: Broker, vers
         shown = (await facts())["conservation"]
         assert isinstance(shown, dict)
         assert (shown["accepted"], shown["queued"], shown["balanced"]) == (1, 1, True)
+        assert all(isinstance(figure, int | float) for figure in shown.values()), "no tenant is named"
         async with client.get("/v1/health/live") as answer:
             assert answer.status == 200
         with pytest.raises(ConfigurationError, match="status_port"):

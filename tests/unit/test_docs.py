@@ -29,14 +29,33 @@ def test_links_lead_to_what_is_there(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-def test_each_test_that_proves_a_promise_is_there() -> None:
+@pytest.mark.parametrize("name", ["promises.md", "security.md"])
+def test_each_test_and_file_that_a_page_builds_on_is_there(name: str) -> None:
+    sources = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    page = (REPOSITORY / "docs" / name).read_text()
+    tests = set(re.findall(r"`(test_\w+)", page))
+    files = set(re.findall(r"`([\w/]+/[\w.]+\.(?:py|txt|json|conf))`", page)) - {"build/sbom.json"}
+    assert tests
+    assert files
+    assert [test for test in sorted(tests) if f"def {test}(" not in sources] == []
+    assert [file for file in sorted(files) if not (REPOSITORY / file).exists()] == []
+
+
+def test_each_mutant_that_proves_a_promise_is_there() -> None:
     sources = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
     page = (REPOSITORY / "docs" / "promises.md").read_text()
-    named = set(re.findall(r"`(test_\w+)", page))
-    assert named
-    assert [name for name in sorted(named) if f"def {name}(" not in sources] == []
     cases = re.findall(r"`(?:test_a_mutant_is_caught)?\[([^\]]+)\]", page)
     assert [case for case in cases if f'"{case}": (' not in sources] == []
+
+
+def test_each_threat_has_a_control_and_a_test_or_says_why_not() -> None:
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \| (.*) \|$", (REPOSITORY / "docs" / "security.md").read_text(), re.MULTILINE
+    )
+    threats = [(control, test) for _, control, test in rows if (control, test) != ("Control", "Test")]
+    assert len(threats) > 20
+    bare = [control for control, test in threats if "test_" not in test and not re.search("none yet|`make ", control)]
+    assert bare == []
 
 
 def anchors(page: Path) -> set[str]:

@@ -15,6 +15,7 @@ from aiohttp import web
 from broker.model import Job, Outcome, RequestState
 from tests.unit.container import Container, a_job, answer, container, keeping, raw_container, settings_for
 from workers.inference import Answer, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
+from workers.inference import Refused as ContainerRefused
 
 
 class Bench:
@@ -112,6 +113,37 @@ async def test_the_containers_redirect_is_a_result_without_its_location(bench: B
     assert len(bench.box.bodies) == 1
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_no_redirect_is_followed_from_a_handshake_either(bench: Bench, status: int) -> None:
+    async with container() as elsewhere:
+        location = f"http://127.0.0.1:{elsewhere.port}/latest/meta-data"
+        bench.answers(b"", status=status, headers={"Location": location, "X-Own": "1"})
+        with pytest.raises(ContainerRefused) as refused:
+            await bench.inference.connect(
+                a_job(method="GET", target="/ws", passthrough=True), (), protocols=(), largest_bytes=1024
+            )
+        assert (elsewhere.paths, len(bench.box.paths)) == ([], 1)
+    assert refused.value.status == status
+    assert ("Location", location) in refused.value.headers
+    assert ("X-Own", "1") in refused.value.headers
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "//evil.example/x", "/..%2f..%2fx", "/@evil.example/x", "/\\evil.example", "/%5c%5cevil.example", "/../../x",
+        "http://evil.example/x", "@evil.example", "evil.example:80", "?x", "", "/.", "/;@evil.example", "/%00", "/a b",
+    ],
+)  # fmt: skip
+async def test_no_target_leads_to_another_host(bench: Bench, target: str) -> None:
+    """Nor one that no front end would have let pass."""
+    try:
+        await bench.infer(a_job(method="GET", target=target, passthrough=True), body=b"")
+    except AttemptFailed:
+        assert " " in target
+    assert len(bench.box.paths) == (" " not in target)
+
+
 async def test_headers_that_are_not_the_containers_to_set_are_dropped(bench: Bench) -> None:
     forbidden = {
         "Set-Cookie": "a=b",
@@ -156,8 +188,9 @@ async def test_an_answer_has_a_bounded_number_of_headers(bench: Bench, headers: 
     assert b"64 headers or 409600 bytes" in failed.value.outcome.body
 
 
-async def test_a_header_that_is_not_text_is_dropped(tmp_path: Path) -> None:
-    got = await infer_raw(tmp_path, b"HTTP/1.1 200 OK\r\nX-Bad: \xff\xfe\r\nX-Own: 1\r\nContent-Length: 2\r\n\r\nok")
+@pytest.mark.parametrize("bad", [b"X-Bad: \xff\xfe", b"X-Bad: a\x01", b"X-Bad: \x7f", b"Set_Cookie: a", b"nvcf_sub: a"])
+async def test_a_header_that_is_not_text_or_not_its_own_is_dropped(tmp_path: Path, bad: bytes) -> None:
+    got = await infer_raw(tmp_path, b"HTTP/1.1 200 OK\r\n" + bad + b"\r\nX-Own: 1\r\nContent-Length: 2\r\n\r\nok")
     assert got == Answer(status=200, headers=(("X-Own", "1"),), body=b"ok")
 
 
@@ -339,6 +372,9 @@ async def test_a_connection_cut_at_any_point_is_lost_after_it_was_sent(tmp_path:
         b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
         b"HTTP/1.1 200 OK\r\nNo colon\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: a\rSet-Cookie: b\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: a\x00b\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX : a\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from typing import Literal
 
 import orjson
 import pytest
@@ -68,3 +70,39 @@ def test_text_shows_the_same_facts() -> None:
     logs.configure("INFO", "text")
     [handler] = logging.getLogger().handlers
     assert handler.format(a_record(status=200)) == "1970-01-01T00:00:00.000Z INFO    invocation status=200"
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "cannot connect to amqp://fnqueue:canary@rabbit:5672/",
+        "redis://:canary%2F@redis:6379/0 is away",
+        "Authorization: Bearer canary",
+        "wrong key: nvapi-canary",
+        'GET "https://s3/b/k?X-Amz-Credential=canary%2F20260101&X-Amz-Signature=canary"',
+    ],
+)
+def test_what_a_library_raises_shows_no_credentials(log_format: Literal["json", "text"], said: str) -> None:
+    logs.configure("INFO", log_format)
+    [handler] = logging.getLogger().handlers
+    try:
+        try:
+            raise ValueError(said)
+        except ValueError as cause:
+            raise LookupError("a bug") from cause
+    except LookupError:
+        record = logging.getLogger("api").makeRecord(
+            "api", logging.ERROR, "file.py", 1, "fault", (), sys.exc_info(), None, {"cause": said}
+        )
+    written = handler.format(record)
+    assert "canary" not in written
+    assert "***" in written
+    assert ("LookupError: a bug" in written, "ValueError" in written) == (True, True)
+    assert log_format == "text" or orjson.loads(written)["event"] == "fault"
+
+
+def test_what_is_no_credential_stays() -> None:
+    record = a_record(url="http://host:8000/a@b", at="::1", path="/a:b@c")
+    record.levelno = logging.WARNING
+    assert orjson.loads(as_json(record))["url"] == "http://host:8000/a@b"

@@ -24,7 +24,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import signal
 import socket
 import sys
@@ -41,6 +40,7 @@ from broker.errors import ConfigurationError
 from broker.model import Gpu, GpuSpecification, Login, Version
 from broker.ports import Launched
 from broker.settings import ControllerSettings, SidecarSettings
+from workers import trees
 from workers.launchers import logs
 from workers.launchers import secrets as secrets_file
 from workers.launchers.cards import CPU, Card, Cards, Nvml, choose, device_environment, inventory
@@ -327,8 +327,7 @@ class ProcessLauncher:
 def _clear_requests(folder: Path) -> None:
     """On the disk of the data folder, not in memory: they may come to `max_artifact_bytes` a request. What killed
     processes left there goes with the instance, or when the next launcher takes over."""
-    for name in _REQUEST_FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    trees.remove(*(folder / name for name in _REQUEST_FOLDERS))
 
 
 def _spawn_container(
