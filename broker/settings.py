@@ -39,11 +39,15 @@ class Settings(BaseSettings):
 
     queue_url: SecretStr = Field(
         SecretStr("memory://"),
-        description="Where jobs wait: `memory://`, `amqp://user:password@host:port/vhost`, `amqps://…`.",
+        description="Where jobs wait: `memory://`, `amqp://user:password@host:port/vhost`, `amqps://…`; of a cluster, "
+        "any of whose nodes will do, `amqp://user:password@host:port,host:port,host:port/vhost`.",
     )
     store_url: SecretStr = Field(
         SecretStr("memory://"),
-        description="Where records and results live: `memory://`, `redis://host:port/db`, `rediss://…`.",
+        description="Where records and results live: `memory://`, `redis://host:port/db`, `rediss://…`; behind "
+        "Sentinels `redis+sentinel://user:password@host:port,host:port,host:port/primary/db`, with the name that they "
+        "know the primary by, its user, and `?sentinel_user=…&sentinel_password=…` if they have one of their own; "
+        "`rediss+sentinel://…` for TLS to all of them.",
     )
     blobs_url: SecretStr = Field(
         SecretStr("file://"),

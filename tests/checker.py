@@ -73,6 +73,14 @@ class Census:
     queued: int
     running: int
 
+    @property
+    def settled(self) -> bool:
+        """Nothing runs, and the counts are those of the records."""
+        return not self.running and all(
+            counted == sum(found == state for found in self.states.values())
+            for state, counted in (("queued", self.queued), ("running", self.running))
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
@@ -172,6 +180,8 @@ class _Request:
 
     def _lost(self, shown: Sequence[Operation]) -> Iterator[tuple[str, str]]:
         ends = [operation for operation in shown if operation.terminal]
+        if any(operation.state == UNKNOWN_ID for operation in shown):
+            yield "none lost", "it was accepted, and unknown to who asked for it"
         if not ends:
             if not self.terms.may_stay_open:
                 yield "none lost", f"it was accepted, and read {shown[-1].state if shown else 'nothing'} at the end"

@@ -691,7 +691,7 @@ async def test_a_poll_that_redis_runs_twice_takes_one_update(redis_server: Redis
         for sequence in (1, 2):
             await results.report(lease, update(10 * sequence), sequence=sequence)
         keys = (f"fnq:{{{job.id}}}:r", f"fnq:{{{job.id}}}:b")
-        replies = await connection.run(*(READ.call(keys, 60_000, "", 0, 1, poll, 0) for poll in ("a", "a", "b", "c")))
+        replies = await connection.run(*(READ.call(keys, 60_000, "", 1, poll, 0) for poll in ("a", "a", "b", "c")))
         assert [(reply[18], reply[19]) for reply in replies] == [
             (b"1 10 null", 1), (b"1 10 null", 1), (b"2 20 null", 1), (b"2 20 null", 0),
         ]  # fmt: skip

@@ -12,17 +12,16 @@ import logging
 from collections.abc import Awaitable, Sequence
 from typing import Any, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from redis.asyncio.retry import Retry
-from redis.backoff import ConstantBackoff
 from redis.exceptions import ConnectionError as LostConnection
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from broker.backends.breaker import Breaker
+from broker.backends.redis.pools import SentinelPool, open_pool
 from broker.backends.redis.scripts import SCRIPTS
-from broker.errors import ConfigurationError, StoreUnavailable
+from broker.errors import StoreUnavailable
 from broker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -32,8 +31,16 @@ Command = tuple[Any, ...]
 _LARGEST_EXCHANGE = 256
 _LANES = 2
 _AWAY = "the result store does not answer; try again"
+# WAIT counts what replicas have acknowledged, be it long ago: those of a primary that was replaced while it was frozen
+# would do for what was only read. This makes them acknowledge anew. It reaches the replicas and nobody else, and a
+# Redis that is full takes it.
+_FENCE: Command = ("PUBLISH", "fnq:h:fence", "")
 # An error reply is an answer: a store that is full, or loading, may still be read.
 _SILENCE = (LostConnection, RedisTimeout, OSError, TimeoutError)
+
+
+class TooFewReplicas(StoreUnavailable):
+    """It was done, and could be gone again."""
 
 
 class Connection:
@@ -42,33 +49,19 @@ class Connection:
     def __init__(self, url: str, settings: Settings) -> None:
         self._timeout_s = settings.store_timeout_s
         self._replicas = settings.durable_replicas
-        try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=16,
-                timeout=settings.store_timeout_s,
-                protocol=3,
-                socket_timeout=settings.store_timeout_s,
-                socket_connect_timeout=settings.store_timeout_s,
-                socket_keepalive=True,
-                health_check_interval=15,
-                # Every script may run twice, so one silent retry over a fresh connection is safe.
-                retry=Retry(ConstantBackoff(0.05), 1),
-                retry_on_error=[ConnectionError],
-            )
-        except ValueError as exc:
-            raise ConfigurationError("FNQUEUE_STORE_URL: not a Redis URL") from exc
-        self.client: Redis = Redis(connection_pool=pool)
+        self._pool = open_pool(url, settings)
+        self.client: Redis = Redis(connection_pool=self._pool)
         self._asked: list[_Asked] = []
         self._exchanges: set[asyncio.Task[None]] = set()
         self._breaker = Breaker("store", after_s=settings.store_timeout_s)
 
     async def run(self, *commands: Command, durable: bool = False) -> list[Any]:
-        """Replies in order. `durable` also waits until the configured number of replicas has what these
-        commands wrote; it is met by the same connection, as WAIT demands.
+        """Replies in order. `durable` also waits until the configured number of replicas has what these commands
+        wrote and read; it is met by the same connection, as WAIT demands.
 
         Raises:
-            StoreUnavailable: no answer in time, an error reply, or too few replicas; at once while nothing answers.
+            StoreUnavailable: no answer in time, an error reply, or (TooFewReplicas) not durable in time; at once while
+                nothing answers.
         """
         # One that waits here is the probe: it must not take another's turn.
         if self._breaker.open and not self._asked and not self._breaker.admits():
@@ -84,7 +77,7 @@ class Connection:
             exchange.cancel()
         await asyncio.gather(*self._exchanges, return_exceptions=True)
         await self.client.aclose()
-        await self.client.connection_pool.disconnect()
+        await self._pool.aclose()
 
     def _start(self) -> None:
         exchange = asyncio.get_running_loop().create_task(self._exchange())
@@ -122,11 +115,15 @@ class Connection:
         durable = any(asked.durable for asked in batch)
         replies = await self._send([command for asked in batch for command in asked.commands], durable=durable)
         replicas = replies.pop() if durable else 0
+        enough = isinstance(replicas, int) and replicas >= self._replicas
         at = 0
         for asked in batch:
             part = replies[at : at + len(asked.commands)]
             at += len(asked.commands)
-            asked.answer(part, enough=not asked.durable or (isinstance(replicas, int) and replicas >= self._replicas))
+            asked.answer(part, enough=enough or not asked.durable)
+        if isinstance(self._pool, SentinelPool) and (_lonely(replies) or (durable and not enough)):
+            # It may have been replaced without knowing: whoever connects asks the Sentinels.
+            await self._pool.disconnect(inuse_connections=False)
 
     async def _send(self, commands: Sequence[Command], *, durable: bool) -> list[Any]:
         replies = await self._pipeline(commands, durable=durable)
@@ -146,8 +143,12 @@ class Connection:
             for command in commands:
                 _add(pipeline, command)
             if durable:
+                _add(pipeline, _FENCE)
                 _add(pipeline, ("WAIT", self._replicas, int(self._timeout_s * 500)))
-            return list(await pipeline.execute(raise_on_error=False))
+            replies = list(await pipeline.execute(raise_on_error=False))
+            if durable:
+                del replies[-2]
+            return replies
 
 
 class _Asked:
@@ -166,7 +167,7 @@ class _Asked:
             logger.error("store_refused", extra={"cause": str(fault)[:200]})
             self._fail(fault)
         elif not enough:
-            self._fail(TimeoutError("too few replicas confirmed the write"))
+            self.reply.set_exception(TooFewReplicas(_AWAY))
         else:
             self.reply.set_result(replies)
 
@@ -184,6 +185,11 @@ def _fail(batch: Sequence[_Asked], cause: BaseException) -> None:
     logger.warning("store_exchange_failed", extra={"commands": len(batch), "cause": type(cause).__name__})
     for asked in batch:
         asked.fail(cause)
+
+
+def _lonely(replies: Sequence[Any]) -> bool:
+    """Whether something was refused for want of replicas, as by a primary that others have left."""
+    return any(isinstance(reply, ResponseError) and str(reply).startswith("NOREPLICAS") for reply in replies)
 
 
 def _add(pipeline: Pipeline, command: Command) -> None:
