@@ -108,7 +108,8 @@ def store(facts: StoreFacts, settings: Settings) -> Iterator[Finding]:
             server="redis",
             name="replicas awaited",
             level=_OK,
-            value=f"{settings.durable_replicas} before a result is shown",
+            value=f"{settings.store_replicas}, or {settings.durable_replicas} when one is away for longer than "
+            f"{settings.store_failover_s:g} s",
         )
     yield from _redis_state(facts)
 

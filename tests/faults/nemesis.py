@@ -71,7 +71,7 @@ class Nemesis:
             **self._of_server("RabbitMQ node", partial(self._one, self._cluster.nodes)),
             "cut off RabbitMQ node": self._isolated_node,
             "memory alarm": partial(self._alarm, "set_vm_memory_high_watermark", "0.0000001", "0.4"),
-            "disk alarm": partial(self._alarm, "set_disk_free_limit", "100TB", "50MB"),
+            "disk alarm": partial(self._alarm, "set_disk_free_limit", "100000GB", "50MB"),
         }
 
     def _of_redis(self) -> dict[str, Fault]:

@@ -20,6 +20,7 @@ from redis.exceptions import TimeoutError as RedisTimeout
 
 from broker.backends.breaker import Breaker
 from broker.backends.redis.pools import SentinelPool, open_pool
+from broker.backends.redis.replication import Replication
 from broker.backends.redis.scripts import SCRIPTS
 from broker.errors import StoreUnavailable
 from broker.settings import Settings
@@ -48,7 +49,9 @@ class Connection:
 
     def __init__(self, url: str, settings: Settings) -> None:
         self._timeout_s = settings.store_timeout_s
-        self._replicas = settings.durable_replicas
+        self._replication = Replication(
+            least=settings.durable_replicas, every=settings.store_replicas, failover_s=settings.store_failover_s
+        )
         self._pool = open_pool(url, settings)
         self.client: Redis = Redis(connection_pool=self._pool)
         self._asked: list[_Asked] = []
@@ -56,8 +59,8 @@ class Connection:
         self._breaker = Breaker("store", after_s=settings.store_timeout_s)
 
     async def run(self, *commands: Command, durable: bool = False) -> list[Any]:
-        """Replies in order. `durable` also waits until the configured number of replicas has what these commands
-        wrote and read; it is met by the same connection, as WAIT demands.
+        """Replies in order. `durable` also waits until what these commands wrote and read is safe with replicas, as
+        configured; it is met by the same connection, as WAIT demands.
 
         Raises:
             StoreUnavailable: no answer in time, an error reply, or (TooFewReplicas) not durable in time; at once while
@@ -66,7 +69,7 @@ class Connection:
         # One that waits here is the probe: it must not take another's turn.
         if self._breaker.open and not self._asked and not self._breaker.admits():
             raise StoreUnavailable(_AWAY)
-        asked = _Asked(commands, durable and self._replicas > 0)
+        asked = _Asked(commands, durable and self._replication.wanted > 0)
         self._asked.append(asked)
         if len(self._exchanges) < _LANES:
             self._start()
@@ -115,7 +118,7 @@ class Connection:
         durable = any(asked.durable for asked in batch)
         replies = await self._send([command for asked in batch for command in asked.commands], durable=durable)
         replicas = replies.pop() if durable else 0
-        enough = isinstance(replicas, int) and replicas >= self._replicas
+        enough = durable and isinstance(replicas, int) and self._replication.safe(replicas)
         at = 0
         for asked in batch:
             part = replies[at : at + len(asked.commands)]
@@ -144,7 +147,7 @@ class Connection:
                 _add(pipeline, command)
             if durable:
                 _add(pipeline, _FENCE)
-                _add(pipeline, ("WAIT", self._replicas, int(self._timeout_s * 500)))
+                _add(pipeline, ("WAIT", self._replication.wanted, int(self._timeout_s * 500)))
             replies = list(await pipeline.execute(raise_on_error=False))
             if durable:
                 del replies[-2]
