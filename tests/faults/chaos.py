@@ -315,12 +315,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="0: a random one")
+    parser.add_argument("--folder", type=Path, help="an empty one, where all logs and data are kept")
     given = parser.parse_args(arguments)
     plan = Plan(requests=given.requests, faults=given.kills, seed=given.seed or secrets.randbelow(1_000_000) + 1)
     print(f"seed {plan.seed}", flush=True)
     binaries.ensure()
-    with tempfile.TemporaryDirectory(prefix="fnqueue-chaos-") as folder:
-        report = asyncio.run(run(plan, Path(folder), say=lambda fault: print(f"  {fault}", flush=True)))
+    with tempfile.TemporaryDirectory(prefix="fnqueue-chaos-") as temporary:
+        folder = given.folder or Path(temporary)
+        report = asyncio.run(run(plan, folder.resolve(), say=lambda fault: print(f"  {fault}", flush=True)))
     print(report)
     return 1 if report.broken else 0
 
