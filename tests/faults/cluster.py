@@ -23,7 +23,7 @@ WHOLE_S = 300.0
 ASKED_S = 5.0
 # A silent node is missed after this long, in seconds; four ticks of a quarter.
 NET_TICKTIME_S = 8
-# Whom replicas and Sentinels are to each other; clients are the default user.
+# What replicas and Sentinels call themselves; clients are the default user, whom nobody is without a password.
 PEER = "peer"
 
 
@@ -105,10 +105,12 @@ class Replica(Redis):
     def __init__(self, folder: Path, name: str, secret: str, *, of: Replica | None) -> None:
         self.name = name
         super().__init__(folder)
+        self.secret = secret
         conf = (INFRA / "redis" / "redis.conf").read_text()
         conf += f"\nbind {LOOPBACK}\nport {self.port}\ndir {self.folder}\nset-proc-title no\n"
         conf += "appendfsync everysec\nmin-replicas-to-write 1\nmin-replicas-max-lag 10\n"
         conf += "repl-diskless-sync-delay 0\nrepl-timeout 20\n"
+        conf += f"requirepass {secret}\n"
         conf += f"user {PEER} on >{secret} ~* &* +@all\nmasteruser {PEER}\nmasterauth {secret}\n"
         if of is not None:
             conf += f"replicaof {LOOPBACK} {of.port}\n"
@@ -118,8 +120,19 @@ class Replica(Redis):
         server = f"{binaries.program(self.program)} {self.folder / 'redis.conf'}"
         return ["sh", "-c", f"trap '' XFSZ; exec {server}"]
 
+    @property
+    def url(self) -> str:
+        return f"redis://:{self.secret}@{LOOPBACK}:{self.port}/0"
+
+    def answers(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
     def client(self) -> redis.Redis:
-        return redis.Redis(host=LOOPBACK, port=self.port, socket_timeout=ASKED_S, decode_responses=True)
+        return redis.Redis.from_url(self.url, socket_timeout=ASKED_S, decode_responses=True)
 
     def isolate(self) -> None:
         """Neither replicas nor Sentinels reach it; its clients do."""
@@ -163,7 +176,7 @@ class Sentries:
     @property
     def url(self) -> str:
         places = ",".join(f"{LOOPBACK}:{sentinel.port}" for sentinel in self.sentinels)
-        return f"redis+sentinel://{places}/{PRIMARY}/0"
+        return f"redis+sentinel://:{self.stores[0].secret}@{places}/{PRIMARY}/0"
 
     @property
     def servers(self) -> Sequence[Server]:

@@ -170,7 +170,7 @@ async def test_a_key_leads_to_its_first_request_after_the_primary_was_killed(who
 async def test_a_read_of_a_primary_that_was_left_alone_says_nothing(whole: Sentries, results: Results) -> None:
     job = await finished(results)
     primary = await asyncio.to_thread(whole.primary)
-    async with open_store(f"redis://127.0.0.1:{primary.port}/0", settings_of(whole, store_failover_s=0)) as (alone, *_):
+    async with open_store(primary.url, settings_of(whole, store_failover_s=0)) as (alone, *_):
         assert await alone.read(job.id)
         await asyncio.to_thread(primary.isolate)
         try:

@@ -139,6 +139,9 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
                 await results.read(job.id)
             with pytest.raises(StoreUnavailable):
                 await results.page(job.account, RequestFilter(), limit=1)
+            refused = make_draft(job.version_id)
+            with pytest.raises(StoreUnavailable):
+                await results.create(refused, queue_limit=10, watch=False)
         finally:
             os.kill(replica.pid, signal.SIGCONT)
 
@@ -155,6 +158,8 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
         )
         assert record is not None
         assert record.outcome == OUTCOME
+        assert await results.read(refused.id) is None
+        assert [load.queued for load in await results.load([job.version_id])] == [0]
 
 
 async def test_cancelled_callers_never_get_each_others_replies(new_redis: Callable[[], Redis]) -> None:
