@@ -47,6 +47,16 @@ async def finish(results: Results, job: Job) -> RequestState:
     return await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME)
 
 
+async def replicate(primary: Redis, replica: Redis) -> None:
+    async with Client.from_url(replica.url) as client:
+        await client.replicaof("127.0.0.1", primary.port)
+
+        async def linked() -> object:
+            return (await client.info("replication"))["master_link_status"]
+
+        await eventually(linked, lambda status: status == "up")
+
+
 async def answers(results: Results) -> bool:
     try:
         await results.ping()
@@ -119,13 +129,7 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
     new_redis: Callable[[], Redis],
 ) -> None:
     primary, replica = await asyncio.to_thread(new_redis), await asyncio.to_thread(new_redis)
-    async with Client.from_url(replica.url) as client:
-        await client.replicaof("127.0.0.1", primary.port)
-
-        async def linked() -> object:
-            return (await client.info("replication"))["master_link_status"]
-
-        await eventually(linked, lambda status: status == "up", within_s=30)
+    await replicate(primary, replica)
     settings = Settings(store_timeout_s=0.4, durable_replicas=1)
     async with open_store(primary.url, settings) as (results, *_):
         job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
@@ -160,6 +164,30 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
         assert record.outcome == OUTCOME
         assert await results.read(refused.id) is None
         assert [load.queued for load in await results.load([job.version_id])] == [0]
+
+
+async def test_one_replica_is_not_enough_while_the_other_may_have_been_promoted(new_redis: Callable[[], Redis]) -> None:
+    primary, promoted, other = [await asyncio.to_thread(new_redis) for _ in range(3)]
+    await replicate(primary, promoted)
+    await replicate(primary, other)
+    settings = Settings(durable_replicas=1, store_replicas=2, store_failover_s=300)
+    async with open_store(primary.url, settings) as (results, *_):
+
+        async def created() -> Record | None:
+            try:
+                return await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False)
+            except StoreUnavailable:
+                return None
+
+        record = await eventually(created, lambda made: made is not None)
+        assert record is not None
+        async with Client.from_url(promoted.url) as client:
+            await client.replicaof("NO", "ONE")
+        assert await created() is None
+        with pytest.raises(StoreUnavailable):
+            await results.read(record.id)
+    async with open_store(primary.url, settings.model_copy(update={"store_failover_s": 0})) as (results, *_):
+        assert await results.read(record.id) == record
 
 
 async def test_cancelled_callers_never_get_each_others_replies(new_redis: Callable[[], Redis]) -> None:
