@@ -25,7 +25,7 @@ def replication(clock: Clock) -> Replication:
 
 
 def test_all_are_waited_for_and_are_enough(replication: Replication) -> None:
-    assert replication.wanted == 2
+    assert replication.patience(1.5) == (2, 1.5)
     assert replication.safe(2)
 
 
@@ -33,33 +33,36 @@ def test_while_one_may_just_have_been_promoted_the_other_is_not_enough(replicati
     assert not replication.safe(1)
     clock.now += 9.9
     assert not replication.safe(1)
-    assert replication.wanted == 2
+    assert replication.patience(1.5) == (2, 1.5)
 
 
 def test_one_that_stays_away_is_done_without(replication: Replication, clock: Clock) -> None:
     assert not replication.safe(1)
     clock.now += 10
-    assert replication.wanted == 1
+    asked = [replication.patience(1.5) for _ in range(3)]
+    assert asked == [(2, Replication.PROBE_S), (1, 1.5), (1, 1.5)]
     assert replication.safe(1)
     assert not replication.safe(0)
+    clock.now += Replication.PROBE_EVERY_S
+    assert replication.patience(1.5) == (2, Replication.PROBE_S)
 
 
 def test_once_it_is_back_it_is_waited_for_again(replication: Replication, clock: Clock) -> None:
     assert not replication.safe(1)
     clock.now += 10
     assert replication.safe(2)
-    assert replication.wanted == 2
+    assert replication.patience(1.5) == (2, 1.5)
     assert not replication.safe(1)
 
 
 @pytest.mark.parametrize("every", [0, 1])
 def test_where_one_is_all_there_are_it_is_enough(clock: Clock, every: int) -> None:
     replication = Replication(least=1, every=every, failover_s=10, now=clock)
-    assert replication.wanted == 1
+    assert replication.patience(1.5) == (1, 1.5)
     assert replication.safe(1)
     assert not replication.safe(0)
 
 
 @pytest.mark.parametrize("every", [0, 2])
 def test_nobody_waits_where_none_is_asked_for(clock: Clock, every: int) -> None:
-    assert Replication(least=0, every=every, failover_s=10, now=clock).wanted == 0
+    assert not Replication(least=0, every=every, failover_s=10, now=clock).needed

@@ -131,13 +131,12 @@ class Line:
     @property
     def place(self) -> str:
         """The node that is asked now, without credentials."""
-        node = self._node
-        return f"{node.hostname}:{node.port or node.scheme}"
+        return _place(self._node)
 
     @property
     def places(self) -> str:
         """All nodes, without credentials."""
-        return ", ".join(f"{node.hostname}:{node.port or node.scheme}" for node in self._nodes)
+        return ", ".join(_place(node) for node in self._nodes)
 
     @property
     def _node(self) -> SplitResult:
@@ -216,6 +215,10 @@ def _is_open(connection: PikaConnection) -> bool:
 def _wire(connection: PikaConnection) -> AbstractConnection | None:
     """What aio-pika's connection stands on, None once it is closed."""
     return connection.transport.connection if connection.transport is not None else None
+
+
+def _place(node: SplitResult) -> str:
+    return f"{node.hostname}:{node.port or node.scheme}"
 
 
 def _nodes(url: str) -> list[SplitResult]:

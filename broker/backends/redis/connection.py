@@ -69,7 +69,7 @@ class Connection:
         # One that waits here is the probe: it must not take another's turn.
         if self._breaker.open and not self._asked and not self._breaker.admits():
             raise StoreUnavailable(_AWAY)
-        asked = _Asked(commands, durable and self._replication.wanted > 0)
+        asked = _Asked(commands, durable and self._replication.needed)
         self._asked.append(asked)
         if len(self._exchanges) < _LANES:
             self._start()
@@ -147,7 +147,8 @@ class Connection:
                 _add(pipeline, command)
             if durable:
                 _add(pipeline, _FENCE)
-                _add(pipeline, ("WAIT", self._replication.wanted, int(self._timeout_s * 500)))
+                replicas, patience_s = self._replication.patience(self._timeout_s / 2)
+                _add(pipeline, ("WAIT", replicas, int(patience_s * 1000)))
             replies = list(await pipeline.execute(raise_on_error=False))
             if durable:
                 del replies[-2]

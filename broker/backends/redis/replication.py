@@ -12,17 +12,31 @@ class Replication:
     others acknowledge will be gone when they are turned to the new one. Who is missing for longer was not promoted: by
     then nobody else would be left. `now` is a clock in seconds."""
 
+    PROBE_EVERY_S = 1.0
+    PROBE_S = 0.1
+
     def __init__(self, *, least: int, every: int, failover_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self._least = least
         self._every = max(least, every)
         self._failover_s = failover_s
         self._now = now
         self._missing_since: float | None = None
+        self._probe_at = 0.0
 
     @property
-    def wanted(self) -> int:
-        """How many to wait for; 0 if nobody waits at all. Not for those that will not come."""
-        return self._least if self._long_missing() or not self._least else self._every
+    def needed(self) -> bool:
+        """Whether anybody waits at all."""
+        return self._least > 0
+
+    def patience(self, longest_s: float) -> tuple[int, float]:
+        """How many to wait for next, and for how long; not for one that will not come, but for a moment now and then,
+        to see whether it is back."""
+        if not self._long_missing():
+            return self._every, longest_s
+        if (now := self._now()) < self._probe_at:
+            return self._least, longest_s
+        self._probe_at = now + self.PROBE_EVERY_S
+        return self._every, self.PROBE_S
 
     def safe(self, acknowledged: int) -> bool:
         """Whether that many have what was asked for. To be told of each answer."""
