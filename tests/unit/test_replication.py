@@ -25,40 +25,54 @@ def replication(clock: Clock) -> Replication:
 
 
 def test_all_are_waited_for_and_are_enough(replication: Replication) -> None:
-    assert replication.patience(1.5) == (2, 1.5)
+    assert replication.wanted == 2
     assert replication.safe(2)
+
+
+def pass_time(replication: Replication, clock: Clock, seconds: int) -> None:
+    """While somebody looks."""
+    for _ in range(seconds):
+        clock.now += 1
+        replication.safe(1)
 
 
 def test_while_one_may_just_have_been_promoted_the_other_is_not_enough(replication: Replication, clock: Clock) -> None:
     assert not replication.safe(1)
-    clock.now += 9.9
+    pass_time(replication, clock, 9)
     assert not replication.safe(1)
-    assert replication.patience(1.5) == (2, 1.5)
+    assert replication.wanted == 2
 
 
 def test_one_that_stays_away_is_done_without(replication: Replication, clock: Clock) -> None:
     assert not replication.safe(1)
-    clock.now += 10
-    asked = [replication.patience(1.5) for _ in range(3)]
-    assert asked == [(2, Replication.PROBE_S), (1, 1.5), (1, 1.5)]
+    pass_time(replication, clock, 10)
+    assert replication.wanted == 1
     assert replication.safe(1)
     assert not replication.safe(0)
-    clock.now += Replication.PROBE_EVERY_S
-    assert replication.patience(1.5) == (2, Replication.PROBE_S)
+
+
+def test_what_was_not_looked_at_is_not_known(replication: Replication, clock: Clock) -> None:
+    assert not replication.safe(1)
+    pass_time(replication, clock, 10)
+    clock.now += 6
+    assert replication.wanted == 2
+    assert not replication.safe(1)
+    pass_time(replication, clock, 9)
+    assert not replication.safe(1)
 
 
 def test_once_it_is_back_it_is_waited_for_again(replication: Replication, clock: Clock) -> None:
     assert not replication.safe(1)
-    clock.now += 10
+    pass_time(replication, clock, 10)
     assert replication.safe(2)
-    assert replication.patience(1.5) == (2, 1.5)
+    assert replication.wanted == 2
     assert not replication.safe(1)
 
 
 @pytest.mark.parametrize("every", [0, 1])
 def test_where_one_is_all_there_are_it_is_enough(clock: Clock, every: int) -> None:
     replication = Replication(least=1, every=every, failover_s=10, now=clock)
-    assert replication.patience(1.5) == (1, 1.5)
+    assert replication.wanted == 1
     assert replication.safe(1)
     assert not replication.safe(0)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -75,6 +76,17 @@ class Connection:
             self._start()
         return await asked.reply
 
+    async def look_for_replicas(self) -> None:
+        """See whether all of them are there, apart from what is asked: those who ask do not wait for one that is known
+        to be away. To be called every few seconds, or its absence cannot be told from a fail-over."""
+        if not self._replication.needed:
+            return
+        with suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(self._timeout_s * 2):
+                [acknowledged] = await self._pipeline((), self._replication.every)
+            if isinstance(acknowledged, int):
+                self._replication.safe(acknowledged)
+
     async def close(self) -> None:
         for exchange in list(self._exchanges):
             exchange.cancel()
@@ -129,28 +141,29 @@ class Connection:
             await self._pool.disconnect(inuse_connections=False)
 
     async def _send(self, commands: Sequence[Command], *, durable: bool) -> list[Any]:
-        replies = await self._pipeline(commands, durable=durable)
+        replicas = self._replication.wanted if durable else 0
+        replies = await self._pipeline(commands, replicas)
         missing = [at for at, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if missing:
             for script in SCRIPTS:
                 await cast("Awaitable[Any]", self.client.script_load(script.source))
-            again = await self._pipeline([commands[at] for at in missing], durable=durable)
+            again = await self._pipeline([commands[at] for at in missing], replicas)
             for at, reply in zip(missing, again, strict=False):
                 replies[at] = reply
             if durable:
                 replies[-1] = again[-1]
         return replies
 
-    async def _pipeline(self, commands: Sequence[Command], *, durable: bool) -> list[Any]:
+    async def _pipeline(self, commands: Sequence[Command], replicas: int) -> list[Any]:
+        """Their replies and, where replicas are waited for, how many have acknowledged."""
         async with self.client.pipeline(transaction=False) as pipeline:
             for command in commands:
                 _add(pipeline, command)
-            if durable:
+            if replicas:
                 _add(pipeline, _FENCE)
-                replicas, patience_s = self._replication.patience(self._timeout_s / 2)
-                _add(pipeline, ("WAIT", replicas, int(patience_s * 1000)))
+                _add(pipeline, ("WAIT", replicas, int(self._timeout_s * 500)))
             replies = list(await pipeline.execute(raise_on_error=False))
-            if durable:
+            if replicas:
                 del replies[-2]
             return replies
 

@@ -534,6 +534,7 @@ class RedisResults:
                 await self.epoch(fresh=True)
             except StoreUnavailable:
                 logger.debug("epoch_unknown")
+            await self._connection.look_for_replicas()
             await asyncio.sleep(_EPOCH_REFRESH_S)
 
     # -- pieces -----------------------------------------------------------------------------------
