@@ -87,6 +87,8 @@ STORES: Mapping[str, Opener[Store]] = {
     "memory": _memory_store,
     "redis": redis.open_store,
     "rediss": redis.open_store,
+    "redis+sentinel": redis.open_store,
+    "rediss+sentinel": redis.open_store,
 }
 BLOBS: Mapping[str, Opener[Blobs]] = {"file": files.open_blobs, "s3": s3.open_blobs}
 

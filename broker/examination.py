@@ -17,6 +17,7 @@ from broker import profiles
 from broker.backends import files, s3
 from broker.backends.rabbitmq import facts as rabbitmq
 from broker.backends.redis import facts as redis
+from broker.backends.redis.pools import SCHEMES
 from broker.errors import BlobsUnavailable, ConfigurationError, NotFound
 from broker.facts import BlobFacts, Facts, QueueFacts, StoreFacts
 from broker.ports import Blobs
@@ -106,7 +107,7 @@ async def _verify(settings: Settings) -> bool:
 
 async def _store(settings: Settings) -> StoreFacts:
     url = settings.store_url.get_secret_value()
-    if url.startswith(("redis://", "rediss://")):
+    if url.partition("://")[0] in SCHEMES:
         return await redis.look(url, settings)
     return StoreFacts(kind=url.partition(":")[0])
 

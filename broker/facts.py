@@ -35,7 +35,8 @@ class Finding:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFacts:
     """Of Redis. `config` is what CONFIG GET tells, None where that is not permitted; `skew_s` is how far its clock is
-    ahead of ours. `address` names it without credentials."""
+    ahead of ours. `address` names it without credentials. `sentinels`: how many of those before it know the primary,
+    and how many there are; None without."""
 
     kind: str
     address: str = ""
@@ -44,6 +45,7 @@ class StoreFacts:
     config: Mapping[str, str] | None = None
     skew_s: float | None = None
     replicas: int | None = None
+    sentinels: tuple[int, int] | None = None
     used_bytes: int | None = None
     writes_kept: bool | None = None
 

@@ -115,8 +115,13 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
         record = await asyncio.shield(submitting)
         if record.id == request_id:
             return await _until_news(watch, record, wait_s)
-    record = await wait(broker, record.id, wait_s=wait_s) or record
-    return record if streaming else await streams.gathered(broker, record)
+    try:
+        record = await wait(broker, record.id, wait_s=wait_s) or record
+        return record if streaming else await streams.gathered(broker, record)
+    except Unavailable as exc:  # no refusal: it was accepted
+        if record.state.terminal:
+            raise Unavailable(str(exc), retry_after_s=exc.retry_after_s, outcome_unknown=True) from exc
+        return record
 
 
 async def submit(broker: Broker, submission: Submission, version: Version, request_id: str, *, watch: bool) -> Record:

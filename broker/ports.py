@@ -189,8 +189,9 @@ class Results(Protocol):
 
     async def read(self, request_id: str) -> Record | None:
         """The record, None if there is none. A queued record past its deadline, or never started and past its queue
-        deadline, is turned `expired` first. A terminal state is returned only once it is as durable as the store is
-        configured to make it; until then the record reads `running`."""
+        deadline, is turned `expired` first. What is returned is as durable as the store is configured to make it.
+
+        Raises StoreUnavailable, also while that durability is out of reach."""
 
     async def glance(self, request_id: str) -> Record | None:
         """As `read`, without the outcome, which may be megabytes."""
@@ -202,10 +203,13 @@ class Results(Protocol):
         those of the account's newest `listed_requests`; the order is that of acceptance and never changes, so that
         page after page shows each once. Abandoned ones are left out."""
 
-    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
+    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int, token: str = "") -> Claim:
         """Ask to run one attempt. A missing record is rebuilt from the job; an attempt past `max_attempts`, or one
         after `max_worker_deaths` workers let their lease run out, turns the record `dead`. The claim of a granted
-        lease is watched: a cancel sends a hint. A new attempt has made no progress."""
+        lease is watched: a cancel sends a hint. A new attempt has made no progress.
+
+        `token` is the lease's, '' for a new one: whoever had no answer asks again with the same, and is granted the
+        same attempt, its lease renewed. A grant is as durable as an end, or attempts would not count."""
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
         """Extend the lease. Anything but RUNNING means: stop, the attempt's result will be refused."""

@@ -26,6 +26,7 @@ SKEW_S = 5.0
 # S3 refuses signatures that are further off.
 SKEW_SIGNED_S = 900.0
 FULL = 0.9
+LEAST_SENTINELS = 3
 LOW_DISK_BYTES = 1024 * MIB
 UNKNOWN = "unknown"
 
@@ -71,6 +72,8 @@ def store(facts: StoreFacts, settings: Settings) -> Iterator[Finding]:
     if facts.kind != "redis":
         yield _in_memory("store", settings)
         return
+    if facts.sentinels is not None:
+        yield _sentinels(*facts.sentinels)
     if facts.fault:
         yield _away("redis", facts.fault, f"redis-cli {facts.address} PING")
         return
@@ -105,7 +108,8 @@ def store(facts: StoreFacts, settings: Settings) -> Iterator[Finding]:
             server="redis",
             name="replicas awaited",
             level=_OK,
-            value=f"{settings.durable_replicas} before a result is shown",
+            value=f"{settings.store_replicas}, or {settings.durable_replicas} when one is away for longer than "
+            f"{settings.store_failover_s:g} s",
         )
     yield from _redis_state(facts)
 
@@ -153,6 +157,17 @@ def _replicas(facts: StoreFacts) -> Finding:
         advice="" if count and count >= 2 else "should be 2, each with appendonly yes of its own",
         mend="" if count and count >= 2 else "redis-cli -h REPLICA REPLICAOF PRIMARY PORT",
         unknown=count is None,
+    )
+
+
+def _sentinels(knowing: int, given: int) -> Finding:
+    right = knowing == given >= LEAST_SENTINELS
+    return Finding(
+        server="redis",
+        name="sentinels",
+        level=_OK if right else _WARN,
+        value=f"{knowing} of {given} know the primary",
+        advice="" if right else f"at least {LEAST_SENTINELS} must, or the loss of one host leaves no majority",
     )
 
 

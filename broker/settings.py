@@ -39,11 +39,15 @@ class Settings(BaseSettings):
 
     queue_url: SecretStr = Field(
         SecretStr("memory://"),
-        description="Where jobs wait: `memory://`, `amqp://user:password@host:port/vhost`, `amqps://…`.",
+        description="Where jobs wait: `memory://`, `amqp://user:password@host:port/vhost`, `amqps://…`; of a cluster, "
+        "any of whose nodes will do, `amqp://user:password@host:port,host:port,host:port/vhost`.",
     )
     store_url: SecretStr = Field(
         SecretStr("memory://"),
-        description="Where records and results live: `memory://`, `redis://host:port/db`, `rediss://…`.",
+        description="Where records and results live: `memory://`, `redis://host:port/db`, `rediss://…`; behind "
+        "Sentinels `redis+sentinel://user:password@host:port,host:port,host:port/primary/db`, with the name that they "
+        "know the primary by, its user, and `?sentinel_user=…&sentinel_password=…` if they have one of their own; "
+        "`rediss+sentinel://…` for TLS to all of them.",
     )
     blobs_url: SecretStr = Field(
         SecretStr("file://"),
@@ -159,8 +163,23 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=5,
-        description="Redis replicas that must hold a result before it is acknowledged or shown (WAIT); 1 by default in "
+        description="Redis replicas that must hold a record before it is acknowledged or shown (WAIT); 1 by default in "
         "the profiles C and D.",
+    )
+    store_replicas: int = Field(
+        0,
+        ge=0,
+        le=5,
+        description="Replicas that Redis has, all of which are waited for; 2 by default in the profiles C and D. "
+        "`durable_replicas` will do once one was missing for `store_failover_s`.",
+    )
+    store_failover_s: float = Field(
+        10,
+        ge=0,
+        le=300,
+        description="Seconds that Sentinels may take from promoting a replica until the others have left the old "
+        "primary. For as long as this after one fell silent, nothing is acknowledged or shown: it may have been "
+        "promoted.",
     )
     inline_body_bytes: int = Field(
         256 * 1024,
@@ -210,9 +229,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _profiles_with_replicas_wait_for_one(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _profiles_with_replicas_wait_for_them(cls, given: dict[str, Any]) -> dict[str, Any]:
         replicated = given.get("profile") in ("C", "D")
-        return {"durable_replicas": 1, **given} if replicated else given
+        return {"durable_replicas": 1, "store_replicas": 2, **given} if replicated else given
 
     @model_validator(mode="after")
     def _profiles_with_replicas_wait(self) -> Self:

@@ -25,6 +25,7 @@ SERVER_FIXTURES = {
     "new_redis",
     "new_s3",
     "podman",
+    "sentries",
 }
 SERVER_BACKENDS = {"rabbitmq", "redis", "s3", "docker"}  # as parameters of the contract suites
 

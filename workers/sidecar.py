@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -317,10 +318,13 @@ class Sidecar:
         """The store's answer. When another worker has a lease, its end is waited for and the claim repeated."""
         job, settings = run.job, self._settings
         attempts = settings.max_attempts if job.channel is None else 1
+        token = secrets.token_hex(16)  # the answer may be lost, and the attempt be ours all the same
 
         async def claim() -> Claim:
             run.leased_until = time.monotonic() + settings.lease_s
-            return await self._results.claim(job, worker=self._id, lease_s=settings.lease_s, max_attempts=attempts)
+            return await self._results.claim(
+                job, worker=self._id, lease_s=settings.lease_s, max_attempts=attempts, token=token
+            )
 
         answer = await loops.insist(claim, on=StoreUnavailable, name="claim")
         if answer.verdict is Verdict.HELD and answer.state is RequestState.RUNNING and not self._draining:

@@ -715,6 +715,19 @@ async def test_whoever_does_not_poll_sees_the_last_update_and_takes_none(results
     assert [found.number for found in await results.updates(job.id, after=0, limit=10)] == [1, 2]
 
 
+async def test_whoever_had_no_answer_is_granted_the_same_attempt_again(results: Results, version_id: str) -> None:
+    job = await accept(results, version_id)
+    lease = Lease(request_id=job.id, version_id=version_id, attempt=1, token="t" * 32)
+    for lease_s in (0.01, 30.0):  # the answer may be so late that the lease is over
+        claimed = await results.claim(job, worker="w1", lease_s=lease_s, max_attempts=3, token=lease.token)
+        assert claimed.lease == lease
+        await asyncio.sleep(0.02)
+    assert (await claim(results, job, worker="w2")).verdict is Verdict.HELD
+    assert await results.settle(lease, job, FULFILLED, OUTCOME) is FULFILLED
+    again = await results.claim(job, worker="w1", lease_s=30, max_attempts=3, token="t" * 32)
+    assert (again.verdict, again.state) == (Verdict.SETTLED, FULFILLED)
+
+
 async def test_a_poll_that_redis_runs_twice_takes_one_update(redis_server: Redis, version_id: str) -> None:
     settings = Settings()
     connection = Connection(redis_server.url, settings)
@@ -725,7 +738,7 @@ async def test_a_poll_that_redis_runs_twice_takes_one_update(redis_server: Redis
         for sequence in (1, 2):
             await results.report(lease, update(10 * sequence), sequence=sequence)
         keys = (f"fnq:{{{job.id}}}:r", f"fnq:{{{job.id}}}:b")
-        replies = await connection.run(*(READ.call(keys, 60_000, "", 0, 1, poll, 0) for poll in ("a", "a", "b", "c")))
+        replies = await connection.run(*(READ.call(keys, 60_000, "", 1, poll, 0) for poll in ("a", "a", "b", "c")))
         assert [(reply[18], reply[19]) for reply in replies] == [
             (b"1 10 null", 1), (b"1 10 null", 1), (b"2 20 null", 1), (b"2 20 null", 0),
         ]  # fmt: skip

@@ -154,6 +154,16 @@ async def test_servers_that_are_away_are_faults_and_no_secret_is_shown() -> None
     assert {each["name"] for each in findings(result).values() if each["level"] == "fail"} == {"reachable"}
 
 
+async def test_the_doctor_asks_whichever_node_of_a_cluster_answers(
+    environment: dict[str, str], managed_rabbitmq: RabbitMQ
+) -> None:
+    place = f"127.0.0.1:{managed_rabbitmq.port}"
+    url = managed_rabbitmq.url.replace(place, f"127.0.0.1:1,{place},127.0.0.1:2")
+    result = await asyncio.to_thread(run_doctor, environment, "--json", FNQUEUE_QUEUE_URL=url)
+    assert result.exit_code == 0, result.output
+    assert findings(result)["rabbitmq queue policy"]["value"] == "fnqueue-versions"
+
+
 async def test_the_doctor_makes_no_bucket(environment: dict[str, str], s3: S3) -> None:
     elsewhere = s3.url.replace(f"/{s3.bucket}?", "/nobodys-bucket?")
     for _ in range(2):

@@ -68,6 +68,17 @@ async def publish(queue: RabbitQueue, job: Job) -> None:
             await asyncio.sleep(0.05)  # as submit does
 
 
+async def test_nodes_that_are_away_are_passed_over(server: RabbitMQ, version_id: str) -> None:
+    place = f"127.0.0.1:{server.port}"
+    url = server.url.replace(place, f"127.0.0.1:1,{place},127.0.0.1:2")
+    async with open_queue(url, Settings()) as queue:
+        job = a_job(version_id)
+        await publish(queue, job)
+        assert await queue.depth(version_id) == 1
+        async with queue.consume(version_id, prefetch=1) as deliveries:
+            assert [received.id for received in await receive(deliveries, 1)] == [job.id]
+
+
 @contextmanager
 def logged(event: str) -> Iterator[asyncio.Event]:
     """Set when the queue logs the event."""

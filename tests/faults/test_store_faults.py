@@ -13,7 +13,7 @@ from redis.asyncio import Redis as Client
 
 from broker.backends.redis.store import open_store
 from broker.errors import StoreUnavailable
-from broker.model import AttemptEnd, Draft, Job, Outcome, Record, RequestFilter, RequestState, Verdict
+from broker.model import Draft, Job, Outcome, Record, RequestFilter, RequestState, Verdict
 from broker.ports import Results
 from broker.settings import Settings
 from infra.local.servers import Redis
@@ -45,6 +45,16 @@ async def finish(results: Results, job: Job) -> RequestState:
     claimed = await results.claim(job, worker="w", lease_s=30, max_attempts=3)
     assert claimed.lease is not None
     return await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME)
+
+
+async def replicate(primary: Redis, replica: Redis) -> None:
+    async with Client.from_url(replica.url) as client:
+        await client.replicaof("127.0.0.1", primary.port)
+
+        async def linked() -> object:
+            return (await client.info("replication"))["master_link_status"]
+
+        await eventually(linked, lambda status: status == "up")
 
 
 async def answers(results: Results) -> bool:
@@ -119,13 +129,7 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
     new_redis: Callable[[], Redis],
 ) -> None:
     primary, replica = await asyncio.to_thread(new_redis), await asyncio.to_thread(new_redis)
-    async with Client.from_url(replica.url) as client:
-        await client.replicaof("127.0.0.1", primary.port)
-
-        async def linked() -> object:
-            return (await client.info("replication"))["master_link_status"]
-
-        await eventually(linked, lambda status: status == "up", within_s=30)
+    await replicate(primary, replica)
     settings = Settings(store_timeout_s=0.4, durable_replicas=1)
     async with open_store(primary.url, settings) as (results, *_):
         job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
@@ -135,11 +139,13 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
         try:
             with pytest.raises(StoreUnavailable):
                 await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME)
-            shown = await results.read(job.id)
-            assert shown is not None
-            assert (shown.state, shown.outcome) == (RequestState.RUNNING, None)
-            assert [each.end for each in shown.attempts] == [AttemptEnd.RUNNING]
-            assert (await results.page(job.account, RequestFilter(), limit=1)).records == (shown,)
+            with pytest.raises(StoreUnavailable):
+                await results.read(job.id)
+            with pytest.raises(StoreUnavailable):
+                await results.page(job.account, RequestFilter(), limit=1)
+            refused = make_draft(job.version_id)
+            with pytest.raises(StoreUnavailable):
+                await results.create(refused, queue_limit=10, watch=False)
         finally:
             os.kill(replica.pid, signal.SIGCONT)
 
@@ -156,6 +162,32 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
         )
         assert record is not None
         assert record.outcome == OUTCOME
+        assert await results.read(refused.id) is None
+        assert [load.queued for load in await results.load([job.version_id])] == [0]
+
+
+async def test_one_replica_is_not_enough_while_the_other_may_have_been_promoted(new_redis: Callable[[], Redis]) -> None:
+    primary, promoted, other = [await asyncio.to_thread(new_redis) for _ in range(3)]
+    await replicate(primary, promoted)
+    await replicate(primary, other)
+    settings = Settings(durable_replicas=1, store_replicas=2, store_failover_s=300)
+    async with open_store(primary.url, settings) as (results, *_):
+
+        async def created() -> Record | None:
+            try:
+                return await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False)
+            except StoreUnavailable:
+                return None
+
+        record = await eventually(created, lambda made: made is not None)
+        assert record is not None
+        async with Client.from_url(promoted.url) as client:
+            await client.replicaof("NO", "ONE")
+        assert await created() is None
+        with pytest.raises(StoreUnavailable):
+            await results.read(record.id)
+    async with open_store(primary.url, settings.model_copy(update={"store_failover_s": 0})) as (results, *_):
+        assert await results.read(record.id) == record
 
 
 async def test_a_store_without_memory_refuses_what_is_new_and_keeps_what_it_has(

@@ -53,6 +53,7 @@ def test_a_run_that_keeps_all_promises_is_clean(history: list[Operation], starts
         ([SUBMIT], 1, "none lost"),
         ([SUBMIT, replace(READ, state="running")], 1, "none lost"),
         ([SUBMIT, replace(READ, state=UNKNOWN_ID)], 1, "none lost"),
+        ([SUBMIT, operation(Kind.READ, UNKNOWN_ID, at=1.0), READ], 1, "none lost"),
         ([SUBMIT, replace(READ, state="abandoned")], 0, "none lost"),
         ([SUBMIT, replace(READ, state="expired")], 1, "none lost"),
         ([SUBMIT, READ, replace(READ, digest="other")], 2, "one visible result"),
@@ -87,12 +88,35 @@ def test_what_may_expire_is_not_lost() -> None:
         ({}, 0, 0),  # lost
         ({"id-a": "fulfilled", "id-b": "fulfilled"}, 0, 0),  # made up
         ({"id-a": "running"}, 0, 0),  # not counted
+        ({"id-a": "queued"}, 0, 0),  # not counted
         ({"id-a": "fulfilled"}, 1, 0),  # counted, and not there
     ],
 )
 def test_a_census_that_does_not_add_up_is_a_broken_promise(states: dict[str, str], queued: int, running: int) -> None:
     found = violations([SUBMIT, READ], {"a": 1}, Census(states=states, queued=queued, running=running))
     assert {violation.invariant for violation in found} == {"conservation"}
+
+
+@pytest.mark.parametrize("queued", [0, 1])
+def test_what_was_refused_may_be_queued_and_taken_off_the_count(queued: int) -> None:
+    history = [SUBMIT, READ, replace(REFUSED, name="b")]
+    states = {"id-a": "fulfilled", "id-b": "queued"}
+    assert violations(history, {"a": 1}, Census(states=states, queued=queued, running=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("states", "queued", "settled"),
+    [
+        ({"id-a": "fulfilled"}, 0, True),
+        ({"id-a": "fulfilled", "id-b": "queued"}, 0, True),
+        ({"id-a": "fulfilled"}, 1, False),
+        ({"id-a": "running"}, 0, False),
+    ],
+)
+def test_a_census_is_settled_once_nothing_runs_or_is_counted_that_is_not_there(
+    states: dict[str, str], queued: int, settled: bool
+) -> None:
+    assert Census(states=states, queued=queued, running=0).settled is settled
 
 
 def test_a_violation_tells_the_whole_story_of_its_request() -> None:

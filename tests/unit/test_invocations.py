@@ -13,7 +13,9 @@ from typing import Any, cast
 import pytest
 
 from broker import accounts, invocations, request_ids
+from broker.backends.hints import RecordWatch
 from broker.backends.memory.queue import MemoryQueue
+from broker.backends.memory.results import MemoryResults
 from broker.errors import (
     AlreadyFinished,
     BlobsUnavailable,
@@ -26,11 +28,13 @@ from broker.errors import (
     QueueFull,
     QueueMissing,
     RequestExpired,
+    StoreUnavailable,
     Unavailable,
 )
 from broker.invocations import Submission
 from broker.model import (
     FunctionStatus,
+    Interest,
     Job,
     Lease,
     Outcome,
@@ -232,6 +236,29 @@ async def test_the_same_key_and_body_lead_to_the_same_request(
     done = await run_one(memory_broker, version)
     again = await invoke(memory_broker, version, tasks, idempotency_key="order-17", wait_s=5)
     assert again == done
+
+
+class Unreadable(MemoryResults):
+    """Takes everything, and shows nothing."""
+
+    def watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
+        async def read(_: str, __: Interest) -> Record | None:
+            raise StoreUnavailable("the store is away")
+
+        return RecordWatch(self.hints, request_id, interest, read)
+
+
+async def test_a_retry_by_key_is_not_refused_because_the_request_cannot_be_read(
+    memory_broker: Broker, version: Version, tasks: Tasks
+) -> None:
+    broker = replace(memory_broker, results=Unreadable(memory_broker.settings))
+    first = await invoke(broker, version, tasks, idempotency_key="k")
+    again = await invoke(broker, version, tasks, idempotency_key="k", wait_s=5)
+    assert (again.id, again.state) == (first.id, RequestState.QUEUED)
+    await broker.results.cancel(first.id, reason="")
+    with pytest.raises(Unavailable) as unknown:
+        await invoke(broker, version, tasks, idempotency_key="k", wait_s=5)
+    assert unknown.value.outcome_unknown
 
 
 async def test_the_same_key_with_another_request_is_refused(

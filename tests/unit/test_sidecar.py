@@ -95,12 +95,12 @@ class Store(MemoryResults):
             raise StoreUnavailable("the store is away")
         return await super().renew(lease, lease_s=lease_s)
 
-    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Any:
+    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int, token: str = "") -> Any:
         self.claims += 1
         if self.broken:
             self.broken -= 1
             raise LookupError("a bug")
-        return await super().claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts)
+        return await super().claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts, token=token)
 
 
 class NoDownloads:

@@ -275,16 +275,18 @@ class MemoryResults:
                     return RequestPage(records=tuple(found), after=order)
         return RequestPage(records=tuple(found), after=looked[0][0] if begin > lowest else 0)
 
-    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
+    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int, token: str = "") -> Claim:
         entry = self._entries.get(job.id) or self._rebuild(job)
         now = self._now()
         self._expire(entry)
         if entry.state.terminal:
             return Claim(verdict=Verdict.SETTLED, state=entry.state)
-        if entry.state is RequestState.RUNNING and entry.lease_until > now:
-            return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=entry.lease_until - now)
-        if entry.not_before > now:
-            return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=entry.not_before - now)
+        if entry.state is RequestState.RUNNING and token and entry.token == token:
+            entry.lease_until = now + lease_s
+            return self._granted(entry)
+        held_until = entry.lease_until if entry.state is RequestState.RUNNING else entry.not_before
+        if held_until > now:
+            return Claim(verdict=Verdict.HELD, state=entry.state, wait_s=held_until - now)
         entry.not_before, entry.outcome = 0.0, None
         if entry.log.written:
             self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
@@ -299,15 +301,17 @@ class MemoryResults:
         entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, RequestState.RUNNING)
         entry.attempt += 1
-        entry.token = secrets.token_hex(16)
+        entry.token = token or secrets.token_hex(16)
         entry.worker, entry.started_at, entry.lease_until = worker, now, now + lease_s
         entry.updates.clear()
         entry.sequence = 0
         self.hints.tell(job.id, Interest.STEPS)
-        lease = Lease(request_id=job.id, version_id=job.version_id, attempt=entry.attempt, token=entry.token)
-        return Claim(
-            verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=entry.deadline_at - now, lost=lost
-        )
+        return replace(self._granted(entry), lost=lost)
+
+    def _granted(self, entry: Entry) -> Claim:
+        lease = Lease(request_id=entry.id, version_id=entry.version_id, attempt=entry.attempt, token=entry.token)
+        remaining_s = entry.deadline_at - self._now()
+        return Claim(verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=remaining_s)
 
     def _hopeless(self, entry: Entry, deaths: int, max_attempts: int) -> tuple[str, DeadCause] | None:
         """Why it gets no further attempt, None if it does."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from urllib.parse import SplitResult, urlsplit
 
@@ -26,7 +27,7 @@ HEARTBEAT_S = 30
 REFUSED_S = 0.2  # a connect that failed speaks for those that follow it this closely
 CLOSE_S = 5.0
 
-_BAD_URL = "the queue's URL must look like amqp://user:password@host:5672/vhost"
+_BAD_URL = "the queue's URL must look like amqp://user:password@host:5672/vhost, with host:5672,host:5672 for a cluster"
 _LOST = (
     TimeoutError,
     amqp.AMQPError,
@@ -45,15 +46,14 @@ Closable = PikaConnection | AbstractConnection | AbstractChannel | TopologyChann
 
 
 class Line:
-    """One connection, made when it is asked for and made anew once it is lost."""
+    """One connection, to any node, made when it is asked for and made anew once it is lost."""
 
     def __init__(self, url: str, purpose: str, *, answer_s: float) -> None:
-        parts = _split(url)
         self.answer_s = answer_s
         # Callers read this one; where the broker is, is for the log alone.
         self.away = "the job queue does not answer; try again"
-        self._place = f"{parts.hostname}:{parts.port or parts.scheme}"
-        self._url = url if "heartbeat=" in parts.query else f"{url}{'&' if parts.query else '?'}heartbeat={HEARTBEAT_S}"
+        self._nodes = _nodes(url)
+        self._at = random.randrange(len(self._nodes))  # noqa: S311  spreads load
         self._purpose = purpose
         self._connection: PikaConnection | None = None
         self._connecting = asyncio.Lock()
@@ -96,6 +96,7 @@ class Line:
         """The next question goes over a new connection; whoever uses this one still closes it."""
         if self._connection is not None and _wire(self._connection) is connection:
             self._connection = None
+            self._at += 1
 
     def close_soon(self, what: Closable) -> None:
         """Close without making anybody wait for the broker's answer."""
@@ -126,22 +127,45 @@ class Line:
                     self._connection = await self._connect()
             except Unavailable as exc:
                 if self._refusal is None:
-                    logger.warning("queue_away", extra={"at": self._place, "cause": repr(exc.__cause__ or exc)})
+                    logger.warning("queue_away", extra={"at": self.place, "cause": repr(exc.__cause__ or exc)})
                 self._refusal, self._refused_until = exc, loop.time() + REFUSED_S
                 raise
             self._refusal = None
             return self._connection
 
+    @property
+    def place(self) -> str:
+        """The node that is asked now, without credentials."""
+        return _place(self._node)
+
+    @property
+    def places(self) -> str:
+        """All nodes, without credentials."""
+        return ", ".join(_place(node) for node in self._nodes)
+
+    @property
+    def _node(self) -> SplitResult:
+        return self._nodes[self._at % len(self._nodes)]
+
     async def _connect(self) -> PikaConnection:
-        """What is lost, or came to nothing, is closed here: aio-pika would do it at its garbage collection, which may
-        be when no loop runs."""
+        """To the first node that takes it. One that keeps silent uses up the time of this call, and the next call
+        begins behind it."""
         if self._connection is not None:
             self.close_soon(self._connection)
+        for _ in self._nodes[1:]:
+            with suppress(*_LOST):
+                return await self._connect_once()
+        return await self._connect_once()
+
+    async def _connect_once(self) -> PikaConnection:
+        """What comes to nothing is closed here: aio-pika would do it at its garbage collection, which may be when no
+        loop runs."""
         name: dict[str, FieldValue] = {"connection_name": f"fnqueue {self._purpose}"}
-        connection = aio_pika.Connection(URL(self._url), client_properties=name)
+        connection = aio_pika.Connection(URL(self._node.geturl()), client_properties=name)
         try:
             await connection.connect()
         except BaseException:
+            self._at += 1
             self.close_soon(connection)
             raise
         return connection
@@ -198,12 +222,22 @@ def _wire(connection: PikaConnection) -> AbstractConnection | None:
     return connection.transport.connection if connection.transport is not None else None
 
 
-def _split(url: str) -> SplitResult:
+def _place(node: SplitResult) -> str:
+    return f"{node.hostname}:{node.port or node.scheme}"
+
+
+def _nodes(url: str) -> list[SplitResult]:
+    """One URL for each host of `amqp://user:password@host:5672,host:5672/vhost`. Raises ConfigurationError."""
     try:
         parts = urlsplit(url)
-        known = bool(parts.hostname) and parts.port != 0
+        user, at, hosts = parts.netloc.rpartition("@")
+        query = parts.query
+        if "heartbeat=" not in query:
+            query = "&".join(filter(None, (query, f"heartbeat={HEARTBEAT_S}")))
+        found = [parts._replace(netloc=f"{user}{at}{host}", query=query) for host in hosts.split(",")]
+        known = all(node.hostname and node.port != 0 for node in found)
     except ValueError:  # its text could hold a part of the password
         raise ConfigurationError(_BAD_URL) from None
     if not known:
         raise ConfigurationError(_BAD_URL)
-    return parts
+    return found

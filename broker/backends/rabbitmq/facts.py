@@ -46,8 +46,7 @@ async def look(url: str, settings: Settings, *, management_url: str = "", probe:
 
 async def _by_amqp(url: str, settings: Settings, *, probe: bool) -> QueueFacts:
     line = Line(url, "doctor", answer_s=settings.publish_timeout_s)
-    parts = urlsplit(url)
-    facts = QueueFacts(kind="rabbitmq", address=f"{parts.hostname}:{parts.port or parts.scheme}")
+    facts = QueueFacts(kind="rabbitmq", address=line.places)
     try:
         channel = await line.channel()
         version = dict(channel.connection.server_properties or {}).get("version", "")

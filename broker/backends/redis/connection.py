@@ -10,20 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from redis.asyncio.retry import Retry
-from redis.backoff import ConstantBackoff
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from broker.backends.breaker import Breaker, seek
 from broker.backends.redis import keys
+from broker.backends.redis.pools import SentinelPool, open_pool
+from broker.backends.redis.replication import Replication
 from broker.backends.redis.scripts import MEND, SCRIPTS
-from broker.errors import ConfigurationError, RecordDamaged, StoreUnavailable
+from broker.errors import RecordDamaged, StoreUnavailable
 from broker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,16 @@ Command = tuple[Any, ...]
 _LARGEST_EXCHANGE = 256
 _LANES = 2
 _AWAY = "the result store does not answer; try again"
+# WAIT counts what replicas have acknowledged, be it long ago: those of a primary that was replaced while it was frozen
+# would do for what was only read. This makes them acknowledge anew. It reaches the replicas and nobody else, and a
+# Redis that is full takes it.
+_FENCE: Command = ("PUBLISH", "fnq:h:fence", "")
 # An error reply is an answer: a store that is full, or loading, may still be read.
 _SILENCE = (LostConnection, RedisTimeout, OSError, TimeoutError)
+
+
+class TooFewReplicas(StoreUnavailable):
+    """It was done, and could be gone again."""
 
 
 class Connection:
@@ -42,36 +51,23 @@ class Connection:
 
     def __init__(self, url: str, settings: Settings) -> None:
         self._timeout_s = settings.store_timeout_s
-        self._replicas = settings.durable_replicas
-        try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=16,
-                timeout=settings.store_timeout_s,
-                protocol=3,
-                socket_timeout=settings.store_timeout_s,
-                socket_connect_timeout=settings.store_timeout_s,
-                socket_keepalive=True,
-                health_check_interval=15,
-                # Every script may run twice, so one silent retry over a fresh connection is safe.
-                retry=Retry(ConstantBackoff(0.05), 1),
-                retry_on_error=[ConnectionError],
-                driver_info=None,  # our users may not CLIENT SETINFO, a command that Redis 7.0 does not know
-            )
-        except ValueError as exc:
-            raise ConfigurationError("FNQUEUE_STORE_URL: not a Redis URL") from exc
-        self.client: Redis = Redis(connection_pool=pool)
+        self._replication = Replication(
+            least=settings.durable_replicas, every=settings.store_replicas, failover_s=settings.store_failover_s
+        )
+        self._pool = open_pool(url, settings)
+        self.client: Redis = Redis(connection_pool=self._pool)
         self._asked: list[_Asked] = []
         self._exchanges: set[asyncio.Task[None]] = set()
         self._breaker = Breaker("store", after_s=settings.store_timeout_s)
         self._seeking: asyncio.Task[None] | None = None
 
     async def run(self, *commands: Command, durable: bool = False) -> list[Any]:
-        """Replies in order. `durable` also waits until the configured number of replicas has what these
-        commands wrote; it is met by the same connection, as WAIT demands.
+        """Replies in order. `durable` also waits until what these commands wrote and read is safe with replicas, as
+        configured; it is met by the same connection, as WAIT demands.
 
         Raises:
-            StoreUnavailable: no answer in time, an error reply, or too few replicas; at once while nothing answers.
+            StoreUnavailable: no answer in time, an error reply, or (TooFewReplicas) not durable in time; at once while
+                nothing answers.
             RecordDamaged: a key holds what these commands cannot work with, and it is none that can be made anew.
         """
         try:
@@ -110,11 +106,22 @@ class Connection:
     async def _ask(self, commands: Sequence[Command], *, durable: bool) -> list[Any]:
         if not self._breaker.admits():
             raise StoreUnavailable(_AWAY)
-        asked = _Asked(tuple(commands), durable and self._replicas > 0)
+        asked = _Asked(tuple(commands), durable and self._replication.needed)
         self._asked.append(asked)
         if len(self._exchanges) < _LANES:
             self._start()
         return await asked.reply
+
+    async def look_for_replicas(self) -> None:
+        """See whether all of them are there, apart from what is asked: those who ask do not wait for one that is known
+        to be away. To be called every few seconds, or its absence cannot be told from a fail-over."""
+        if not self._replication.needed:
+            return
+        with suppress(RedisError, OSError, TimeoutError):
+            async with asyncio.timeout(self._timeout_s * 2):
+                [acknowledged] = await self._pipeline((), self._replication.every)
+            if isinstance(acknowledged, int):
+                self._replication.safe(acknowledged)
 
     async def close(self) -> None:
         under_way: list[asyncio.Task[None]] = [*self._exchanges, *([self._seeking] if self._seeking else [])]
@@ -122,7 +129,7 @@ class Connection:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
         await self.client.aclose()
-        await self.client.connection_pool.disconnect()
+        await self._pool.aclose()
 
     def _start(self) -> None:
         exchange = asyncio.get_running_loop().create_task(self._exchange())
@@ -170,32 +177,42 @@ class Connection:
         durable = any(asked.durable for asked in batch)
         replies = await self._send([command for asked in batch for command in asked.commands], durable=durable)
         replicas = replies.pop() if durable else 0
+        enough = durable and isinstance(replicas, int) and self._replication.safe(replicas)
         at = 0
         for asked in batch:
             part = replies[at : at + len(asked.commands)]
             at += len(asked.commands)
-            asked.answer(part, enough=not asked.durable or (isinstance(replicas, int) and replicas >= self._replicas))
+            asked.answer(part, enough=enough or not asked.durable)
+        if isinstance(self._pool, SentinelPool) and (_lonely(replies) or (durable and not enough)):
+            # It may have been replaced without knowing: whoever connects asks the Sentinels.
+            await self._pool.disconnect(inuse_connections=False)
 
     async def _send(self, commands: Sequence[Command], *, durable: bool) -> list[Any]:
-        replies = await self._pipeline(commands, durable=durable)
+        replicas = self._replication.wanted if durable else 0
+        replies = await self._pipeline(commands, replicas)
         missing = [at for at, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if missing:
             for script in SCRIPTS:
                 await cast("Awaitable[Any]", self.client.script_load(script.source))
-            again = await self._pipeline([commands[at] for at in missing], durable=durable)
+            again = await self._pipeline([commands[at] for at in missing], replicas)
             for at, reply in zip(missing, again, strict=False):
                 replies[at] = reply
             if durable:
                 replies[-1] = again[-1]
         return replies
 
-    async def _pipeline(self, commands: Sequence[Command], *, durable: bool) -> list[Any]:
+    async def _pipeline(self, commands: Sequence[Command], replicas: int) -> list[Any]:
+        """Their replies and, where replicas are waited for, how many have acknowledged."""
         async with self.client.pipeline(transaction=False) as pipeline:
             for command in commands:
                 _add(pipeline, command)
-            if durable:
-                _add(pipeline, ("WAIT", self._replicas, int(self._timeout_s * 500)))
-            return list(await pipeline.execute(raise_on_error=False))
+            if replicas:
+                _add(pipeline, _FENCE)
+                _add(pipeline, ("WAIT", replicas, int(self._timeout_s * 500)))
+            replies = list(await pipeline.execute(raise_on_error=False))
+            if replicas:
+                del replies[-2]
+            return replies
 
 
 class _Asked:
@@ -217,7 +234,7 @@ class _Asked:
             else:
                 self._fail(fault)
         elif not enough:
-            self._fail(TimeoutError("too few replicas confirmed the write"))
+            self.reply.set_exception(TooFewReplicas(_AWAY))
         else:
             self.reply.set_result(replies)
 
@@ -250,6 +267,11 @@ def _keys_of(command: Command) -> Sequence[str]:
     if command[0] == "EVALSHA":
         return [key for key in command[3 : 3 + command[2]] if isinstance(key, str)]
     return [key for key in command[1:2] if isinstance(key, str)]
+
+
+def _lonely(replies: Sequence[Any]) -> bool:
+    """Whether something was refused for want of replicas, as by a primary that others have left."""
+    return any(isinstance(reply, ResponseError) and str(reply).startswith("NOREPLICAS") for reply in replies)
 
 
 def _add(pipeline: Pipeline, command: Command) -> None:

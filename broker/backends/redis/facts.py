@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from broker.errors import ConfigurationError
+from broker.backends.redis.pools import SentinelPool, open_pool
 from broker.facts import StoreFacts
 from broker.settings import Settings
 
@@ -23,37 +25,50 @@ async def look(url: str, settings: Settings) -> StoreFacts:
 
     Raises ConfigurationError for a URL that cannot be read.
     """
+    pool = open_pool(url, settings, decode_responses=True, retry=Retry(NoBackoff(), 0))
+    client = Redis(connection_pool=pool)
+    facts = StoreFacts(kind="redis")
     try:
-        client = Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=settings.store_timeout_s,
-            socket_connect_timeout=settings.store_timeout_s,
-            retry=Retry(NoBackoff(), 0),
-        )
-    except ValueError as exc:
-        raise ConfigurationError("FNQUEUE_STORE_URL: not a Redis URL") from exc
-    given = client.connection_pool.connection_kwargs
-    address = f"-h {given['host']} -p {given.get('port', 6379)}" if "host" in given else f"-s {given.get('path', '')}"
-    try:
-        return await _ask(client, address)
+        if isinstance(pool, SentinelPool):
+            facts = replace(facts, sentinels=await _sentinels(pool))
+        return await _ask(client, facts, pool)
     except AuthenticationError as exc:
-        return StoreFacts(kind="redis", address=address, fault=f"it refuses the URL's user or password: {exc}")
+        return replace(facts, address=_address(pool), fault=f"it refuses the URL's user or password: {exc}")
     except (RedisError, OSError, TimeoutError) as exc:
-        return StoreFacts(kind="redis", address=address, fault=f"it does not answer ({type(exc).__name__})")
+        return replace(facts, address=_address(pool), fault=f"it does not answer ({type(exc).__name__})")
     finally:
         await client.aclose()
+        await pool.aclose()
 
 
-async def _ask(client: Redis, address: str) -> StoreFacts:
+async def _sentinels(pool: SentinelPool) -> tuple[int, int]:
+    """How many know the primary, and how many there are."""
+    asked = pool.sentinel_manager.sentinels
+    answers = await asyncio.gather(
+        *(sentinel.sentinel_get_master_addr_by_name(pool.service_name) for sentinel in asked), return_exceptions=True
+    )
+    return sum(isinstance(answer, tuple) for answer in answers), len(asked)
+
+
+def _address(pool: ConnectionPool) -> str:
+    """As redis-cli takes it. Of a primary that no Sentinel names, the first of them."""
+    given = pool.connection_kwargs
+    if isinstance(pool, SentinelPool):
+        first = pool.sentinel_manager.sentinels[0].connection_pool.connection_kwargs
+        host, port = pool.master_address or (first["host"], first["port"])
+        return f"-h {host} -p {port}"
+    return f"-h {given['host']} -p {given.get('port', 6379)}" if "host" in given else f"-s {given.get('path', '')}"
+
+
+async def _ask(client: Redis, facts: StoreFacts, pool: ConnectionPool) -> StoreFacts:
     await client.ping()
     asked_at = time.time()
     seconds, micros = await client.time()
     skew_s = seconds + micros / 1_000_000 - (asked_at + time.time()) / 2
     info, config = await _info(client), await _config(client)
-    return StoreFacts(
-        kind="redis",
-        address=address,
+    return replace(
+        facts,
+        address=_address(pool),
         version=str(info.get("redis_version", "")),
         config=config,
         skew_s=skew_s,

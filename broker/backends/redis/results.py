@@ -10,7 +10,6 @@ import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import orjson
@@ -20,7 +19,7 @@ from broker.backends.admission import limit_met
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
-from broker.backends.redis.connection import Command, Connection
+from broker.backends.redis.connection import Command, Connection, TooFewReplicas
 from broker.backends.redis.keys import account as _account
 from broker.backends.redis.keys import body as _body
 from broker.backends.redis.keys import due as _due
@@ -100,7 +99,7 @@ class RedisResults:
     async def remember_key(self, account: str, key: str, *, request_id: str, digest: str) -> str:
         ttl_ms = int(self._settings.idempotency_ttl_s * 1000)
         [bound] = await self._connection.run(
-            scripts.REMEMBER_KEY.call((_idempotency(account, key),), request_id, digest, ttl_ms)
+            scripts.REMEMBER_KEY.call((_idempotency(account, key),), request_id, digest, ttl_ms), durable=True
         )
         if not bound:
             raise IdempotencyKeyReused("this Idempotency-Key was used with another request")
@@ -112,42 +111,14 @@ class RedisResults:
 
     async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
         nonce = secrets.token_hex(4)
-        waiting = _waiting(draft.version_id)
-        queue_ms = int(draft.queue_timeout_s * 1000)
-        settings, member = self._settings, _member(draft.id)
         await self._look_before(draft, queue_limit)
-        met, made, met_by_account = await self._connection.run(
-            scripts.ENQUEUE.call(
-                (waiting, _due(draft.version_id), _ledger(draft.version_id)),
-                draft.id,
-                queue_limit,
-                queue_ms,
-                member,
-                draft.size_bytes,
-                draft.account,
-                settings.version_requests,
-                settings.version_bytes,
-            ),
-            scripts.CREATE.call(
-                (_record(draft.id),),
-                draft.account,
-                draft.function_id,
-                draft.version_id,
-                int(draft.deadline_s * 1000),
-                self._retention_ms,
-                nonce,
-                self.channel if watch else "",
-                queue_ms,
-                int(draft.run_timeout_s * 1000),
-            ),
-            self._index(
-                draft.account,
-                draft.id,
-                draft.deadline_s,
-                draft.size_bytes,
-                most=(settings.account_requests, settings.account_bytes),
-            ),
-        )
+        commands = self._creating(draft, nonce, queue_limit, self.channel if watch else "")
+        try:
+            met, made, met_by_account = await self._connection.run(*commands, durable=True)
+        except TooFewReplicas:
+            with suppress(StoreUnavailable):
+                await self._discard(draft, nonce)
+            raise
         with reading(draft.id):
             is_new, state, created, deadline, function_id, version_id, queue_deadline, run_ms = made
             record = Record(
@@ -162,17 +133,13 @@ class RedisResults:
                 run_timeout_s=int(run_ms) / 1000,
             )
         if is_new and (met or met_by_account):
-            await self._connection.run(
-                scripts.DISCARD.call((_record(draft.id),), nonce),
-                ("ZREM", _account(draft.account), member),
-                *leaving(draft.account, draft.version_id, draft.id),
-            )
+            await self._discard(draft, nonce)
             if met:
                 raise self._refusal(draft.version_id, "version", _text(met), queue_limit)
             raise self._refusal(draft.account, "account", _text(met_by_account), queue_limit)
         if not is_new and (record.state is not RequestState.QUEUED or record.version_id != draft.version_id):
             if record.state is RequestState.RUNNING and record.version_id == draft.version_id:
-                await self._connection.run(("ZREM", waiting, draft.id))
+                await self._connection.run(("ZREM", _waiting(draft.version_id), draft.id))
             else:
                 left = leaving(draft.account, draft.version_id, draft.id)
                 await self._connection.run(*(left if record.state.terminal else left[1:]))
@@ -208,6 +175,49 @@ class RedisResults:
             self._crowded.clear()
         self._crowded[_ledger(whose)] = asyncio.get_running_loop().time() + _CROWDED_S
         return limit_met(of, what, self._settings, queue_limit)
+
+    def _creating(self, draft: Draft, nonce: str, queue_limit: int, channel: str) -> tuple[Command, Command, Command]:
+        settings, queue_ms = self._settings, int(draft.queue_timeout_s * 1000)
+        return (
+            scripts.ENQUEUE.call(
+                (_waiting(draft.version_id), _due(draft.version_id), _ledger(draft.version_id)),
+                draft.id,
+                queue_limit,
+                queue_ms,
+                _member(draft.id),
+                draft.size_bytes,
+                draft.account,
+                settings.version_requests,
+                settings.version_bytes,
+            ),
+            scripts.CREATE.call(
+                (_record(draft.id),),
+                draft.account,
+                draft.function_id,
+                draft.version_id,
+                int(draft.deadline_s * 1000),
+                self._retention_ms,
+                nonce,
+                channel,
+                queue_ms,
+                int(draft.run_timeout_s * 1000),
+            ),
+            self._index(
+                draft.account,
+                draft.id,
+                draft.deadline_s,
+                draft.size_bytes,
+                most=(settings.account_requests, settings.account_bytes),
+            ),
+        )
+
+    async def _discard(self, draft: Draft, nonce: str) -> None:
+        [gone] = await self._connection.run(scripts.DISCARD.call((_record(draft.id),), nonce))
+        if gone:
+            await self._connection.run(
+                ("ZREM", _account(draft.account), _member(draft.id)),
+                *leaving(draft.account, draft.version_id, draft.id),
+            )
 
     async def abandon(self, request_id: str, version_id: str, *, reason: str) -> bool:
         retention_ms = int(self._settings.request_deadline_s * 1000) + self._retention_ms
@@ -352,13 +362,13 @@ class RedisResults:
 
     # -- workers ----------------------------------------------------------------------------------
 
-    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
+    async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int, token: str = "") -> Claim:
+        token = token or secrets.token_hex(16)
         return await self.healing(
-            job.id, lambda: self._claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts)
+            job.id, lambda: self._claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts, token=token)
         )
 
-    async def _claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int) -> Claim:
-        token = secrets.token_hex(16)
+    async def _claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int, token: str) -> Claim:
         claimed, placed = await self._connection.run(
             scripts.CLAIM.call(
                 (_record(job.id), _body(job.id)),
@@ -372,6 +382,7 @@ class RedisResults:
                 self._settings.max_worker_deaths,
             ),
             scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
+            durable=True,
         )
         with reading(job.id):
             verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
@@ -646,6 +657,7 @@ class RedisResults:
                 await self.epoch(fresh=True)
             except Unavailable:
                 logger.debug("epoch_unknown")
+            await self._connection.look_for_replicas()
             await asyncio.sleep(_EPOCH_REFRESH_S)
 
     # -- pieces -----------------------------------------------------------------------------------
@@ -665,30 +677,22 @@ class RedisResults:
     async def _read_all(
         self, request_ids: Sequence[str], channel: str, *, whole: bool, interest: Interest = Interest.END
     ) -> list[Record | RecordDamaged | None]:
-        """In one exchange; `whole` records have their outcomes."""
+        """In one exchange; `whole` records have their outcomes. Nothing is shown that a replica does not have: not only
+        an end could be gone again, also what is not over yet may be over for others, by a primary that was replaced."""
         if not request_ids:
             return []
-        touch = self._settings.durable_replicas > 0
         commands = [
             scripts.READ.call(
                 (_record(each), _body(each)),
                 self._retention_ms,
                 channel,
-                int(touch),
                 int(whole),
                 secrets.token_hex(4) if interest is Interest.PROGRESS else "",
                 int(interest is Interest.STEPS),
             )
             for each in request_ids
         ]
-        try:
-            replies = await self._connection.each(*commands, durable=touch)
-        except StoreUnavailable:
-            if not touch:
-                raise
-            # Replicas are away: a live record can still be shown, a terminal one reads as still running.
-            replies = await self._connection.each(*commands)
-            return [_still_running(_parse(each, reply)) for each, reply in zip(request_ids, replies, strict=True)]
+        replies = await self._connection.each(*commands, durable=True)
         records = [_parse(each, reply) for each, reply in zip(request_ids, replies, strict=True)]
         left = [
             command
@@ -787,23 +791,6 @@ def _read_record(request_id: str, reply: Sequence[Any]) -> Record:
 
 def _attempt(number: int, worker: str, started: int, ended: int, end: str) -> Attempt:
     return Attempt(number=number, worker=worker, started_at=started / 1000, ended_at=ended / 1000, end=AttemptEnd(end))
-
-
-def _still_running(record: Record | RecordDamaged | None) -> Record | RecordDamaged | None:
-    if not isinstance(record, Record) or not record.state.terminal:
-        return record
-    attempts = record.attempts
-    if record.worker:
-        attempts = (*attempts[:-1], replace(attempts[-1], ended_at=0.0, end=AttemptEnd.RUNNING))
-    return replace(
-        record,
-        state=RequestState.RUNNING,
-        outcome=None,
-        finished_at=0.0,
-        status_code=0,
-        timings=None,
-        attempts=attempts,
-    )
 
 
 def _numbers(outcome: Outcome, timings: Timings) -> str:

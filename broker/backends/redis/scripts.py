@@ -178,14 +178,19 @@ return {made, f[1], f[2], f[3], f[4], f[5], f[6] or '0', f[7] or '0'}
 """
 )
 
-# Takes back what CREATE made when the queue turned out to be full.
-# KEYS record · ARGV nonce
+# Takes back what CREATE made when the queue turned out to be full, or replicas away; not from another submitter.
+# KEYS record · ARGV nonce · returns 1 when it is gone
 DISCARD = Script(
     """
-if redis.call('HGET', KEYS[1], 'o') == ARGV[1] and redis.call('HGET', KEYS[1], 's') == 'queued' then
-  return redis.call('DEL', KEYS[1])
+local f = redis.call('HMGET', KEYS[1], 'o', 's', 'p')
+if not f[2] then return 1 end
+if f[1] ~= ARGV[1] or f[2] ~= 'queued' then return 0 end
+if tonumber(f[3]) > 1 then
+  redis.call('HINCRBY', KEYS[1], 'p', -1)
+  redis.call('HDEL', KEYS[1], 'o')
+  return 0
 end
-return 0
+return redis.call('DEL', KEYS[1])
 """
 )
 
@@ -205,12 +210,11 @@ return 1
 """
 )
 
-# KEYS record body · ARGV retention_ms channel touch whole poll steps
+# KEYS record body · ARGV retention_ms channel whole poll steps
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
 #   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result,
 #   head of a stream that is not terminal, an update or '', 1 if no other poll was given it, cause, redriven as}
-# A touched terminal record is written to, so that WAIT on this connection covers what was read. A `poll` is a nonce,
-# '' for none, and takes an update; with `steps` (0|1) the channel is told of every step.
+# A `poll` is a nonce, '' for none, and takes an update; with `steps` (0|1) the channel is told of every step.
 READ = Script(
     _FINISH
     + """
@@ -234,16 +238,15 @@ local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
 local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I',
   'u', 'pn', 'K', 'V')
 local body, progress, unread = '', '', 0
-if f[18] and (f[1] == 'running' or ARGV[6] == '1') then
-  progress, unread = update(KEYS[1], tonumber(f[18]), f[1] == 'running' and ARGV[5] or '')
+if f[18] and (f[1] == 'running' or ARGV[5] == '1') then
+  progress, unread = update(KEYS[1], tonumber(f[18]), f[1] == 'running' and ARGV[4] or '')
 end
 if terminal[f[1]] then
-  body = ARGV[4] == '1' and redis.call('GET', KEYS[2]) or ''
-  if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'y', now) end
+  body = ARGV[3] == '1' and redis.call('GET', KEYS[2]) or ''
 elseif ARGV[2] ~= '' and not string.find(f[12] or '', ARGV[2], 1, true) and #(f[12] or '') < 512 then
   redis.call('HSET', KEYS[1], 'h', (f[12] and f[12] .. ' ' or '') .. ARGV[2])
 end
-if not terminal[f[1]] and ARGV[6] == '1' then
+if not terminal[f[1]] and ARGV[5] == '1' then
   local steps = redis.call('HGET', KEYS[1], 'hs') or ''
   if not string.find(steps, ARGV[2], 1, true) and #steps < 512 then
     redis.call('HSET', KEYS[1], 'hs', steps == '' and ARGV[2] or steps .. ' ' .. ARGV[2])
@@ -273,13 +276,16 @@ overdue(r, KEYS[2], ARGV[6] + 0)
 local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
+if f[1] == 'running' and f[3] == ARGV[2] then
+  redis.call('HSET', r, 'l', now + ARGV[4])
+  return {'granted', 'running', n, 0, f[5] - now, rebuilt}
+end
 if f[6] then
   if tonumber(f[6]) > now and tonumber(f[6]) <= tonumber(f[5]) then return {'held', 'queued', n, f[6] - now} end
   redis.call('HDEL', r, 'Z')
   redis.call('DEL', KEYS[2])
 end
 if f[1] == 'running' and held(f[4]) then
-  if f[3] == ARGV[2] then return {'granted', 'running', n, 0, f[5] - now, rebuilt} end
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
 if f[7] then return {'settled', finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0), n, 0} end
