@@ -116,7 +116,8 @@ class _Hasty:
         self.wake = inner.wake
 
     async def read(self) -> Record | None:
-        await self._inner.read()
+        with suppress(StoreUnavailable):
+            await self._inner.read()
         entry = self._store.entry(self._id)
         return entry.record() if entry is not None else None
 

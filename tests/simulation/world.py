@@ -63,8 +63,8 @@ DEADLINE_S = 3600.0
 
 
 class Store(MemoryResults):
-    """A primary with one replica. While `replica_away`, no result becomes durable, and `fail_over` loses those that are
-    not; while `mute`, hints are lost."""
+    """A primary with one replica. While `replica_away`, nothing is shown and no result becomes durable, and `fail_over` loses
+    those that are not; while `mute`, hints are lost."""
 
     def __init__(self, settings: Settings) -> None:
         born_at, loop = time.time(), asyncio.get_running_loop()
@@ -85,9 +85,9 @@ class Store(MemoryResults):
         raise StoreUnavailable("no replica has it")
 
     async def _read(self, request_id: str, interest: Interest) -> Record | None:
-        record = await super()._read(request_id, interest)
-        before = self._before.get(request_id)
-        return before.record() if record is not None and self.replica_away and before is not None else record
+        if self.replica_away:
+            raise StoreUnavailable("no replica has it")
+        return await super()._read(request_id, interest)
 
     def fail_over(self) -> None:
         """The replica becomes the primary."""

@@ -97,7 +97,7 @@ class Failing:
 
 
 class Replicated(Failing):
-    """While `replica_away`, nothing that ended is durable: it reads as running."""
+    """While `replica_away`, no record can be shown."""
 
     def __init__(self, inner: ports.Results, **failing: Exception) -> None:
         super().__init__(inner, **failing)
@@ -109,16 +109,11 @@ class Replicated(Failing):
             return self._read if name == "read" else self._watch
         return super().__getattr__(name)
 
-    async def _read(self, request_id: str, interest: Interest = Interest.END) -> Record | None:
-        return _still_running(await self.results.read(request_id))
+    async def _read(self, *_: object) -> Record | None:
+        raise StoreUnavailable("no replica has it")
 
     def _watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
         return RecordWatch(Hints(), request_id, interest, self._read)
-
-
-def _still_running(record: Record | None) -> Record | None:
-    terminal = record is not None and record.state.terminal
-    return replace(record, state=RequestState.RUNNING, outcome=None) if record and terminal else record
 
 
 @asynccontextmanager
