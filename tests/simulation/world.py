@@ -63,8 +63,8 @@ DEADLINE_S = 3600.0
 
 
 class Store(MemoryResults):
-    """A primary with one replica. While `replica_away`, nothing is shown and no result becomes durable, and `fail_over` loses
-    those that are not; while `mute`, hints are lost."""
+    """A primary with one replica. While `replica_away`, nothing is shown and no result becomes durable, and
+    `fail_over` loses those that are not; while `mute`, hints are lost."""
 
     def __init__(self, settings: Settings) -> None:
         born_at, loop = time.time(), asyncio.get_running_loop()
