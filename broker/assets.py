@@ -26,6 +26,7 @@ LONGEST_CONTENT_TYPE = 255
 LONGEST_DESCRIPTION = 1024  # S3 keeps 2 KB of metadata an object, names included
 LOOKUPS = 16  # asked of the blob store at once, per caller
 
+_NAMESPACE = uuid.UUID("6d1f2f0a-6a3c-5d0e-9b55-0d8f3f3f5a11")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # noqa: S105  RFC 9110 §5.6.2, not a password
 _QUOTED = r'"[ !#-\[\]-~]*"'
 _CONTENT_TYPE = re.compile(rf"{_TOKEN}/{_TOKEN}( *; *{_TOKEN}=({_TOKEN}|{_QUOTED}))*")
@@ -34,18 +35,26 @@ _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
 async def create(
-    broker: Broker, principal: Principal, *, content_type: str, description: str, expires_s: float
+    broker: Broker,
+    principal: Principal,
+    *,
+    content_type: str,
+    description: str,
+    expires_s: float,
+    idempotency_key: str = "",
 ) -> tuple[Asset, str]:
     """A new asset and the URL that takes its bytes in one PUT; nothing is stored until then.
 
-    The PUT must carry `Content-Type` and `x-amz-meta-nvcf-asset-description` exactly as in the asset returned.
+    The PUT must carry `Content-Type` and `x-amz-meta-nvcf-asset-description` exactly as in the asset returned. The same
+    key leads to the same asset of the account, so that a client that crashed while it uploaded names it once more in
+    the same request.
 
     Raises:
         BadRequest: a field is missing or cannot be a header. S3 keeps metadata as ASCII, and clients disagree on
             how to send anything else, so a description beyond printable ASCII is refused rather than garbled.
     """
     asset = Asset(
-        id=str(uuid.uuid4()),
+        id=str(_named(principal.account, idempotency_key) if idempotency_key else uuid.uuid4()),
         content_type=_content_type(content_type),
         description=_description(description),
         created_at=time.time(),
@@ -104,6 +113,11 @@ async def resolve(broker: Broker, account: str, asset_ids: Iterable[str]) -> Non
 def key_of(account: str, asset_id: str) -> str:
     """Where an asset lies in the blob store. Raises BadRequest when the id is no UUID."""
     return _prefix(account) + _canonical(asset_id)
+
+
+def _named(account: str, idempotency_key: str) -> uuid.UUID:
+    """An ID is no secret: whoever has it still needs a key of the account."""
+    return uuid.uuid5(_NAMESPACE, f"{len(account)}:{account}{idempotency_key}")
 
 
 def _prefix(account: str) -> str:

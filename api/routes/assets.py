@@ -13,6 +13,7 @@ from fnqueue import wire
 
 
 async def create(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    idempotency_key = headers.idempotency_key(request.headers)
     asked = await payloads.read(front, request, wire.CreateAsset)
     asset, url = await assets.create(
         front.broker,
@@ -20,6 +21,7 @@ async def create(front: Front, request: web.Request, principal: Principal) -> we
         content_type=asked.content_type,
         description=asked.description,
         expires_s=front.settings.asset_url_ttl_s,
+        idempotency_key=idempotency_key,
     )
     upload = wire.AssetUpload(
         asset_id=asset.id, upload_url=url, content_type=asset.content_type, description=asset.description
