@@ -76,8 +76,6 @@ class ConnectionFailed(FnqueueError):
 class TimedOut(FnqueueError):
     """The limit of the caller was reached. What was accepted goes on: `request_id` leads to it, if it is known."""
 
-    retryable = True
-
     def __init__(self, message: str, *, request_id: str | None = None) -> None:
         super().__init__(message)
         self.request_id = request_id
