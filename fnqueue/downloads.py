@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import IO
 
 from fnqueue.errors import ConnectionFailed
-from fnqueue.inputs import CHUNK_BYTES
 from fnqueue.retries import Failures
 from fnqueue.transport import Call, Stream, Transport, limited
 
@@ -35,5 +34,5 @@ async def fetch(transport: Transport, url: str, sink: IO[bytes], *, give_up_at: 
 
 
 async def _copy(stream: Stream, sink: IO[bytes]) -> None:
-    async for chunk in stream.chunks(CHUNK_BYTES):
+    async for chunk in stream.chunks():
         await asyncio.to_thread(sink.write, chunk)

@@ -88,9 +88,10 @@ class Stream:
     async def close(self) -> None:
         await self._response.aclose()
 
-    async def chunks(self, size_bytes: int) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """As they come, so that nothing of them is lost when the connection breaks."""
         with _translated(self._response.request):
-            async for chunk in self._response.aiter_raw(size_bytes):
+            async for chunk in self._response.aiter_raw():
                 yield chunk
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -116,8 +117,11 @@ class Transport:
         )
         mounts: dict[str, httpx2.AsyncBaseTransport | None] = dict.fromkeys(_LOOPBACK)
         key = {"Authorization": f"Bearer {config.key}"}
-        self._server = httpx2.AsyncClient(base_url=config.url, headers=agent | key, limits=limits, mounts=mounts)
-        self._storage = httpx2.AsyncClient(headers=agent, limits=limits, mounts=mounts)
+        trust = httpx2.create_ssl_context()  # once: reading this machine's certificates takes a while
+        self._server = httpx2.AsyncClient(
+            base_url=config.url, headers=agent | key, limits=limits, mounts=mounts, verify=trust
+        )
+        self._storage = httpx2.AsyncClient(headers=agent, limits=limits, mounts=mounts, verify=trust)
 
     async def close(self) -> None:
         await self._server.aclose()
