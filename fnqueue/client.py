@@ -22,6 +22,7 @@ from fnqueue.errors import (
     FnqueueError,
     Forbidden,
     NotFound,
+    Refused,
     RequestDead,
     RequestFailed,
     ServerFailed,
@@ -147,6 +148,12 @@ class AsyncClient:
     async def delete_asset(self, asset_id: str, *, timeout_s: float = DAY_S) -> None:
         """Requests that name it and have not begun will fail. Raises: NotFound."""
         await self._call("DELETE", f"{NVCF}/assets/{_id(asset_id)}", timeout_s)
+
+    async def tidy(self, asset_ids: Iterable[str]) -> None:
+        """Delete assets that nothing needs any more; what cannot be deleted soon stays until somebody does."""
+        with suppress(FnqueueError):
+            for asset_id in asset_ids:
+                await self.delete_asset(asset_id, timeout_s=_TIDY_S)
 
     async def close(self) -> None:
         """Requests go on. Calls that wait end with an error."""
@@ -391,7 +398,13 @@ class AsyncFunction:
         if referenced := (*order.assets, *uploads.values()):
             headers["NVCF-INPUT-ASSET-REFERENCES"] = ",".join(referenced)
         call = Call(method="POST", path=path, headers=headers, content=body, hold_s=hold_s)
-        return await self._accepted(order, call, list(uploads.values()))
+        try:
+            return await self._accepted(order, call, list(uploads.values()))
+        except Refused as exc:
+            # Under a key of the caller's they may be in use by the request that it led to before.
+            if not order.chosen and not exc.outcome_unknown:
+                await self._client.tidy(uploads.values())
+            raise
 
     async def _accepted(self, order: _Order, call: Call, uploads: list[str]) -> AsyncHandle:
         if order.stream:
@@ -553,11 +566,8 @@ class AsyncHandle:
             raise
 
     async def _tidy(self) -> None:
-        """What cannot be deleted now stays until somebody does."""
         uploads, self._uploads = self._uploads, []
-        with suppress(FnqueueError):
-            for asset_id in uploads:
-                await self._client.delete_asset(asset_id, timeout_s=_TIDY_S)
+        await self._client.tidy(uploads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

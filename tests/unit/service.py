@@ -33,8 +33,8 @@ class Heard:
 
 @dataclass
 class Service:
-    """Each call is answered by the next of `answers`; one more than there are is a failure. `heard` is what came, `slept`
-    what a client made by `client` paused, which takes no time."""
+    """Each call is answered by the next of `answers`; one more than there are is a failure. `heard` is what came,
+    `slept` what a client made by `client` paused, which takes no time."""
 
     url: str = ""
     answers: deque[Handler | web.StreamResponse] = field(default_factory=deque)

@@ -317,8 +317,8 @@ def made(service: Service) -> web.Response:
 async def test_a_large_file_is_uploaded_named_and_deleted_in_the_end(
     service: Service, client: AsyncClient, tmp_path: Path
 ) -> None:
-    picture = tmp_path / "a.png"
-    picture.write_bytes(b"p" * 3_000_000)
+    content, picture = b"p" * 3_000_000, tmp_path / "a.png"
+    picture.write_bytes(content)
     told: list[Upload] = []
     service.will(made(service), hang_up, web.Response(), pending(), ended("read"), web.Response(status=204))
     async with service.client(max_body_bytes=1000) as small:
@@ -326,7 +326,7 @@ async def test_a_large_file_is_uploaded_named_and_deleted_in_the_end(
         assert (await handle.get()).json() == "read"
     create, _, put, post, _, delete = service.heard
     assert json.loads(create.body) == {"contentType": "image/png", "description": "a.png"}
-    assert (put.method, put.path, put.body) == ("PUT", "/blobs/input?signature=s", picture.read_bytes())
+    assert (put.method, put.path, put.body) == ("PUT", "/blobs/input?signature=s", content)
     assert (put.headers["Content-Type"], put.headers["x-amz-meta-nvcf-asset-description"]) == ("image/png", "a.png")
     assert put.headers["Content-Length"] == "3000000"
     assert "Authorization" not in put.headers
@@ -365,9 +365,24 @@ async def test_the_files_of_a_dead_request_stay_for_its_redrive(service: Service
     assert service.calls[-1] == STATUS
 
 
+async def test_the_files_of_a_refused_request_are_deleted_unless_its_key_may_have_led_to_another(
+    service: Service, client: AsyncClient
+) -> None:
+    file, refused = File(b"p", upload=True), [problem(403, "forbidden") for _ in range(2)]
+    service.will(made(service), web.Response(), refused[0], web.Response(status=204))
+    with pytest.raises(errors.Forbidden):
+        await client.function(FUNCTION_ID).spawn(file)
+    assert service.calls[-1] == f"DELETE /assets/{ASSET_ID}"
+    service.will(made(service), problem(404, "not-found"), web.Response(), refused[1])
+    with pytest.raises(errors.Forbidden):
+        await client.function(FUNCTION_ID).spawn(file, idempotency_key="order-17")
+    assert service.calls[-1] == PEXEC
+
+
 async def test_an_asset_that_was_tidied_away_is_uploaded_again(service: Service, client: AsyncClient) -> None:
     gone = problem(404, "not-found")
-    service.will(made(service), web.Response(), gone, made(service), web.Response(), pending())
+    service.will(made(service), web.Response(), gone, web.Response(status=204))
+    service.will(made(service), web.Response(), pending())
     await client.function(FUNCTION_ID).spawn(File(b"p", upload=True))
     assert service.calls.count("POST /assets") == 2
 
@@ -422,11 +437,10 @@ async def test_a_stream_that_broke_off_for_good_ends_with_its_reason(service: Se
     told = {"type": "urn:fnqueue:problem-details:stream-cut", "status": 502, "requestId": REQUEST_ID, "detail": "lost"}
     own = 'event: error\ndata: {"mine": true}\nid: a\n\n'
     service.will(events(own, f"event: error\ndata: {json.dumps(told)}\nid: b\n\n"))
-    found = []
+    stream = client.handle(REQUEST_ID).stream()
+    assert (await anext(stream)).json() == {"mine": True}
     with pytest.raises(StreamCut, match="lost"):
-        async for each in client.handle(REQUEST_ID).stream():
-            found.append(each.json())
-    assert found == [{"mine": True}]
+        await anext(stream)
 
 
 async def test_an_answer_that_is_no_stream_is_one_event(service: Service, client: AsyncClient) -> None:

@@ -54,7 +54,12 @@ async def _identity(value: int) -> int:
 
 
 async def test_it_calls_as_the_asynchronous_one_does(service: Service) -> None:
-    service.will(hang_up, pending(**{"Retry-After": "0"}), ended("read"), events(event("started", attempt=1), event("done", statusCode=200)))
+    service.will(
+        hang_up,
+        pending(**{"Retry-After": "0"}),
+        ended("read"),
+        events(event("started", attempt=1), event("done", statusCode=200)),
+    )
 
     def work() -> None:
         with Client(service.url, KEY) as fnq:

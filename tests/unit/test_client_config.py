@@ -44,7 +44,7 @@ def test_a_file_can_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["url = ", "url = 1", 'key = "typed wrong"'])
 def test_a_file_that_is_wrong_is_refused(tmp_path: Path, text: str) -> None:
     written(tmp_path, text)
-    with pytest.raises(ConfigurationError, match="config.toml"):
+    with pytest.raises(ConfigurationError, match=r"config\.toml"):
         load(tmp_path, key="k")
 
 

@@ -50,7 +50,10 @@ class Work:
 
 
 @given(
-    concurrency=st.integers(1, 5), ordered=st.booleans(), count=st.integers(0, 30), seed=st.randoms(use_true_random=False)
+    concurrency=st.integers(1, 5),
+    ordered=st.booleans(),
+    count=st.integers(0, 30),
+    seed=st.randoms(use_true_random=False),
 )
 def test_each_is_given_once_and_the_bounds_hold(
     concurrency: int, ordered: bool, count: int, seed: random.Random
