@@ -20,6 +20,7 @@ from fnqueue.client import (
     AsyncClient,
     AsyncFunction,
     AsyncHandle,
+    FunctionVersion,
     Progress,
 )
 from fnqueue.events import Done, Queued, Running, StreamEvent
@@ -84,6 +85,10 @@ class Client:
         return self._portal.call(
             self._client.upload(file, idempotency_key=idempotency_key, progress=progress, timeout_s=timeout_s)
         )
+
+    def functions(self, *, timeout_s: float = DAY_S) -> list[FunctionVersion]:
+        """The account's own, version by version. As `AsyncClient.functions`."""
+        return self._portal.call(self._client.functions(timeout_s=timeout_s))
 
     def assets(self, *, timeout_s: float = DAY_S) -> list[wire.Asset]:
         """Those of the account that were uploaded."""

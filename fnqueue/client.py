@@ -65,6 +65,15 @@ class Upload:
 Progress = Callable[[Upload], None]
 
 
+class FunctionVersion(Wire):
+    """What has to be known of a version to call it; `wire.Function` has the rest."""
+
+    id: str
+    version_id: str = ""
+    name: str = ""
+    status: str = ""
+
+
 class AsyncClient:
     """Calls one server. Open as many requests on one client as wished; close it in the loop where it was used.
 
@@ -140,6 +149,10 @@ class AsyncClient:
             [found] = given.to_upload.values()
             return await self._upload(found, idempotency_key, progress, give_up_at)
 
+    async def functions(self, *, timeout_s: float = DAY_S) -> list[FunctionVersion]:
+        """The account's own, version by version. Needs a scope that lists functions."""
+        return await self._listed("private", self._transport.give_up_at(timeout_s))
+
     async def assets(self, *, timeout_s: float = DAY_S) -> list[wire.Asset]:
         """Those of the account that were uploaded."""
         answer = await self._call("GET", f"{NVCF}/assets", timeout_s)
@@ -182,9 +195,7 @@ class AsyncClient:
     async def _looked_up(self, name: str, give_up_at: float) -> str:
         """The account's own before what others share. Names are not unique: a deployed one is meant before others."""
         for visibility in ("private", "authorized,public"):
-            call = Call(method="GET", path=f"{NVCF}/functions?visibility={quote(visibility)}")
-            answer = await self._transport.call(call, give_up_at=give_up_at)
-            listed = [each for each in _read(_Functions, answer).functions if each.name == name]
+            listed = [each for each in await self._listed(visibility, give_up_at) if each.name == name]
             deployed = {each.id for each in listed if each.status in _CALLABLE}
             found = deployed or {each.id for each in listed}
             if len(found) == 1:
@@ -194,6 +205,10 @@ class AsyncClient:
                     f"{len(found)} functions are named {name!r}; use an ID: {', '.join(sorted(found))}"
                 )
         raise UnknownFunction(f"no function that this key may list is named {name!r}; use an ID, or deploy one")
+
+    async def _listed(self, visibility: str, give_up_at: float) -> list[FunctionVersion]:
+        call = Call(method="GET", path=f"{NVCF}/functions?visibility={quote(visibility)}")
+        return _read(_Functions, await self._transport.call(call, give_up_at=give_up_at)).functions
 
     def _forget(self, name: str) -> bool:
         """Whether the ID of this name had been looked up before, and may be old."""
@@ -584,16 +599,8 @@ class _Order:
     hold: bool = False
 
 
-class _Named(Wire):
-    id: str
-    name: str = ""
-    status: str = ""
-
-
 class _Functions(Wire):
-    """What has to be known of functions to find one: a newer server may tell more, and otherwise."""
-
-    functions: list[_Named]
+    functions: list[FunctionVersion]
 
 
 def _read(model: type[M], answer: Answer) -> M:

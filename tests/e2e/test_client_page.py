@@ -42,29 +42,40 @@ async def samples(site: Site, caller: Caller) -> AsyncIterator[None]:
 
 async def test_the_page_tells_what_happens(site: Site, samples: None, tmp_path: Path) -> None:
     readme = [code for language, code in _BLOCK.findall(README.read_text()) if language == "python"]
-    (tmp_path / "video.mp4").write_bytes(bytes(6 * 1024 * 1024))
-    program = tmp_path / "page.py"
     shown = [f"{code}\nprint({NEXT!r}, flush=True)" for code, _ in BLOCKS]
-    program.write_text("\n".join([*shown, "fnq.close()", *readme]))
+    output = await said_by(site, tmp_path, sys.executable, "-c", "\n".join([*shown, "fnq.close()", *readme]))
+    *printed, last = output.split(f"{NEXT}\n")
+    assert last.endswith("{'echo': 'hello'}\n")
+    for (code, said), found in zip(BLOCKS, printed, strict=True):
+        assert said, f"the page does not say what this prints:\n{code}"
+        assert_shows(found.replace(" \n", "\n"), said)
+    assert (tmp_path / "report" / "pages" / "2.txt").read_text() == "page 2\n"
+
+
+async def test_its_commands_can_be_typed(site: Site, samples: None, tmp_path: Path) -> None:
+    [block] = [code for language, code in _BLOCK.findall(PAGE.read_text()) if language == "sh"]
+    command = f'fnqueue() {{ "{sys.executable}" -P -m fnqueue "$@"; }}\n'
+    output = await said_by(site, tmp_path, "bash", "-euc", command + block)
+    assert output.startswith('{"echo":"hello"}')
+    assert '{"word": "upon"}' in output
+    assert "  cancelled\n" in output
+    assert "video.mp4" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.json", "report-2", "video.mp4"]
+
+
+async def said_by(site: Site, folder: Path, *words: str) -> str:
+    """What a program writes that ends well."""
+    (folder / "video.mp4").write_bytes(bytes(6 * 1024 * 1024))
+    repository = str(PAGE.parents[1])
+    settings = {"FNQUEUE_URL": site.url, "FNQUEUE_API_KEY": site.key, "XDG_CONFIG_HOME": str(folder)}
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(program),
-        cwd=tmp_path,
-        env=dev.environment(
-            FNQUEUE_URL=site.url,
-            FNQUEUE_API_KEY=site.key,
-            PYTHONPATH=str(PAGE.parents[1]),
-            XDG_CONFIG_HOME=str(tmp_path),
-        ),
+        *words,
+        cwd=folder,
+        env=dev.environment(PYTHONPATH=repository, **settings),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(TIMEOUT_S):
         output, complaints = await process.communicate()
     assert process.returncode == 0, complaints.decode()
-    *printed, last = output.decode().split(f"{NEXT}\n")
-    assert last.endswith("{'echo': 'hello'}\n")
-    for (code, said), found in zip(BLOCKS, printed, strict=True):
-        assert said, f"the page does not say what this prints:\n{code}"
-        assert_shows(found.replace(" \n", "\n"), said)
-    assert (tmp_path / "report" / "pages" / "2.txt").read_text() == "page 2\n"
+    return output.decode()
