@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from fnqueue import config, downloads, errors, events, mapping, wire
 from fnqueue.errors import (
     Conflict,
+    ConnectionFailed,
     FnqueueError,
     Forbidden,
     NotFound,
@@ -561,14 +562,27 @@ class AsyncHandle:
     async def _ended(self, give_up_at: float) -> Answer:
         answer, self._first = self._first, None
         while answer is None or answer.status == 202:
-            async with limited(give_up_at):
-                if answer is not None:
-                    await self._transport.sleep(errors.retry_after_s(answer.headers) or 0.0)
+            if answer is not None:
+                async with limited(give_up_at):
+                    await self._pause(errors.retry_after_s(answer.headers) or 0.0)
             hold_s = max(1, min(HOLD_S, int(give_up_at - self._transport.now())))
             headers = {"NVCF-POLL-SECONDS": str(hold_s)}
             call = Call(method="GET", path=self._status_path, headers=headers, hold_s=hold_s)
             answer = await self._transport.call(call, give_up_at=give_up_at)
         return answer
+
+    async def _pause(self, pause_s: float) -> None:
+        """Until the server may be asked again: once it tells that the request has ended, at the latest after what it
+        asked for. Where it does not tell, all of that."""
+        if not pause_s:
+            return
+        with suppress(TimedOut):
+            try:
+                async with aclosing(self.events(timeout_s=pause_s)) as found:
+                    async for _ in found:
+                        pass
+            except (Refused, ConnectionFailed):
+                await self._transport.sleep(pause_s)
 
     async def _downloaded(self, answer: Answer, give_up_at: float) -> Result:
         archive = spool()

@@ -73,7 +73,7 @@ class ConnectionFailed(FnqueueError):
     retryable = True
 
 
-class TimedOut(FnqueueError):
+class TimedOut(FnqueueError, TimeoutError):
     """The limit of the caller was reached. What was accepted goes on: `request_id` leads to it, if it is known."""
 
     def __init__(self, message: str, *, request_id: str | None = None) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from fnqueue import wire
 from fnqueue.errors import STATUS, ApiError, of_answer
 
@@ -57,10 +59,13 @@ class StreamEvent:
 
 
 def parse(name: str, data: str) -> Queued | Running | Done | None:
-    """One event of `GET /requests/{requestId}/events`; None for one of a kind that is not known here."""
+    """One event of `GET /requests/{requestId}/events`; None for what is not known: a newer server may tell more."""
     if name not in ("queued", "started", "progress", "done"):
         return None
-    said = wire.RequestEvent.model_validate_json(data)
+    try:
+        said = wire.RequestEvent.model_validate_json(data)
+    except ValidationError:
+        return None
     if name == "queued":
         return Queued(position=said.position_in_queue, length=said.queue_length)
     if name == "done":

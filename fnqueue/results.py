@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ class Result:
         self._content = content
         self._file = archive
         self._zip = zipfile.ZipFile(archive) if archive is not None else None
+        if archive is not None:
+            weakref.finalize(self, archive.close)
 
     @property
     def content_type(self) -> str:

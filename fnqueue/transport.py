@@ -209,6 +209,8 @@ async def limited(give_up_at: float, request_id: str | None = None) -> AsyncIter
     try:
         async with asyncio.timeout_at(give_up_at):
             yield
+    except TimedOut:
+        raise
     except TimeoutError as exc:
         raise TimedOut("not done within the time that the caller gave", request_id=request_id) from exc
 
@@ -217,6 +219,8 @@ async def limited(give_up_at: float, request_id: str | None = None) -> AsyncIter
 def _translated(request: httpx2.Request) -> Iterator[None]:
     try:
         yield
+    except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol) as exc:
+        raise ValueError(f"this cannot be sent: {exc}") from exc
     except (httpx2.TransportError, httpx2.DecodingError, httpx2.StreamError) as exc:
         # The query of a signed URL is as good as a key.
         where = f"{request.url.scheme}://{request.url.netloc.decode()}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fnqueue.cli import cli
+from tests.e2e import dev
 from tests.e2e.conftest import Gate, Mirror, Site, begun, idle
 from tests.house import Caller, Function
 
+LIMIT_S = 60.0
 NAME = "echo-of-the-commands"
 
 
@@ -124,6 +128,33 @@ async def test_scripts_can_tell_failures_apart(shell: Shell, echo: Function, tmp
         assert (await shell.fnqueue(*words)).exit_code == 2, words
     assert (await shell.fnqueue("invoke", "nobody-has-this-name")).exit_code == 1
     assert (await shell.fnqueue("invoke", NAME, "-f", f"image={tmp_path / 'missing'}")).exit_code == 1
+
+
+# A process of its own, because it is interrupted; one family is enough for that.
+@pytest.mark.parametrize("site", ["embedded"], indirect=True, scope="session")
+async def test_an_interrupt_leaves_the_request_running_and_says_how_to_find_it(
+    site: Site, caller: Caller, recorder: Function, gate: Gate, tmp_path: Path
+) -> None:
+    settings = {"FNQUEUE_URL": site.url, "FNQUEUE_API_KEY": site.key, "XDG_CONFIG_HOME": str(tmp_path)}
+    words = ("-P", "-m", "fnqueue", "invoke", recorder.id, "-d", json.dumps(gate.order()), "--watch")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *words, env=dev.environment(**settings), stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            request_id = (await process.stderr.readline()).decode().split()[1]
+            while await process.stderr.readline() != b"running\n":
+                pass
+            process.send_signal(signal.SIGINT)
+            _, said = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 130
+    assert said.decode().strip() == f"request {request_id} goes on: fnqueue status {request_id}"
+    gate.open()
+    assert (await caller.result(request_id)).status == 200
 
 
 async def test_assets_are_uploaded_listed_and_deleted(shell: Shell, tmp_path: Path) -> None:

@@ -34,9 +34,11 @@ class Heard:
 @dataclass
 class Service:
     """Each call is answered by the next of `answers`; one more than there are is a failure. `heard` is what came,
-    `slept` what a client made by `client` paused, which takes no time."""
+    `slept` what a client made by `client` paused, which takes no time. Unless it `tells`, it has no events of requests,
+    and does not note that it was asked for them."""
 
     url: str = ""
+    tells: bool = False
     answers: deque[Handler | web.StreamResponse] = field(default_factory=deque)
     heard: list[Heard] = field(default_factory=list)
     slept: list[float] = field(default_factory=list)
@@ -64,6 +66,8 @@ class Service:
         await eventually(calls, lambda seen: seen >= count, within_s=30)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path.endswith("/events") and not self.tells:
+            return problem(404, "not-found")
         self.heard.append(Heard(request.method, request.raw_path, request.headers, await request.read()))
         if not self.answers:
             return web.Response(status=418, text="the test has no answer to this")

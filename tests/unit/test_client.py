@@ -145,6 +145,12 @@ async def test_cancelling_closes_the_connection_and_leaves_the_client_usable(
     assert (await client.handle(REQUEST_ID).get()).json() == "later"
 
 
+async def test_what_cannot_be_a_header_is_no_failure_of_the_connection(client: AsyncClient) -> None:
+    for key in ("two\nlines", "schlüssel"):
+        with pytest.raises(ValueError, match=r"cannot be sent|ascii"):
+            await client.function(FUNCTION_ID).spawn(idempotency_key=key)
+
+
 async def test_input_is_one_value_or_fields_and_not_both(client: AsyncClient) -> None:
     with pytest.raises(TypeError, match="not as both"):
         await client.function(FUNCTION_ID).spawn({"a": 1}, b=2)
@@ -201,6 +207,18 @@ async def test_polls_are_no_faster_than_told(service: Service, client: AsyncClie
     assert service.calls == [STATUS] * 3
 
 
+async def test_a_poll_comes_sooner_when_the_server_tells_that_there_is_a_result(
+    service: Service, client: AsyncClient
+) -> None:
+    service.tells = True
+    done = events(event("started", "1.0", attempt=1), event("done", "1.0.done", status="fulfilled", statusCode=200))
+    service.will(pending(**{"Retry-After": "600"}), done, ended("told"))
+    handle = await client.function(FUNCTION_ID).spawn()
+    assert (await handle.get()).json() == "told"
+    assert service.calls == [PEXEC, EVENTS, STATUS]
+    assert service.slept == []
+
+
 async def test_one_call_is_enough_for_a_result_that_comes_soon(service: Service, client: AsyncClient) -> None:
     service.will(ended("at once"))
     result = await client.function(FUNCTION_ID).run(message="hello")
@@ -216,8 +234,9 @@ async def test_a_wait_that_breaks_is_taken_up_again(service: Service, client: As
 
 async def test_a_wait_that_takes_too_long_says_which_request_goes_on(service: Service, client: AsyncClient) -> None:
     service.will(never)
-    with pytest.raises(TimedOut, match=REQUEST_ID) as over:
+    with pytest.raises(TimeoutError, match=REQUEST_ID) as over:
         await client.handle(REQUEST_ID).get(timeout_s=0.05)
+    assert isinstance(over.value, TimedOut)
     assert over.value.request_id == REQUEST_ID
 
 
@@ -397,6 +416,7 @@ async def test_an_asset_that_was_tidied_away_is_uploaded_again(service: Service,
 async def test_events_go_on_behind_the_last_one_when_the_connection_breaks(
     service: Service, client: AsyncClient
 ) -> None:
+    service.tells = True
     queued = event("queued", positionInQueue=2, queueLength=5)
     service.will(
         events("retry: 1500\n\n", queued, event("started", "1.0", attempt=1), cut=True),
@@ -418,6 +438,7 @@ async def test_events_go_on_behind_the_last_one_when_the_connection_breaks(
 
 
 async def test_listening_has_a_limit(service: Service, client: AsyncClient) -> None:
+    service.tells = True
     service.will(never)
     with pytest.raises(TimedOut):
         await anext(client.handle(REQUEST_ID).events(timeout_s=0.05))

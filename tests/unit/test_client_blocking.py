@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import fnqueue
 from fnqueue.blocking import Client, Handle
 from fnqueue.errors import ClientClosed, ConfigurationError
 from fnqueue.events import Done, Running
@@ -54,6 +57,7 @@ async def _identity(value: int) -> int:
 
 
 async def test_it_calls_as_the_asynchronous_one_does(service: Service) -> None:
+    service.tells = True
     service.will(
         hang_up,
         pending(**{"Retry-After": "0"}),
@@ -233,6 +237,19 @@ def test_a_fork_of_one_that_was_used_says_so_instead_of_waiting_for_ever(portal:
         assert process.exitcode == 0
     finally:
         process.kill()
+
+
+def test_whoever_does_not_use_the_client_does_not_pay_for_it() -> None:
+    """A sidecar imports the wire's models, and every command the command line."""
+    look = "import sys, fnqueue.cli, fnqueue.wire; sys.exit('httpx2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], check=False, timeout=TIMEOUT_S).returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(fnqueue, name) is not None for name in fnqueue.__all__)
+    assert set(fnqueue.__all__) <= set(dir(fnqueue))
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = fnqueue.Nothing
 
 
 def test_without_a_key_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
