@@ -62,27 +62,31 @@ class Portal:
     def each(self, source: AsyncGenerator[T, None]) -> Generator[T, None, None]:
         """What it yields, one by one. Ending early ends it."""
 
+        # An interrupted step takes a moment to end, and what is running cannot be closed.
+        one_by_one = asyncio.Lock()
+
         async def following() -> T | _End:
-            return await anext(source, _End())
+            async with one_by_one:
+                return await anext(source, _End())
+
+        async def closing() -> None:
+            async with one_by_one:
+                await source.aclose()
 
         try:
             while not isinstance(found := self.call(following()), _End):
                 yield found
         finally:
-            self.finish(source.aclose())
+            self.finish(closing())
 
-    def finish(self, work: Awaitable[None]) -> None:
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs what frees something; from the portal's own thread, where an abandoned iterator may be collected, later.
         Without effect once closed: then it was freed."""
-
-        async def finishing() -> None:
-            await work
-
         with suppress(ClientClosed):
             if threading.current_thread() is not self._thread:
-                self.call(finishing())
+                self.call(work)
                 return
-            future = self.submit(finishing())
+            future = self.submit(work)
             self._finishing.add(future)
             future.add_done_callback(self._finishing.discard)
 

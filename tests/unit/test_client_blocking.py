@@ -7,8 +7,9 @@ import multiprocessing
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import pytest
 
@@ -31,6 +32,8 @@ from tests.unit.service import (
     pending,
     serving,
 )
+
+T = TypeVar("T")
 
 TIMEOUT_S = 30.0
 
@@ -184,6 +187,31 @@ def test_an_iterator_that_is_left_is_closed(portal: Portal) -> None:
         if number == 3:
             break
     assert closed.wait(TIMEOUT_S)
+
+
+def test_an_iterator_that_is_interrupted_is_closed_once_its_step_has_ended(portal: Portal) -> None:
+    """As Ctrl-C does it: an exception in the thread that waits for the next one."""
+    ending, closed = threading.Event(), threading.Event()
+
+    class Interrupted(Portal):
+        def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+            if getattr(coroutine, "__name__", "") != "following":
+                return portal.call(coroutine)
+            portal.submit(coroutine)
+            assert ending.wait(TIMEOUT_S)
+            raise KeyboardInterrupt
+
+    async def slow() -> AsyncGenerator[int, None]:
+        try:
+            ending.set()
+            await asyncio.sleep(0.05)
+            yield 1
+        finally:
+            closed.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        next(Interrupted(_nothing).each(slow()))
+    assert closed.is_set()
 
 
 def test_closing_lets_what_runs_tidy_up() -> None:
