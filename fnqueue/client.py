@@ -50,6 +50,7 @@ RETRY_FOR_S = 120.0
 MAP_CONCURRENCY = 16
 # For tidying up behind the caller, who does not wait for it any longer than this.
 _TIDY_S = 10.0
+_LONGEST_KEY = 255
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 _CALLABLE = frozenset({"ACTIVE", "DEGRADING", "DEGRADED", "DEPLOYING"})
 
@@ -290,7 +291,7 @@ class AsyncFunction:
         """
         order = _Order(
             value=_whole(value, fields),
-            key=idempotency_key or str(uuid.uuid4()),
+            key=_key(idempotency_key),
             chosen=idempotency_key is not None,
             assets=tuple(assets),
             stream=stream,
@@ -316,7 +317,7 @@ class AsyncFunction:
         """
         order = _Order(
             value=_whole(value, fields),
-            key=idempotency_key or str(uuid.uuid4()),
+            key=_key(idempotency_key),
             chosen=idempotency_key is not None,
             assets=tuple(assets),
             hold=True,
@@ -631,6 +632,15 @@ def _request_id(answer: Answer) -> str:
     if not _UUID.fullmatch(found):
         raise ServerFailed(answer.status, answer.headers, answer.content)
     return found
+
+
+def _key(chosen: str | None) -> str:
+    """Raises ValueError: an empty one is a mistake, and would make every call a request of its own."""
+    if chosen is None:
+        return str(uuid.uuid4())
+    if not 0 < len(chosen) <= _LONGEST_KEY or not (chosen.isascii() and chosen.isprintable()):
+        raise ValueError(f"an idempotency key has 1 to {_LONGEST_KEY} printable ASCII characters")
+    return chosen
 
 
 def _whole(value: Any, fields: Mapping[str, Any]) -> Any:

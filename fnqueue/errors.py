@@ -85,7 +85,8 @@ class ApiError(FnqueueError):
     """An answer that is an error (RFC 9457).
 
     `type` tells the kinds of one status apart, `retry_after_s` is what the server asks for, `field` names the part of
-    a request that is wrong, `outcome_unknown` says that it may run all the same. `content` is the body as it came.
+    a request that is wrong, `outcome_unknown` says that it may run all the same. `headers` (names in lower case) and
+    `content` are as they came.
     """
 
     def __init__(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
@@ -99,8 +100,13 @@ class ApiError(FnqueueError):
         self.field: str | None = problem.get("field") or _field(self.detail)
         self.cause: str | None = problem.get("cause")
         self.outcome_unknown = problem.get("outcome") == "unknown"
+        self.headers = {name.lower(): value for name, value in headers.items()}
         self.content = content
         super().__init__(f"{status}: {self.detail}" if self.detail else f"the server answered {status}")
+
+    def __reduce__(self) -> tuple[type[ApiError], tuple[int, dict[str, str], bytes]]:
+        """It can be sent to another process."""
+        return type(self), (self.status, self.headers, self.content)
 
 
 class Refused(ApiError):

@@ -145,10 +145,16 @@ async def test_cancelling_closes_the_connection_and_leaves_the_client_usable(
     assert (await client.handle(REQUEST_ID).get()).json() == "later"
 
 
-async def test_what_cannot_be_a_header_is_no_failure_of_the_connection(client: AsyncClient) -> None:
-    for key in ("two\nlines", "schlüssel"):
-        with pytest.raises(ValueError, match=r"cannot be sent|ascii"):
-            await client.function(FUNCTION_ID).spawn(idempotency_key=key)
+@pytest.mark.parametrize("key", ["", "two\nlines", "schlüssel", "k" * 256])
+async def test_a_key_that_is_none_is_refused_before_anything_is_sent(client: AsyncClient, key: str) -> None:
+    with pytest.raises(ValueError, match="1 to 255 printable ASCII"):
+        await client.function(FUNCTION_ID).spawn(idempotency_key=key)
+
+
+@pytest.mark.parametrize("value", ["two\nlines", "schlüssel"])
+async def test_what_cannot_be_a_header_is_no_failure_of_the_connection(client: AsyncClient, value: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot be sent|ascii"):
+        await client.function(FUNCTION_ID, headers={"X-Mine": value}).spawn()
 
 
 async def test_input_is_one_value_or_fields_and_not_both(client: AsyncClient) -> None:

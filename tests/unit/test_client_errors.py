@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from datetime import UTC, datetime
 
 import pytest
@@ -70,6 +71,14 @@ def test_an_answer_that_is_no_problem_is_shown() -> None:
     assert type(found) is errors.ServerFailed
     assert str(found) == "502: <html>Bad Gateway</html>"
     assert errors.of_answer(500, {}, b"").detail == ""
+
+
+def test_an_error_can_be_sent_to_another_process() -> None:
+    for error in (problem("queue-full", 429), problem("request-dead", 500, cause="worker-deaths")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), again.cause) == (type(error), str(error), error.cause)
+    again = pickle.loads(pickle.dumps(errors.TimedOut("not yet", request_id=REQUEST_ID)))
+    assert (str(again), again.request_id) == ("not yet", REQUEST_ID)
 
 
 def test_what_a_problem_says_beside_is_kept() -> None:
