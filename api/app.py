@@ -243,7 +243,12 @@ def _management(front: Front) -> list[Operation]:
             gives=wire.RecognizedRegistries,
         ),
         invokes.post(
-            f"{NVCF}/assets", assets.create, "Create an asset", takes=wire.CreateAsset, gives=wire.AssetUpload
+            f"{NVCF}/assets",
+            assets.create,
+            "Create an asset",
+            takes=wire.CreateAsset,
+            gives=wire.AssetUpload,
+            parameters=[_ASSET_KEY],
         ),
         invokes.get(f"{NVCF}/assets", assets.list_assets, "List assets", gives=wire.AssetList),
         invokes.get(f"{NVCF}{ASSET}", assets.get, "Get an asset", gives=wire.AssetAnswer),
@@ -612,6 +617,12 @@ _WAIT = [
         schema={"type": "string", "examples": ["respond-async", "wait=10"]},
     ),
 ]
+_ASSET_KEY = Parameter(
+    name=headers.IDEMPOTENCY_KEY,
+    where="header",
+    description="A name for this asset: created again with the same key, it is the same asset, to be uploaded again.",
+    schema={"type": "string", "minLength": 1, "maxLength": headers.IDEMPOTENCY_KEY_MAX},
+)
 _SUBMIT = [
     Parameter(
         name=headers.INPUT_ASSETS,

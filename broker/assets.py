@@ -27,6 +27,7 @@ LARGEST_UPLOAD_BYTES = 5 * 1024**3  # as one PUT to S3
 LONGEST_DESCRIPTION = 1024  # S3 keeps 2 KB of metadata an object, names included
 LOOKUPS = 16  # asked of the blob store at once, per caller
 
+_NAMESPACE = uuid.UUID("6d1f2f0a-6a3c-5d0e-9b55-0d8f3f3f5a11")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # noqa: S105  RFC 9110 §5.6.2, not a password
 _QUOTED = r'"[ !#-\[\]-~]*"'
 _CONTENT_TYPE = re.compile(rf"{_TOKEN}/{_TOKEN}( *; *{_TOKEN}=({_TOKEN}|{_QUOTED}))*")
@@ -42,11 +43,14 @@ async def create(
     description: str,
     expires_s: float,
     size_bytes: int | None = None,
+    idempotency_key: str = "",
 ) -> tuple[Asset, str]:
     """A new asset and the URL that takes its bytes in one PUT, exactly `size_bytes` of them where that is given;
     nothing is stored until then.
 
-    The PUT must carry `Content-Type` and `x-amz-meta-nvcf-asset-description` exactly as in the asset returned.
+    The PUT must carry `Content-Type` and `x-amz-meta-nvcf-asset-description` exactly as in the asset returned. The same
+    key leads to the same asset of the account, so that a client that crashed while it uploaded names it once more in
+    the same request.
 
     Raises:
         BadRequest: a field is missing or cannot be a header. S3 keeps metadata as ASCII, and clients disagree on
@@ -58,7 +62,7 @@ async def create(
     if size_bytes is not None and size_bytes > LARGEST_UPLOAD_BYTES:
         raise PayloadTooLarge(f"an upload may have {LARGEST_UPLOAD_BYTES} bytes", limit_bytes=LARGEST_UPLOAD_BYTES)
     asset = Asset(
-        id=str(uuid.uuid4()),
+        id=str(_named(principal.account, idempotency_key) if idempotency_key else uuid.uuid4()),
         content_type=_content_type(content_type),
         description=_description(description),
         created_at=time.time(),
@@ -123,6 +127,11 @@ async def resolve(broker: Broker, account: str, asset_ids: Iterable[str]) -> Non
 def key_of(account: str, asset_id: str) -> str:
     """Where an asset lies in the blob store. Raises BadRequest when the id is no UUID."""
     return _prefix(account) + _canonical(asset_id)
+
+
+def _named(account: str, idempotency_key: str) -> uuid.UUID:
+    """An ID is no secret: whoever has it still needs a key of the account."""
+    return uuid.uuid5(_NAMESPACE, f"{len(account)}:{account}{idempotency_key}")
 
 
 def _prefix(account: str) -> str:

@@ -1,13 +1,15 @@
 """The command line. What a server needs is plugged in by the entry point group `fnqueue.commands`, and loaded
 only when it is called for: the client alone stays small.
 
-Every failure is one line on standard error: status 2 for what was typed or set wrong, 1 for all else.
+Every failure is one line on standard error: status 2 for what was typed or set wrong, 3 for a request that ended
+without a result, 4 for one that goes on because its caller would not wait any longer, 1 for all else.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 import click
@@ -18,6 +20,14 @@ from fnqueue.dead_letters import dead_letters
 from fnqueue.welcome import Welcome, welcome
 
 GROUP = "fnqueue.commands"
+# What needs an HTTP client, which a sidecar that starts must not wait for.
+CLIENT_COMMANDS = {
+    "assets": "fnqueue.assets",
+    "cancel": "fnqueue.requests",
+    "invoke": "fnqueue.invoke",
+    "queue": "fnqueue.queues",
+    "status": "fnqueue.requests",
+}
 INTERRUPTED = 130
 
 
@@ -25,9 +35,12 @@ class Commands(click.Group):
     """Our own commands and the plugged-in ones."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *(plug.name for plug in entry_points(group=GROUP))})
+        plugged = (plug.name for plug in entry_points(group=GROUP))
+        return sorted({*super().list_commands(ctx), *CLIENT_COMMANDS, *plugged})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in CLIENT_COMMANDS:
+            return _command(getattr(import_module(CLIENT_COMMANDS[cmd_name]), cmd_name))
         own = super().get_command(ctx, cmd_name)
         plugs = entry_points(group=GROUP, name=cmd_name)
         return own if own or not plugs else _loaded(next(iter(plugs)))
@@ -42,9 +55,12 @@ class Commands(click.Group):
 
 
 def _loaded(plug: EntryPoint) -> click.Command:
-    command = plug.load()
-    assert isinstance(command, click.Command), f"{plug.value} is no command"
-    return command
+    return _command(plug.load())
+
+
+def _command(found: object) -> click.Command:
+    assert isinstance(found, click.Command), f"{found!r} is no command"
+    return found
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -13,6 +13,7 @@ from fnqueue import wire
 
 
 async def create(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    idempotency_key = headers.idempotency_key(request.headers)
     asked = await payloads.read(front, request, wire.CreateAsset)
     asset, url = await assets.create(
         front.broker,
@@ -21,6 +22,7 @@ async def create(front: Front, request: web.Request, principal: Principal) -> we
         description=asked.description,
         expires_s=front.settings.asset_url_ttl_s,
         size_bytes=asked.content_length,
+        idempotency_key=idempotency_key,
     )
     upload = wire.AssetUpload(
         asset_id=asset.id, upload_url=url, content_type=asset.content_type, description=asset.description

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from redis.asyncio import Redis as RedisClient
 from broker.connect import open_broker
 from broker.model import Job
 from broker.settings import Settings
+from fnqueue import AsyncClient, Done
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests.eventually import eventually
 from tests.house import RECORDER, Caller, Function, House, users
@@ -257,6 +258,33 @@ async def test_a_retry_by_key_after_the_front_end_was_killed_joins_the_same_requ
         reply = await second.invoke(function.id, order, headers=key)
         assert (reply.status, reply.request_id) == (200, pending.request_id)
         assert house.record.counts("start")["order-17"] == 1
+
+
+async def test_a_client_is_answered_though_its_only_front_end_was_killed_and_comes_back(
+    make_house: Callable[..., House], gate: Gate
+) -> None:
+    """One call waits, one listens, one comes back by ID in another client; none of them hears of it."""
+    house = await make(make_house)
+    url = house.fronts[0].url
+    async with house.caller() as caller, AsyncClient(url, house.key) as fnq:
+        function = await caller.deploy(RECORDER)
+        waiting = asyncio.create_task(fnq.function(function.id).run(id="order-17", gate=str(gate)))
+        await house.record.saw("start", "order-17")
+        handle = await fnq.function(function.id).spawn(id="order-18")
+        listening_ = asyncio.create_task(_all(handle.events()))
+        await connected(house.fronts[0].pid, 2)
+        await asyncio.to_thread(house.fronts[0].kill)
+        await asyncio.to_thread(house.fronts[0].start)
+        gate.open()
+        assert (await waiting).json()["id"] == "order-17"
+        assert (await listening_)[-1] == Done(status="fulfilled", status_code=200)
+        async with AsyncClient(url, house.key) as other:
+            assert (await other.handle(handle.id).get()).json()["id"] == "order-18"
+        assert house.record.counts("start") == {"order-17": 1, "order-18": 1}
+
+
+async def _all(events: AsyncIterator[T]) -> list[T]:
+    return [event async for event in events]
 
 
 async def test_a_thousand_polls_of_a_killed_front_end_are_answered_by_another(

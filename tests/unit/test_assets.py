@@ -64,6 +64,21 @@ async def test_a_new_asset_has_a_fresh_id_and_a_url_for_its_key(broker: Broker) 
     assert url.startswith(f"http://fnqueue.invalid/v2/nvcf/blobs/assets/t1/{asset.id}?")
 
 
+async def test_the_same_key_leads_to_the_same_asset_of_the_same_account(broker: Broker) -> None:
+    async def made(principal: Principal, key: str) -> str:
+        asset, url = await assets.create(
+            broker, principal, content_type="a/b", description="d", expires_s=HOUR_S, idempotency_key=key
+        )
+        assert asset.id in url
+        return asset.id
+
+    first, again = await made(OURS, "order-17"), await made(OURS, "order-17")
+    assert first == again == str(uuid.UUID(first))
+    # Accounts t1 and t10: neither a foreign one nor one whose name and key read alike.
+    others = {await made(OURS, "order-18"), await made(THEIRS, "order-17"), await made(OURS, "0order-17")}
+    assert len(others | {first}) == 4
+
+
 async def test_nothing_is_stored_until_the_upload(broker: Broker) -> None:
     asset, _ = await assets.create(broker, OURS, content_type="image/png", description="A cat", expires_s=HOUR_S)
     assert await assets.list_assets(broker, OURS) == []

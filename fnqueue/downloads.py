@@ -1,0 +1,38 @@
+"""Large results: from a signed URL into a file, gone on with where a connection broke."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import IO
+
+from fnqueue.errors import ConnectionFailed
+from fnqueue.retries import Failures
+from fnqueue.transport import Call, Stream, Transport, limited
+
+
+async def fetch(transport: Transport, url: str, sink: IO[bytes], *, give_up_at: float) -> Mapping[str, str]:
+    """The headers of what was fetched. Raises as `Transport.call`; Forbidden once the URL has expired."""
+    tag, failures = "", Failures()
+    while True:
+        # If-Range: what was replaced meanwhile begins anew, and is not glued to a beginning of something else.
+        behind = {"Range": f"bytes={sink.tell()}-", "If-Range": tag} if tag and sink.tell() else {}
+        async with transport.answered(Call(method="GET", path=url, headers=behind), give_up_at=give_up_at) as stream:
+            if stream.status != 206:
+                sink.seek(0)
+                sink.truncate()
+            tag = stream.headers.get("etag", "")
+            start = sink.tell()
+            try:
+                async with limited(give_up_at):
+                    await _copy(stream, sink)
+                return stream.headers
+            except ConnectionFailed as exc:
+                failures = (Failures() if sink.tell() > start else failures).one_more(transport.now())
+                error = exc
+        await transport.wait_after(error, failures, give_up_at=give_up_at)
+
+
+async def _copy(stream: Stream, sink: IO[bytes]) -> None:
+    async for chunk in stream.chunks():
+        await asyncio.to_thread(sink.write, chunk)
