@@ -19,13 +19,13 @@ def named(scenarios: Iterable[Scenario]) -> list[object]:
     return [pytest.param(scenario, id=scenario.id) for scenario in scenarios]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def memory(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
     async with stages.in_memory(tmp_path_factory.mktemp("stage")) as stage:
         yield stage
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def servers(
     product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stage]:

@@ -163,6 +163,13 @@ class Sentinel(Redis):
     def command(self) -> Sequence[str]:
         return [str(binaries.program(self.program)), str(self.folder / "sentinel.conf"), "--sentinel"]
 
+    def answers(self) -> bool:
+        try:
+            with redis.Redis(host=LOOPBACK, port=self.port, socket_timeout=ASKED_S) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
 
 class Sentries:
     """A Redis, two replicas and three Sentinels."""

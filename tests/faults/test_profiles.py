@@ -71,7 +71,7 @@ def run_doctor(environment: dict[str, str], *words: str, **more: str) -> Result:
 
 
 def findings(result: Result) -> dict[str, dict[str, Any]]:
-    shown = json.loads(result.output)["findings"]
+    shown = json.loads(result.stdout)["findings"]
     return {f"{each['server']} {each['name']}": each for each in shown}
 
 

@@ -135,7 +135,7 @@ async def test_nothing_that_was_acknowledged_is_gone_after_the_primary_changed(
     whole: Sentries, results: Results, change: Callable[[Sentries], Awaitable[None]]
 ) -> None:
     done: list[Job] = []
-    over, key = asyncio.Event(), str(uuid.uuid4())
+    over, key, first = asyncio.Event(), str(uuid.uuid4()), str(uuid.uuid4())
 
     async def work() -> None:
         while not over.is_set():
@@ -145,13 +145,14 @@ async def test_nothing_that_was_acknowledged_is_gone_after_the_primary_changed(
         for _ in range(16):
             working.create_task(work())
         await eventually(lambda: asyncio.sleep(0, len(done)), lambda count: count >= 50, within_s=120)
-        await insisted(partial(results.remember_key, "acme", key, request_id="first", digest="d"))
+        await insisted(partial(results.remember_key, "acme", key, request_id=first, digest="d"))
         await change(whole)
         before = len(done)
         await eventually(lambda: asyncio.sleep(0, len(done)), lambda count: count >= before + 50, within_s=300)
         over.set()
     await asyncio.to_thread(whole.await_whole)
-    assert await insisted(partial(results.remember_key, "acme", key, request_id="second", digest="d")) == "first"
+    second = str(uuid.uuid4())
+    assert await insisted(partial(results.remember_key, "acme", key, request_id=second, digest="d")) == first
     for job in done:
         record = await insisted(partial(results.read, job.id))
         assert record is not None

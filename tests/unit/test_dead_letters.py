@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ async def test_a_dead_request_is_listed_with_its_cause(house: House) -> None:
     [letter] = found["deadLetters"]
     assert (letter["requestId"], letter["cause"], letter["reason"]) == (request_id, "rejected", "a worker refused it")
     assert (letter["functionId"], letter["functionVersionId"], letter["sizeBytes"]) == (FUNCTION, VERSION, 2)
-    assert letter["createdAt"] <= letter["diedAt"] < letter["keptUntil"]
+    created, died, kept_until = (datetime.fromisoformat(letter[name]) for name in ("createdAt", "diedAt", "keptUntil"))
+    assert created <= died < kept_until
     assert not {"redrivenAs", "redrivenAt", "input"} & letter.keys()
 
 
