@@ -14,6 +14,7 @@ from pathlib import Path
 import redis
 from redis.sentinel import Sentinel as Sentinels
 
+from infra import access
 from infra.local import binaries
 from infra.local.process import LOOPBACK, Server, ServerFailed, bare_environment, free_port
 from infra.local.servers import INFRA, S3, RabbitMQ, Redis
@@ -59,7 +60,7 @@ class Node(RabbitMQ):
         self.node = f"{name}@localhost"
         self.name = name
         folder.mkdir(mode=0o700, parents=True)
-        for file in ("password", ".erlang.cookie"):
+        for file in (*(f"{role}.password" for role in access.ROLES), ".erlang.cookie"):
             (folder / file).touch(mode=0o600)
             (folder / file).write_text(secret)
         super().__init__(folder)
