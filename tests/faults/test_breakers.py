@@ -25,18 +25,15 @@ async def test_a_frozen_redis_is_not_asked_until_a_probe_is_answered(new_redis: 
         try:
             with pytest.raises(StoreUnavailable):
                 await results.ping()
-            assert connection._breaker.open
-            connection._breaker._probe_at = float("inf")
-            while connection._exchanges:
-                await asyncio.wait(connection._exchanges)
-                await asyncio.sleep(0)
+            assert connection.breaker.open
+            connection.breaker._probe_at = float("inf")
             for _ in range(100):
                 with pytest.raises(StoreUnavailable):
                     await results.read(str(uuid.uuid4()))
-                assert not connection._exchanges
+                assert not connection._plain.waits
         finally:
             os.kill(server.pid, signal.SIGCONT)
-        connection._breaker._probe_at = 0.0
+        connection.breaker._probe_at = 0.0
 
         async def back() -> bool:
             try:
@@ -46,4 +43,4 @@ async def test_a_frozen_redis_is_not_asked_until_a_probe_is_answered(new_redis: 
             return True
 
         await eventually(back, bool)
-        assert not connection._breaker.open
+        assert not connection.breaker.open

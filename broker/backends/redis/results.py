@@ -13,13 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import orjson
-from redis.exceptions import RedisError
 
 from broker.backends.admission import limit_met
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
-from broker.backends.redis.connection import Command, Connection
+from broker.backends.redis.connection import Connection
 from broker.backends.redis.keys import account as _account
 from broker.backends.redis.keys import body as _body
 from broker.backends.redis.keys import due as _due
@@ -28,6 +27,7 @@ from broker.backends.redis.keys import record as _record
 from broker.backends.redis.keys import running as _running
 from broker.backends.redis.keys import updates as _updates
 from broker.backends.redis.keys import waiting as _waiting
+from broker.backends.redis.wire import Command
 from broker.errors import IdempotencyKeyReused, StoreUnavailable
 from broker.model import (
     NO_TIMINGS,
@@ -486,36 +486,17 @@ class RedisResults:
     async def run(self) -> None:
         """Listen for hints and keep the epoch fresh, across reconnects, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen())
+            tasks.create_task(self._connection.listen(self.channel, self._heard, gap=self._missed))
             tasks.create_task(self._keep_epoch())
 
-    async def _listen(self) -> None:
-        failing = False
-        while True:
-            try:
-                async with self._connection.client.pubsub() as pubsub:
-                    await pubsub.subscribe(self.channel)
-                    while True:
-                        message = await pubsub.get_message(timeout=5.0)
-                        failing = False
-                        self._heard(message)
-            except (RedisError, OSError, TimeoutError) as exc:
-                if not failing:
-                    logger.warning("hints_lost", extra={"cause": type(exc).__name__})
-                failing = True
-                await asyncio.sleep(0.5)
+    def _heard(self, message: bytes) -> None:
+        head, _, news = message.partition(b"\n")
+        subject, _, of = head.decode().partition(" ")
+        self.hints.tell(subject, _HINTS.get(of, Interest.END), news)
 
-    def _heard(self, message: dict[str, Any] | None) -> None:
-        if message is None:
-            return
-        if message["type"] == "message":
-            head, _, news = message["data"].partition(b"\n")
-            subject, _, of = head.decode().partition(" ")
-            self.hints.tell(subject, _HINTS.get(of, Interest.END), news)
-        elif message["type"] == "subscribe":
-            # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
-            self.hints.tell_all()
-            self.subscribed.set()
+    def _missed(self) -> None:
+        self.hints.tell_all()
+        self.subscribed.set()
 
     async def _keep_epoch(self) -> None:
         while True:

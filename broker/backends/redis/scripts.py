@@ -41,13 +41,14 @@ class Script:
     def __init__(self, source: str) -> None:
         self.source = source
         self._sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-        SCRIPTS.append(self)
+        SOURCES[self._sha] = source
 
     def call(self, keys: tuple[str, ...], *args: str | int | bytes) -> tuple[str | int | bytes, ...]:
         return ("EVALSHA", self._sha, len(keys), *keys, *args)
 
 
-SCRIPTS: list[Script] = []
+SOURCES: dict[str, str] = {}
+"""Every script by its SHA."""
 
 _NOW = """
 local time = redis.call('TIME')
