@@ -135,7 +135,7 @@ class RabbitQueue:
         await publisher.ready(min(UNBLOCK_S, timeout_s))
         publisher.measure(len(envelope))
         signed = properties(job, envelope, self._signatures.sign(job.version_id, envelope, body))
-        await publisher.send(queue_name(job.version_id), signed, body, timeout_s=until - loop.time())
+        await publisher.send(queue_name(job.version_id), job.id, signed, body, timeout_s=until - loop.time())
 
     @asynccontextmanager
     async def consume(self, version_id: str, *, prefetch: int) -> AsyncIterator[AsyncIterator[Delivery]]:
