@@ -35,6 +35,7 @@ from workers.inference import (
     problem,
 )
 from workers.inputs import container_headers, headers_for_all, workspace
+from workers.leases import Leases
 from workers.metering import HEARTBEAT_S, Meter
 from workers.outputs import collect
 from workers.progress import ProgressWatch
@@ -143,6 +144,7 @@ class Sidecar:
         self._discarding = 0
         self._stand_ins = 0
         self._jobs = asyncio.TaskGroup()
+        self._leases = Leases(broker.results, settings, spawn=self._jobs.create_task)
         self._id = settings.instance_id or str(uuid.uuid4())
         self._meter = Meter(settings, self._id)
         self._ready_at = 0.0
@@ -336,7 +338,7 @@ class Sidecar:
             ContainerLost, ContainerBusy, LeaseLost.
         """
         try:
-            async with loops.beside(self._keep(run, lease)):
+            async with self._leases.keep(run, lease):
                 outcome = await loops.guard(
                     self._answer(run, lease),
                     expected=(AttemptFailed, ContainerLost, ContainerBusy, LeaseLost),
@@ -397,7 +399,7 @@ class Sidecar:
         """
         expected = (AttemptFailed, ContainerLost, ClientLeft)
         try:
-            async with self._dialer.line(run.job) as line, loops.beside(self._keep(run, lease)):
+            async with self._dialer.line(run.job) as line, self._leases.keep(run, lease):
                 outcome = await loops.guard(self._talk(run, line), expected=expected, request_id=run.job.id)
         except RunTimedOut as late:
             return RequestState.TIMED_OUT if run.run_limited else late.state, late.outcome
@@ -441,23 +443,6 @@ class Sidecar:
         finally:
             self._calls -= 1
             run.container_s = time.monotonic() - since
-
-    async def _keep(self, run: _Run, lease: Lease) -> None:
-        """Renew the lease until the attempt must not go on; then raise what ends it.
-
-        A store that does not answer ends nothing: the attempt may still be settled when it is back.
-        """
-        async with self._results.watch(run.job.id) as watch:
-            while True:
-                await watch.changed(min(self._settings.renew_every_s, run.left_s()))
-                if not run.left_s():
-                    raise RunTimedOut(run.job)
-                with suppress(StoreUnavailable):
-                    asked_at = time.monotonic()
-                    state = await self._results.renew(lease, lease_s=self._settings.lease_s)
-                    if state is not RequestState.RUNNING:
-                        raise LeaseLost(state)
-                    run.leased_until = asked_at + self._settings.lease_s
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:

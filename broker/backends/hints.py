@@ -57,6 +57,17 @@ class RecordWatch(Watch):
         return await self._read()
 
 
+class Listener(Watch):
+    """One who waits for nothing, and is called."""
+
+    def __init__(self, told: Callable[[], None]) -> None:
+        self.interest = Interest.END
+        self._told = told
+
+    def tell(self, news: bytes = b"") -> None:
+        self._told()
+
+
 AnyWatch = TypeVar("AnyWatch", bound=Watch)
 
 
@@ -77,8 +88,13 @@ class Hints:
             if not waiting:
                 del self._watches[subject]
 
+    @contextmanager
+    def listening(self, subject: str, told: Callable[[], None]) -> Iterator[None]:
+        with self.watching(subject, Listener(told)):
+            yield
+
     def tell(self, subject: str, of: Interest = Interest.END, news: bytes = b"") -> None:
-        for watch in self._watches.get(subject, ()):
+        for watch in tuple(self._watches.get(subject, ())):
             if watch.interest >= of:
                 watch.tell(news)
 

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from broker.backends.admission import limit_met
@@ -222,6 +222,9 @@ class MemoryResults:
     async def watch(self, request_id: str, interest: Interest = Interest.END) -> AsyncIterator[RecordWatch]:
         with self.hints.watching(request_id, RecordWatch(lambda: self._read(request_id, interest), interest)) as watch:
             yield watch
+
+    def listen(self, request_id: str, told: Callable[[], None]) -> AbstractContextManager[None]:
+        return self.hints.listening(request_id, told)
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, Interest.END)

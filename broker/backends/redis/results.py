@@ -7,8 +7,8 @@ import hashlib
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -192,6 +192,9 @@ class RedisResults:
         reading = RecordWatch(lambda: self._read(request_id, self.channel, interest), interest)
         with self.hints.watching(request_id, reading) as watch:
             yield watch
+
+    def listen(self, request_id: str, told: Callable[[], None]) -> AbstractContextManager[None]:
+        return self.hints.listening(request_id, told)
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, "")
