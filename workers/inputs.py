@@ -54,14 +54,13 @@ class Workspace:
     clerk: loops.Clerk
     body: bytes | Path = b""
     left: tuple[Path, ...] = ()
+    empty: bool = False
 
-    async def vacate(self) -> bool:
-        """Remove the output directory if nothing is in it, and then the other two; whether it was."""
-        left = await self.clerk.run(_vacate, *self.left)
-        if self.response in left:
-            return False  # its files go to `scratch`, which may not have been there yet
-        self.left = left
-        return True
+    def is_empty(self) -> bool:
+        """Whether there is nothing in the output directory. Looked at here and now: unlike making and removing, that
+        never waits for a disk."""
+        self.empty = self.empty or _is_empty(self.response)
+        return self.empty
 
 
 @asynccontextmanager
@@ -221,28 +220,43 @@ def _open_to_all(path: Path) -> None:
 
 
 async def _clear(room: Workspace) -> None:
-    """Most often, the outputs have been collected, and nothing is left."""
+    """Most often nothing was ever put there, and nobody has to wait until the directories are gone."""
+    left, room.left = room.left, ()
+    if room.is_empty() and not _exists(room.scratch):
+        room.clerk.later(_remove_empty, *left)
+    else:
+        await loops.in_thread(_remove, *left)
+
+
+def _is_empty(directory: Path) -> bool:
+    """A link in its place is not looked into, and what vanished holds nothing."""
     try:
-        if room.left:
-            await room.vacate()
-    finally:  # also when this is cancelled
-        if room.left:
-            await loops.in_thread(_remove, *room.left)
-
-
-def _vacate(*paths: Path) -> tuple[Path, ...]:
-    """Remove empty directories; which paths are left."""
-    return tuple(path for path in paths if not _removed(path))
-
-
-def _removed(path: Path) -> bool:
-    try:
-        os.rmdir(path)
+        # Reading it would otherwise be noted on the disk.
+        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | getattr(os, "O_NOATIME", 0))
     except FileNotFoundError:
         return True
     except OSError:
         return False
-    return True
+    try:
+        with os.scandir(opened) as entries:
+            return next(entries, None) is None
+    finally:
+        os.close(opened)
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _remove_empty(*paths: Path) -> None:
+    """Directories that are empty or not there, but for what a container put into them after its answer."""
+    for path in paths:
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            _remove(path)
 
 
 def _remove(*paths: Path) -> None:

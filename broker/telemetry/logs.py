@@ -6,12 +6,14 @@ Event names are constant; facts are fields given in `extra`. `public` marks the 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import orjson
 
@@ -25,12 +27,50 @@ _ADDED = frozenset({"message", "asctime"})  # by a formatter that had the record
 
 def configure(level: str, log_format: Literal["json", "text"]) -> None:
     """Send every log line of this process to standard error. Call once, from a command."""
-    handler = logging.StreamHandler(sys.stderr)
+    # Who called, from which thread and task is on no line of ours, and finding it out costs a third of one.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    handler = _Lines(sys.stderr)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger(METERING).setLevel(logging.INFO)
     for noisy in ("aio_pika", "aiormq", "botocore", "boto3", "urllib3", "s3transfer", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes what a turn of the loop logs in one piece; without a loop, and from a warning on, at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record))
+            if len(self._lines) > 1 and record.levelno < logging.WARNING:
+                return
+            loop = _running_loop()
+            if loop is None or record.levelno >= logging.WARNING:
+                self.flush()
+            else:
+                loop.call_soon(self.flush)
+        except Exception:  # noqa: BLE001  as every handler: logging must not break what it tells of
+            self.handleError(record)
+
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            lines, self._lines = self._lines, []
+            if lines:
+                self.stream.write("\n".join(lines) + self.terminator)
+            super().flush()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class _Json(logging.Formatter):

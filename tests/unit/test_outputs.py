@@ -96,11 +96,6 @@ async def test_a_small_answer_stays_inline(room: Room) -> None:
     assert outcome == Outcome(status=201, headers=(("Content-Type", "text/plain"),), body=b"hi")
 
 
-async def test_the_output_directory_is_gone_once_it_proved_empty(room: Room) -> None:
-    await room.collect()
-    assert not room.out.exists()
-
-
 async def test_progress_partial_files_and_empty_folders_are_no_artifacts(room: Room) -> None:
     room.write("progress")
     room.write("deep/progress")
