@@ -18,16 +18,30 @@ from aiohttp.http import RawResponseMessage
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+# With `briefly`: how long an exchange may take, and a connection be idle or old, for it to be used again.
+SHORT_S, BRIEFLY_S, OLD_S = 0.05, 0.05, 1.0
+
+
+class _Line:
+    """One connection; `since` is when it was last sent something, or kept."""
+
+    __slots__ = ("handler", "opened_at", "since", "used")
+
+    def __init__(self, handler: ResponseHandler) -> None:
+        self.handler = handler
+        self.opened_at = self.since = time.monotonic()
+        self.used = False
+
 
 class Exchange:
     """An answer whose head is there; `content` is its body as it comes. To be ended with `release`."""
 
-    __slots__ = ("_connections", "_handler", "_keep", "content", "content_length", "headers", "status", "url")
+    __slots__ = ("_connections", "_keep", "_line", "content", "content_length", "headers", "status", "url")
 
     def __init__(
         self,
         connections: Connections,
-        handler: ResponseHandler,
+        line: _Line,
         message: RawResponseMessage,
         content: aiohttp.StreamReader,
         *,
@@ -35,7 +49,7 @@ class Exchange:
         keep: bool,
     ) -> None:
         self._connections = connections
-        self._handler = handler
+        self._line = line
         self._keep = keep
         self.status = message.code
         self.headers: CIMultiDictProxy[str] = message.headers
@@ -45,26 +59,32 @@ class Exchange:
 
     def release(self) -> None:
         """Whatever of the answer was not read is not wanted."""
-        if self._keep and self.content.is_eof() and not self._handler.should_close:
-            self._connections.keep(self._handler)
+        if self._keep and self.content.is_eof() and not self._line.handler.should_close:
+            self._connections.keep(self._line)
         else:
-            self._handler.close()
+            self._line.handler.close()
 
 
 class Connections:
-    """To one container. A kept one is the last that was used, so that few stay open."""
+    """To one container. A kept one is the last that was used, so that few stay open.
 
-    def __init__(self, host: str, port: int, *, kept_s: float, connect_s: float) -> None:
+    `briefly` keeps those only over which one short exchange follows closely on another, where to open one would cost
+    more than the job; and none until the container has been seen to leave one open that it could have closed.
+    """
+
+    def __init__(self, host: str, port: int, *, kept_s: float, connect_s: float, briefly: bool = False) -> None:
         self._host = host
         self._port = port
-        self._kept_s = kept_s
+        self._kept_s = BRIEFLY_S if briefly else kept_s
         self._connect_s = connect_s
-        self._idle: list[tuple[ResponseHandler, float]] = []
+        self._briefly = briefly
+        self._trusted: bool | None = None if briefly else True
+        self._idle: list[_Line] = []
         self._sweep: asyncio.TimerHandle | None = None
         self._heads: dict[URL, str] = {}
 
     async def post(self, url: URL, headers: Iterable[tuple[str, str]], body: bytes, *, keep: bool) -> Exchange:
-        """The answer to one request, which is sent once. `keep` uses a kept connection, and keeps it again.
+        """The answer to one request, which is sent once. `keep` uses a kept connection, and may keep it again.
 
         Raises:
             NotReached: nothing was sent.
@@ -72,59 +92,77 @@ class Connections:
             ValueError: a header that HTTP cannot carry.
         """
         request = self._request(url, headers, body, keep=keep)
-        handler = self._kept() if keep else None
-        if handler is None:  # not `or`: one with nothing in it counts as false
-            handler = await self._open(url)
+        line = self._kept() if keep else None
+        if line is None:
+            line = await self._open(url)
+        handler = line.handler
         try:
             handler.set_response_params(read_until_eof=True, auto_decompress=False)
             transport = handler.transport
             if transport is None:
                 raise aiohttp.ServerDisconnectedError
+            line.since = time.monotonic()
             transport.write(request)
             while True:
                 message, content = await handler.read()
                 if not 100 <= message.code <= 199 or message.code == 101:
-                    return Exchange(self, handler, message, content, url=url, keep=keep)
-        except BaseException:
+                    return Exchange(self, line, message, content, url=url, keep=keep)
+        except BaseException as exc:
+            if line.used and isinstance(exc, aiohttp.ClientConnectionError):
+                self._distrust()
             handler.abort()
             raise
 
-    def keep(self, handler: ResponseHandler) -> None:
-        self._idle.append((handler, time.monotonic()))
+    def keep(self, line: _Line) -> None:
+        """For the next request, if it is of use for that."""
+        now = time.monotonic()
+        short = now - line.since <= SHORT_S and now - line.opened_at <= OLD_S
+        if self._briefly and not (short and self._trusted is not False):
+            line.handler.close()
+            return
+        line.since, line.used = now, True
+        self._idle.append(line)
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(self._kept_s, self._close_old)
 
     def close(self) -> None:
         """Of those that are kept; the others belong to who uses them."""
         idle, self._idle = self._idle, []
-        for handler, _ in idle:
-            handler.close()
+        for line in idle:
+            line.handler.close()
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
 
-    def _kept(self) -> ResponseHandler | None:
+    def _kept(self) -> _Line | None:
         """One on which the container has been silent since, and which it has not closed: one that closes may say why
         first (408), which would be read as the answer to the next job."""
         oldest = time.monotonic() - self._kept_s
-        while self._idle:
-            handler, since = self._idle.pop()
-            if since >= oldest and _silent(handler):
-                return handler
-            handler.close()
+        while self._idle and self._trusted:
+            line = self._idle.pop()
+            if line.since >= oldest and _silent(line.handler):
+                return line
+            line.handler.close()
         return None
 
     def _close_old(self) -> None:
         oldest = time.monotonic() - self._kept_s
-        old = [handler for handler, since in self._idle if since < oldest]
+        old = [line for line in self._idle if line.since <= oldest]
         self._idle = self._idle[len(old) :]  # in the order of their last use
-        for handler in old:
-            handler.close()
+        if old and self._trusted is None:
+            self._trusted = all(_silent(line.handler) for line in old)
+        for line in old:
+            line.handler.close()
         self._sweep = None
         if self._idle:
             self._sweep = asyncio.get_running_loop().call_later(self._kept_s, self._close_old)
 
-    async def _open(self, url: URL) -> ResponseHandler:
+    def _distrust(self) -> None:
+        """A container that closes what could be used costs attempts."""
+        if self._briefly:
+            self._trusted = False
+
+    async def _open(self, url: URL) -> _Line:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_s):
@@ -133,7 +171,7 @@ class Connections:
             raise NotReached(f"{url.host}:{url.port} was not reached in time") from exc
         except OSError as exc:
             raise NotReached(f"{url.host}:{url.port} was not reached") from exc
-        return handler
+        return _Line(handler)
 
     def _request(self, url: URL, headers: Iterable[tuple[str, str]], body: bytes, *, keep: bool) -> bytes:
         first = self._heads.get(url)

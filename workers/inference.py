@@ -180,8 +180,8 @@ class RunTimedOut(AttemptFailed):
 class Inference:
     """The container's HTTP client, opened and closed as an async context manager.
 
-    With `keep_connections`, the connection of a POST is kept for the next one for `KEPT_S`: to open one costs CPU here,
-    and more in the container. The container may close it at the very moment when a job is sent. Nobody can tell then
+    The connection of a POST may be kept for the next one, as `keep_connections` says: to open one costs CPU here, and
+    more in the container. The container may close it at the very moment when a job is sent. Nobody can tell then
     whether it has seen the job, and a POST must not be repeated (field/pitfalls.md §3.4): an attempt is lost. Therefore
     only a first attempt goes over a kept connection, and only where it is not the last.
     """
@@ -192,7 +192,11 @@ class Inference:
         grpc = settings.health_protocol == "gRPC"
         self._probe: Probe = GrpcProbe(settings) if grpc else HttpProbe(settings, self._probing)
         self._connections = Connections(
-            settings.inference_host, settings.inference_port, kept_s=KEPT_S, connect_s=CONNECT_TIMEOUT_S
+            settings.inference_host,
+            settings.inference_port,
+            kept_s=KEPT_S,
+            connect_s=CONNECT_TIMEOUT_S,
+            briefly=settings.keep_connections == "auto",
         )
         self._session: aiohttp.ClientSession | None = None
         self.fault = f"{self._probe.subject} was not answered yet"
@@ -341,7 +345,7 @@ class Inference:
         return self._client()
 
     def _keeps(self, attempt: int) -> bool:
-        return self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
+        return self._settings.keep_connections != "never" and attempt == 1 < self._settings.max_attempts
 
     def _url_of(self, job: Job) -> URL:
         if not job.target:

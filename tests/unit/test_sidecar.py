@@ -742,7 +742,7 @@ async def test_a_container_that_closes_idle_connections_at_any_moment_fails_no_r
         return chance.random() < 0.5  # else it closes without looking whether there is another one
 
     async with keeping(ok) as box:
-        rig.set(inference_port=box.port, max_request_concurrency=slots, crash_backoff_s=0, keep_connections=True)
+        rig.set(inference_port=box.port, max_request_concurrency=slots, crash_backoff_s=0, keep_connections="always")
         async with rig.sidecar():
             records = []
             for _ in range(5):
