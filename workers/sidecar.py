@@ -359,7 +359,7 @@ class Sidecar:
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
             if job.streaming:
                 return await self._stream(run, lease, headers, room.body)
-            progress = nullcontext() if job.passthrough else self._progress.watching(lease, room.response)
+            progress = nullcontext() if job.passthrough else self._progress.watching(lease, room.response_name)
             with self._calling(run):
                 async with progress:
                     answer = await self._inference.infer(

@@ -38,6 +38,29 @@ def configure(level: str, log_format: Literal["json", "text"]) -> None:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
+def note(logger: logging.Logger, event: str, facts: dict[str, object]) -> None:
+    """As `logger.info(event, extra=facts)`, for what is logged once an invocation: where lines go nowhere but to our
+    own handler, nothing else is told of them."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    handler = _only_handler(logger)
+    if handler is None:
+        logger.info(event, extra=facts)
+    else:
+        now = time.time()
+        line = {"time": _timestamp(now), "level": "INFO", "logger": logger.name, "event": event, **facts}
+        handler.add(orjson.dumps(line, default=str).decode())
+
+
+def _only_handler(logger: logging.Logger) -> _Lines | None:
+    """Ours, if it writes JSON and there is no other handler or filter on the line's way."""
+    root = logging.root
+    if len(root.handlers) != 1 or logger.handlers or logger.filters or logger.parent is not root:
+        return None
+    handler = root.handlers[0]
+    return handler if type(handler) is _Lines and handler.writes_json and not handler.filters else None
+
+
 class _Lines(logging.StreamHandler[TextIO]):
     """Writes what a turn of the loop logs in one piece; without a loop, and from a warning on, at once."""
 
@@ -45,16 +68,23 @@ class _Lines(logging.StreamHandler[TextIO]):
         super().__init__(stream)
         self._lines: list[str] = []
 
+    @property
+    def writes_json(self) -> bool:
+        return isinstance(self.formatter, _Json)
+
+    def add(self, line: str, *, at_once: bool = False) -> None:
+        self._lines.append(line)
+        if len(self._lines) > 1 and not at_once:
+            return
+        loop = _running_loop()
+        if loop is None or at_once:
+            self.flush()
+        else:
+            loop.call_soon(self.flush)
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._lines.append(self.format(record))
-            if len(self._lines) > 1 and record.levelno < logging.WARNING:
-                return
-            loop = _running_loop()
-            if loop is None or record.levelno >= logging.WARNING:
-                self.flush()
-            else:
-                loop.call_soon(self.flush)
+            self.add(self.format(record), at_once=record.levelno >= logging.WARNING)
         except Exception:  # noqa: BLE001  as every handler: logging must not break what it tells of
             self.handleError(record)
 

@@ -40,7 +40,7 @@ class Room:
         self.blobs = blobs
         self.job = a_job()
         self.space = Workspace(assets=folder / "a", response=folder / "r", scratch=folder / "s", clerk=loops.Clerk())
-        self.space.left = (self.space.response,)
+        self.space.left = (self.space.response_name,)
         self.out = self.space.response
         for path in (self.space.assets, self.space.response, self.space.scratch):
             path.mkdir()

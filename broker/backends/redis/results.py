@@ -64,6 +64,7 @@ _INDEXED_WITHIN_S = 1.0
 _FINISHED_LIVES_MS = 180_000
 # What is behind the id in a hint; of what a newer process may say, everybody is told.
 _HINTS = {"1": Interest.PROGRESS, "2": Interest.STEPS}
+_STATES = {state.value.encode(): state for state in RequestState}
 # From here on, one answer with the whole front of the queue costs less than a command each.
 _MANY = 32
 
@@ -580,26 +581,26 @@ class RedisResults:
 def _parse(request_id: str, reply: Sequence[Any] | None) -> Record | None:
     if reply is None:
         return None
-    state, account, function_id, version_id = (_text(part) for part in reply[:4])
-    created, deadline, attempt, started, ended = (int(part) for part in reply[4:9])
-    worker = _text(reply[9])
-    attempts = tuple(_attempt(*each) for each in orjson.loads(reply[15])) if reply[15] else ()
+    state, account, function_id, version_id = _STATES[reply[0]], reply[1].decode(), reply[2].decode(), reply[3].decode()
+    created, deadline, attempt, started, ended = map(int, reply[4:9])
+    worker = reply[9].decode()
+    attempts = tuple([_attempt(*each) for each in orjson.loads(reply[15])]) if reply[15] else ()
     if worker:
-        attempts += (_attempt(attempt, worker, started, ended, _text(state)),)
+        attempts += (_attempt(attempt, worker, started, ended, state.value),)
     status_code, timings = _parse_numbers(reply[16])
     return Record(
         id=request_id,
         account=account,
         function_id=function_id,
         version_id=version_id,
-        state=RequestState(state),
+        state=state,
         created_at=created / 1000,
         deadline_at=deadline / 1000,
         attempt=attempt,
         started_at=started / 1000,
         finished_at=ended / 1000,
         worker=worker,
-        reason=_text(reply[10]),
+        reason=reply[10].decode(),
         outcome=_outcome(request_id, reply[11]),
         head=_outcome(request_id, reply[17]),
         status_code=status_code,
