@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator
 
@@ -68,3 +69,34 @@ def test_text_shows_the_same_facts() -> None:
     logs.configure("INFO", "text")
     [handler] = logging.getLogger().handlers
     assert handler.format(a_record(status=200)) == "1970-01-01T00:00:00.000Z INFO    invocation status=200"
+
+
+def test_what_is_noted_is_written_as_what_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("INFO", "json")
+    logger = logging.getLogger(logs.METERING)
+    logs.note(logger, "invocation", {"status": 200, "state": "fulfilled"})
+    logger.info("invocation", extra={"status": 200, "state": "fulfilled"})
+    noted, logged = (orjson.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert noted.pop("time") <= logged.pop("time")
+    assert noted == logged
+
+
+def test_what_is_noted_reaches_every_handler(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger(logs.METERING)
+    with caplog.at_level(logging.INFO, logger.name):
+        logs.note(logger, "invocation", {"status": 200})
+    assert [(record.message, record.__dict__["status"]) for record in caplog.records] == [("invocation", 200)]
+
+
+async def test_lines_of_one_loop_turn_are_written_together_and_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("INFO", "json")
+    logger = logging.getLogger("api.middleware")
+    for number in range(3):
+        logs.note(logger, "answered", {"number": number})
+    assert capsys.readouterr().err == ""
+    await asyncio.sleep(0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [orjson.loads(line)["number"] for line in lines] == [0, 1, 2]
+    logs.note(logger, "answered", {"number": 3})
+    logger.warning("beware")
+    assert len(capsys.readouterr().err.splitlines()) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from redis.asyncio import ConnectionPool
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _AWAY = "the result store does not answer; try again"
 _RECONNECT_S = 0.5
+_CLOSE_S = 1.0
 # An error reply is an answer: a store that is full, or loading, may still be read.
 _SILENCE = (LostConnection, RedisTimeout, OSError, TimeoutError)
 # This server is no primary any more: the next connection may find the one that is.
@@ -268,7 +270,11 @@ class _Lane:
             await asyncio.wait([self._connecting])
         if self._wire is not None:
             self._flush()
+            self._cut.clear()
             self._wire.close()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._cut.wait()
 
     def _connect(self) -> asyncio.Task[None]:
         if self._connecting is None:
@@ -284,7 +290,7 @@ class _Lane:
         except (RedisError, OSError, TimeoutError) as exc:
             self._connecting = None
             self.give_up(exc)
-        except asyncio.CancelledError as exc:
+        except BaseException as exc:
             self._connecting = None
             self.give_up(exc)
             raise
