@@ -67,7 +67,6 @@ end
 _CLOSE = (
     _NOW
     + _UPDATES
-    + _UPDATES
     + """
 local function close(r, how, at)
   local f = redis.call('HMGET', r, 'n', 'w', 'b', 'G')
