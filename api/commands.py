@@ -15,7 +15,7 @@ import click
 
 from api import embedded, open_files
 from api.server import serving
-from broker import accounts, registries
+from broker import accounts, garbage, registries
 from broker import secrets as function_secrets
 from broker.connect import open_broker
 from broker.errors import BadRequest, ConfigurationError, FnqueueError
@@ -83,6 +83,7 @@ async def _serve(settings: ApiSettings) -> None:
         open_broker(settings) as broker,
         serving(broker, settings, reuse_port=settings.port != 0),
     ):
+        garbage.look_seldom()
         await stop.wait()
 
 

@@ -13,6 +13,7 @@ from api import headers, problems
 from api.front import Front
 from broker.errors import BadRequest, FnqueueError, Unauthenticated
 from broker.model import Record, Taken
+from broker.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,10 @@ def _log(request: web.Request, status: int, started_at: float) -> None:
         }
     else:
         facts |= {"method": request.method, "path": request.path}
-    logger.log(level, "answered", extra=facts)
+    if level == logging.INFO:
+        logs.note(logger, "answered", facts)
+    else:
+        logger.debug("answered", extra=facts)
 
 
 def sharing(front: Front) -> Middleware:

@@ -17,8 +17,9 @@ import click
 from benchmarks import machine, report
 from benchmarks.load import LoadFailed, generator
 from benchmarks.measure import Bench, Measurement, Plan, Workload
+from benchmarks.pipes import KINDS
 from benchmarks.summary import summarise
-from benchmarks.targets import SetUpFailed, Target, embedded, floor, production
+from benchmarks.targets import SetUpFailed, Target, embedded, floor, pipe, production, started
 from infra.local import binaries
 from infra.local.process import ServerFailed
 
@@ -57,6 +58,7 @@ def _workloads(_context: click.Context, _parameter: click.Parameter, value: str)
 @click.option("--slots", type=click.IntRange(1, 1000), default=64, show_default=True, help="maxRequestConcurrency.")
 @click.option("--drain-s", type=click.FloatRange(1, 600), default=60.0, show_default=True, help="Wait for results.")
 @click.option("--embedded", "is_embedded", is_flag=True, help="Measure `fnqueue dev`, which needs no servers.")
+@click.option("--pipes/--no-pipes", "with_pipes", default=True, show_default=True, help="Measure the pipes, too.")
 @click.option("--output", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write JSON here too.")
 def main(
     workloads: list[Workload],
@@ -67,9 +69,11 @@ def main(
     slots: int,
     drain_s: float,
     is_embedded: bool,
+    with_pipes: bool,
     output: Path | None,
 ) -> None:
-    """Measure fnqueue against a direct POST to the same function, in alternation, in one run.
+    """Measure fnqueue against a direct POST to the same function, and against pipes that do nothing but pass it on, in
+    alternation, in one run.
 
     Starts all it needs on free loopback ports, with its data below .fnqueue, and leaves nothing behind. Exits
     with 1 when a request failed or an accepted one was lost.
@@ -84,7 +88,7 @@ def main(
         drain_s=drain_s,
     )
     try:
-        facts, measurements = _run(plan, slots=slots, is_embedded=is_embedded)
+        facts, measurements = _run(plan, slots=slots, is_embedded=is_embedded, with_pipes=with_pipes)
     except (LoadFailed, ServerFailed, SetUpFailed) as exc:
         raise click.ClickException(str(exc)) from exc
     summaries = summarise(measurements, floor="floor")
@@ -96,7 +100,7 @@ def main(
         sys.exit(1)
 
 
-def _run(plan: Plan, *, slots: int, is_embedded: bool) -> tuple[dict[str, str], list[Measurement]]:
+def _run(plan: Plan, *, slots: int, is_embedded: bool, with_pipes: bool) -> tuple[dict[str, str], list[Measurement]]:
     with contextlib.ExitStack() as opened:
         folder = opened.enter_context(_data_folder())
         if not is_embedded:
@@ -104,11 +108,18 @@ def _run(plan: Plan, *, slots: int, is_embedded: bool) -> tuple[dict[str, str], 
         facts = machine.describe(data=folder, servers=not is_embedded)
         _say("starting" + (" fnqueue dev" if is_embedded else " RabbitMQ, Redis, S3, api, controller, sidecar"))
         direct = opened.enter_context(floor(folder))
-        target = opened.enter_context((embedded if is_embedded else production)(folder, slots=slots))
+        pipes: list[Target] = []
+        if is_embedded:
+            target = opened.enter_context(embedded(folder, slots=slots))
+        else:
+            servers = opened.enter_context(started(folder))
+            target = opened.enter_context(production(folder, slots=slots, servers=servers))
+            kinds = KINDS if with_pipes else ()
+            pipes = [opened.enter_context(pipe(folder, kind, servers, slots=slots)) for kind in kinds]
         send = opened.enter_context(generator())
         bench = Bench(send, plan, say=_say)
         idle_ms = bench.idle(target)
-        measurements = bench.run(direct, target)
+        measurements = bench.run(direct, target, *pipes)
         return facts | _conditions(plan, target, idle_ms), measurements
 
 

@@ -1,4 +1,4 @@
-"""The run: short bursts of the floor and of fnqueue in alternation, another one first in each round."""
+"""The run: short bursts of the floor, fnqueue and the pipes in alternation, in another order in each round."""
 
 from __future__ import annotations
 
@@ -75,15 +75,16 @@ class Bench:
         self._serials = itertools.count(1, MOST_REQUESTS)
         self._finished: dict[str, tuple[Accepted, ...]] = {}
 
-    def run(self, floor: Target, target: Target) -> list[Measurement]:
-        """Everything in the plan."""
+    def run(self, floor: Target, target: Target, *pipes: Target) -> list[Measurement]:
+        """Everything in the plan. `pipes` know nothing but to wait for a result."""
         measurements: list[Measurement] = []
         for workload, concurrency in itertools.product(self._plan.workloads, self._plan.concurrencies):
-            pair = [(floor, Workload.SYNC), (target, workload)]
+            turns = [(floor, Workload.SYNC), (target, workload)]
+            turns += [(pipe, workload) for pipe in pipes if workload is Workload.SYNC]
             for number in range(self._plan.rounds + 1):
                 self._say(f"{workload} by {concurrency}: {f'round {number}' if number else 'warm-up'}")
                 seconds = self._plan.seconds if number else min(WARM_UP_S, self._plan.seconds)
-                for whom, what in pair if number % 2 else reversed(pair):
+                for whom, what in turns if number % 2 else reversed(turns):
                     measured = self._measure(whom, what, concurrency, seconds)
                     measurements.append(replace(measured, workload=workload, round=number))
         return measurements

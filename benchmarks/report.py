@@ -27,6 +27,8 @@ def text(facts: Mapping[str, str], summaries: Sequence[Summary]) -> str:
         _table([COLUMNS, *(_row(one) for one in summaries)]),
         _cpu_table(summaries),
     ]
+    if compared := [line for one in summaries for line in _compared(one)]:
+        parts.append("\n".join(compared))
     if drained := [one for one in summaries if one.drain_s]:
         parts.append("\n".join(_drained(one) for one in drained))
     return "\n\n".join([*parts, NOTES])
@@ -87,6 +89,15 @@ def _cpu_table(summaries: Sequence[Summary]) -> str:
         for one in summaries
     ]
     return _table([head, *rows])
+
+
+def _compared(one: Summary) -> list[str]:
+    return [
+        f"{one.workload} by {one.concurrency}: {one.target} has {ratio:.2f} x the requests/s of {other}, for "
+        f"{one.cpu_of[other]:.2f} x the CPU"
+        for other, ratio in one.of.items()
+        if not one.target.endswith("pipe")
+    ]
 
 
 def _drained(one: Summary) -> str:

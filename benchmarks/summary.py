@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.measure import Measurement, Workload
@@ -13,7 +13,8 @@ from benchmarks.measure import Measurement, Workload
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """One target under one workload. `of_floor` is its requests/s over the floor's, `added_…` what it takes
-    longer than the floor; medians of what was found in each round. `cpu_us` per request is over all rounds."""
+    longer than the floor; `of` and `cpu_of` its requests/s and its CPU per request over those of each other target;
+    medians of what was found in each round. `cpu_us` per request is over all rounds."""
 
     workload: Workload
     concurrency: int
@@ -32,6 +33,8 @@ class Summary:
     cpu_us: dict[str, float] = field(default_factory=dict)
     drain_s: float = 0.0
     finished_per_second: float = 0.0
+    of: dict[str, float] = field(default_factory=dict)
+    cpu_of: dict[str, float] = field(default_factory=dict)
 
     @property
     def all_cpu_us(self) -> float:
@@ -44,13 +47,20 @@ def summarise(measurements: Sequence[Measurement], *, floor: str) -> list[Summar
     for one in measurements:
         groups.setdefault((one.workload, one.concurrency), {}).setdefault(one.target, []).append(one)
     return [
-        _summary(group[target], group[floor])
+        _summary(group[target], group[floor], _others(group, target, floor))
         for group in groups.values()
         for target in sorted(group, key=lambda name: name != floor)
     ]
 
 
-def _summary(every: Sequence[Measurement], floors: Sequence[Measurement]) -> Summary:
+def _others(group: Mapping[str, list[Measurement]], target: str, floor: str) -> dict[str, list[Measurement]]:
+    """What a target is compared to beside the floor; the floor is compared to nothing."""
+    return {name: group[name] for name in group if name not in (target, floor) and target != floor}
+
+
+def _summary(
+    every: Sequence[Measurement], floors: Sequence[Measurement], others: Mapping[str, Sequence[Measurement]]
+) -> Summary:
     rounds = [one for one in every if one.round]
     pairs = list(zip(rounds, [one for one in floors if one.round], strict=True))
     first, completed = rounds[0], sum(one.completed for one in rounds)
@@ -74,7 +84,18 @@ def _summary(every: Sequence[Measurement], floors: Sequence[Measurement]) -> Sum
         cpu_us=_cpu_us(rounds, completed),
         drain_s=_median(rounds, lambda one: one.drain_s),
         finished_per_second=_median(rounds, lambda one: one.completed / (one.elapsed_s + one.drain_s)),
+        of={name: _ratio(rounds, other, lambda one: one.per_second) for name, other in others.items()},
+        cpu_of={name: _ratio(rounds, other, _cpu_per_request) for name, other in others.items()},
     )
+
+
+def _ratio(rounds: Sequence[Measurement], other: Sequence[Measurement], of: Callable[[Measurement], float]) -> float:
+    pairs = zip(rounds, [one for one in other if one.round], strict=True)
+    return statistics.median(of(one) / of(theirs) if of(theirs) else 0.0 for one, theirs in pairs)
+
+
+def _cpu_per_request(one: Measurement) -> float:
+    return sum(one.cpu_s.values()) / max(1, one.completed)
 
 
 def _median(rounds: Sequence[Measurement], of: Callable[[Measurement], float]) -> float:

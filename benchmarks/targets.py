@@ -104,17 +104,8 @@ def embedded(folder: Path, *, slots: int) -> Iterator[Target]:
 
 
 @contextlib.contextmanager
-def production(
-    folder: Path,
-    *,
-    slots: int,
-    function: Mapping[str, Any] = FUNCTION,
-    images: Path | None = None,
-    settings: Mapping[str, str] | None = None,
-) -> Iterator[Target]:
-    """RabbitMQ, Redis and S3, an api and a controller, which starts the function and its sidecar. `images` names
-    commands for images that are no samples, `settings` is environment of both."""
-    port, key = free_port(), secrets.token_hex(32)
+def started(folder: Path) -> Iterator[Mapping[str, Server]]:
+    """RabbitMQ, Redis and S3, by the setting that names each."""
     with contextlib.ExitStack() as opened:
         servers: dict[str, Server] = {
             "FNQUEUE_QUEUE_URL": RabbitMQ(folder / "rabbitmq"),
@@ -123,6 +114,56 @@ def production(
         }
         for server in servers.values():
             opened.enter_context(running(server))
+        yield servers
+
+
+@contextlib.contextmanager
+def pipe(folder: Path, kind: str, servers: Mapping[str, Server], *, slots: int) -> Iterator[Target]:
+    """A pipe of `benchmarks.pipes` before a function of its own."""
+    name, port, function_port = f"{kind} pipe", free_port(), free_port()
+    queue, store = servers["FNQUEUE_QUEUE_URL"], servers["FNQUEUE_STORE_URL"]
+    told = {
+        "PIPE_QUEUE_URL": queue.url,
+        "PIPE_STORE_URL": store.url,
+        "PIPE_QUEUE": f"benchmark.{kind}",
+        "PIPE_SLOTS": str(slots),
+    }
+
+    def program(role: str, port: int = 0, **more: str) -> Program:
+        command = [sys.executable, "-m", "benchmarks.pipes", role, kind]
+        return Program(f"{kind}-{role}", folder, command=command, environment=told | more, port=port)
+
+    echo = [sys.executable, str(ECHO), "--port", str(function_port)]
+    function = Program(f"{kind}-function", folder, command=echo, environment={}, port=function_port)
+    front = program("front", port, PIPE_PORT=str(port))
+    worker = program("worker", PIPE_FUNCTION=f"http://{LOOPBACK}:{function_port}/echo")
+    with contextlib.ExitStack() as opened:
+        for one in (function, front, worker):
+            opened.enter_context(running(one))
+        roles = {"container": function, "api": front, "sidecar": worker, queue.name: queue, store.name: store}
+        yield Target(
+            name=name,
+            port=port,
+            path="/invoke",
+            trees=lambda: {role: cpu.tree(process.pid) for role, process in roles.items()},
+        )
+
+
+@contextlib.contextmanager
+def production(
+    folder: Path,
+    *,
+    slots: int,
+    function: Mapping[str, Any] = FUNCTION,
+    images: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+    servers: Mapping[str, Server] | None = None,
+) -> Iterator[Target]:
+    """An api and a controller, which starts the function and its sidecar, on `servers` or on some of their own.
+    `images` names commands for images that are no samples, `settings` is environment of both."""
+    port, key = free_port(), secrets.token_hex(32)
+    with contextlib.ExitStack() as opened:
+        servers = opened.enter_context(started(folder)) if servers is None else servers
         shared = {
             **{name: server.url for name, server in servers.items()},
             "FNQUEUE_LAUNCHER_URL": "process://",
@@ -174,7 +215,7 @@ def _role(process: psutil.Process, otherwise: str) -> str:
         command = process.cmdline()
         if command[-1:] == ["sidecar"]:
             return "sidecar"
-        if str(ECHO) in command:
+        if str(ECHO) in command or any(part.endswith(ECHO.name) and "echo" in part for part in command):
             return "container"
     return otherwise
 

@@ -7,7 +7,7 @@ errors named here; vendor errors never pass.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -186,6 +186,9 @@ class Results(Protocol):
         False when it is too late: it is running or terminal, or another submitter relies on it."""
 
     def watch(self, request_id: str, interest: Interest = Interest.END) -> AbstractAsyncContextManager[Watch]: ...
+
+    def listen(self, request_id: str, told: Callable[[], None]) -> AbstractContextManager[None]:
+        """While the body runs, `told` is called, in the loop, for each hint that the request may be over."""
 
     async def read(self, request_id: str) -> Record | None:
         """The record, None if there is none. A queued record past its deadline, or never started and past its queue

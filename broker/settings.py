@@ -598,6 +598,11 @@ def _as_spelt(protocol: Any) -> Any:
     return {"HTTP": "HTTP", "GRPC": "gRPC"}.get(str(protocol).upper(), protocol)
 
 
+def _as_word(keep: Any) -> Any:
+    """As it was before there was a middle way."""
+    return {"true": "always", "1": "always", "false": "never", "0": "never"}.get(str(keep).lower(), keep)
+
+
 def _in_seconds(duration: Any) -> Any:
     iso = isinstance(duration, str) and duration.startswith("P")
     return _DURATION.validate_python(duration).total_seconds() if iso else duration
@@ -699,12 +704,13 @@ class SidecarSettings(Settings):
         description="Jobs sent to the container at once, from 1 to 16384; less than 1 is 1, as upstream has it. Each "
         "takes an open file, and another one while it sends or gets something large.",
     )
-    keep_connections: bool = Field(
-        False,
-        description="Keep a connection to the container for the next job, for up to a second: less CPU per job. When "
-        "the container closes it just as a job is sent, that costs an attempt (never the last one). Not for a "
-        "container of several processes that should share the jobs evenly, or of one that serves one connection at "
-        "a time.",
+    keep_connections: Annotated[Literal["auto", "always", "never"], BeforeValidator(_as_word)] = Field(
+        "auto",
+        description="Whether a connection to the container is kept for the next job, which costs less CPU than opening "
+        "one: `always` for up to a second; `auto` for up to 50 ms behind an answer that took no longer, in a container "
+        "that was seen to leave idle ones open; `never`. When the container closes one just as a job is sent, that "
+        "costs an attempt (never the last one). `never` is for a container of several processes that should share "
+        "even short jobs evenly.",
     )
     run_timeout_s: float = Field(3600, ge=1, le=7 * 86_400, description="Seconds one attempt may run in the container.")
     renew_s: float = Field(

@@ -7,6 +7,7 @@ import signal
 
 import click
 
+from broker import garbage
 from broker.connect import open_broker
 from broker.errors import ConfigurationError
 from broker.examination import profile_kept
@@ -56,6 +57,7 @@ async def _serve(settings: SidecarSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with profile_kept(settings, stop), open_broker(settings) as broker:
+        garbage.look_seldom()
         await serve(broker, settings, stop)
 
 

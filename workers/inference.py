@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import re
-import select
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self
+from typing import BinaryIO, Literal, Self
 
 import aiohttp
 import orjson
 from aiohttp import http_parser
-from aiohttp.connector import Connection
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from broker.errors import ConfigurationError
 from broker.model import Job, Outcome, RequestState
 from broker.settings import SidecarSettings
 from workers import loops
+from workers.connections import Connections, Exchange, NotReached
 from workers.probes import GrpcProbe, HttpProbe, Probe, url_of
 from workers.retry_after import retry_after_s
 
@@ -106,7 +106,7 @@ class Response:
     `chunks` ends with the body; it raises what `Inference.exchange` says.
     """
 
-    def __init__(self, job: Job, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, job: Job, response: aiohttp.ClientResponse | Exchange) -> None:
         self._job = job
         self._response = response
         self.status = response.status
@@ -184,21 +184,26 @@ class RunTimedOut(AttemptFailed):
 class Inference:
     """The container's HTTP client, opened and closed as an async context manager.
 
-    A connection is kept for the next job for `KEPT_S`: to open one costs almost 200 µs of CPU here, and as much in
-    the container. The container may close it at the very moment when a job is sent. Nobody can tell then whether
-    it has seen the job, and a POST must not be repeated (field/pitfalls.md §3.4): an attempt is lost. Therefore only
-    a first attempt goes over a kept connection, and only where it is not the last. HTTP health checks do too, so that a
-    container that serves one connection at a time can answer them.
+    The connection of a POST may be kept for the next one, as `keep_connections` says: to open one costs CPU here, and
+    more in the container. The container may close it at the very moment when a job is sent. Nobody can tell then
+    whether it has seen the job, and a POST must not be repeated (field/pitfalls.md §3.4): an attempt is lost. Therefore
+    only a first attempt goes over a kept connection, and only where it is not the last.
     """
 
     def __init__(self, settings: SidecarSettings) -> None:
         self._settings = settings
         self._job_url = url_of(settings, settings.inference_port, settings.inference_url)
         grpc = settings.health_protocol == "gRPC"
-        self._probe: Probe = GrpcProbe(settings) if grpc else HttpProbe(settings, self._session)
-        self._fresh: aiohttp.ClientSession | None = None
+        self._probe: Probe = GrpcProbe(settings) if grpc else HttpProbe(settings, self._probing)
+        self._connections = Connections(
+            settings.inference_host,
+            settings.inference_port,
+            kept_s=KEPT_S,
+            connect_s=CONNECT_TIMEOUT_S,
+            briefly=settings.keep_connections == "auto",
+        )
+        self._session: aiohttp.ClientSession | None = None
         self._sockets: aiohttp.ClientSession | None = None
-        self._kept: aiohttp.ClientSession | None = None
         self.fault = f"{self._probe.subject} was not answered yet"
         """Why the last health check failed, '' if it did not."""
         self.silent = False
@@ -208,15 +213,15 @@ class Inference:
         """Raises ConfigurationError: aiohttp's parser is the one in Python, too lax for what containers send."""
         if http_parser.HttpResponseParser is http_parser.HttpResponseParserPy:
             raise ConfigurationError("aiohttp came without its HTTP parser in C; `fnqueue doctor` says how to mend it")
-        self._fresh = _client(aiohttp.TCPConnector(force_close=True, limit=0))
+        self._session = _client(aiohttp.TCPConnector(force_close=True, limit=0))
         self._sockets = _client(aiohttp.TCPConnector(force_close=True, limit=0), middlewares=(stay,))
-        self._kept = _client(_Kept(keepalive_timeout=KEPT_S, limit=0))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for session in (self._fresh, self._sockets, self._kept):
+        self._connections.close()
+        for session in (self._session, self._sockets):
             if session is not None:
                 await session.close()
 
@@ -276,23 +281,28 @@ class Inference:
             ContainerLost, RunTimedOut.
             AttemptFailed: what came back was not HTTP.
         """
-        session, budget = self._session(attempt), asyncio.timeout(budget_s)
+        budget = asyncio.timeout(budget_s)
         file: BinaryIO | None = None
+        response: aiohttp.ClientResponse | Exchange
         try:
             async with budget:
                 with Translated(job):
-                    content: bytes | BinaryIO | AsyncIterable[bytes] | None
-                    if isinstance(body, Path):
-                        content = file = await loops.in_thread(_opened, body, "rb")
+                    if job.method == "POST" and isinstance(body, bytes) and body:
+                        url, keep = self._url_of(job), self.keeps(attempt)
+                        response = await self._connections.post(url, headers, body, keep=keep)
                     else:
-                        content = body or None  # a GET without a body has no length either
-                    response = await session.request(
-                        job.method,
-                        self._url_of(job),
-                        data=content,
-                        headers=list(headers),
-                        allow_redirects=False,
-                    )
+                        content: bytes | BinaryIO | AsyncIterable[bytes] | None
+                        if isinstance(body, Path):
+                            content = file = await loops.in_thread(_opened, body, "rb")
+                        else:
+                            content = body or None  # a GET without a body has no length either
+                        response = await self._client().request(
+                            job.method,
+                            self._url_of(job),
+                            data=content,
+                            headers=list(headers),
+                            allow_redirects=False,
+                        )
                 try:
                     if not 200 <= response.status <= 599:
                         raise AttemptFailed(connection_fault(job))
@@ -338,12 +348,16 @@ class Inference:
 
     def keeps(self, attempt: int) -> bool:
         """Whether it goes over a kept connection: one that is cut then says nothing about the container."""
-        return self._settings.keep_connections and attempt == 1 < self._settings.max_attempts
+        return self._settings.keep_connections != "never" and attempt == 1 < self._settings.max_attempts
 
-    def _session(self, attempt: int = 1) -> aiohttp.ClientSession:
-        session = self._kept if self.keeps(attempt) else self._fresh
-        assert session is not None, "Inference is used outside of its context"
-        return session
+    def _client(self) -> aiohttp.ClientSession:
+        assert self._session is not None, "Inference is used outside of its context"
+        return self._session
+
+    def _probing(self) -> aiohttp.ClientSession:
+        """A container that serves one connection at a time could not answer beside one that is kept."""
+        self._connections.close()
+        return self._client()
 
     def _url_of(self, job: Job) -> URL:
         if not job.target:
@@ -410,43 +424,21 @@ class Translated:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         match error:
-            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
+            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | NotReached():
                 raise ContainerLost("the container refused the connection", sent=False) from error
             case aiohttp.ClientConnectionError() | aiohttp.ClientPayloadError() | ConnectionError():
                 raise ContainerLost("the container closed the connection", sent=True) from error
-            case aiohttp.ClientError() | ValueError():
+            case aiohttp.ClientError() | HttpProcessingError() | ValueError():
                 raise AttemptFailed(connection_fault(self._job)) from error
 
 
-async def _let_go(response: aiohttp.ClientResponse) -> None:
+async def _let_go(response: aiohttp.ClientResponse | Exchange) -> None:
     """A container may answer, and close, before it has all of the body: what is left to send does not matter then."""
     response.release()
+    if isinstance(response, Exchange):
+        return
     with suppress(aiohttp.ClientError, ConnectionError):
         await response.wait_for_close()
-
-
-class _Kept(aiohttp.TCPConnector):
-    """Hands out a kept connection only if the container has been silent on it since, and has not closed it.
-
-    A server that closes may say why first (408); on this connection that would be read as the answer to the next
-    job. And the loop may not have seen yet that it was closed.
-    """
-
-    async def _get(self, *args: Any) -> Any:  # private, but the only place; a test notices when it is gone
-        while (connection := await super()._get(*args)) is not None:
-            if _silent(connection):
-                break
-            connection.close()
-        return connection
-
-
-def _silent(connection: Connection) -> bool:
-    protocol, transport = connection.protocol, connection.transport
-    if protocol is None or transport is None or protocol.should_close:
-        return False
-    watched = select.poll()
-    watched.register(transport.get_extra_info("socket"), select.POLLIN)
-    return not watched.poll(0)
 
 
 async def stay(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:

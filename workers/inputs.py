@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import os
 import tempfile
@@ -10,7 +11,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from broker import assets
@@ -44,7 +44,6 @@ class BodyAltered(Exception):
     """What lies in the blob store is not what the front end signed. Nothing may be run with it, now or later."""
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
 class Workspace:
     """One attempt's place on disk. `assets` and `response` are the container's too; `scratch` is ours alone.
 
@@ -52,20 +51,41 @@ class Workspace:
     (`prepare_scratch`). `body` is the request body, or the file that holds it. `left` is what may have to be removed.
     """
 
-    assets: Path
-    response: Path
-    scratch: Path
-    clerk: loops.Clerk
-    body: bytes | Path = b""
-    left: tuple[Path, ...] = ()
+    __slots__ = ("assets_name", "body", "clerk", "empty", "left", "response_name", "scratch_name")
 
-    async def vacate(self) -> bool:
-        """Remove the output directory if nothing is in it, and then the other two; whether it was."""
-        left = await self.clerk.run(_vacate, *self.left)
-        if self.response in left:
-            return False  # its files go to `scratch`, which may not have been there yet
-        self.left = left
-        return True
+    def __init__(
+        self,
+        *,
+        assets: str | Path,
+        response: str | Path,
+        scratch: str | Path,
+        clerk: loops.Clerk,
+        body: bytes | Path = b"",
+    ) -> None:
+        # Texts, because a Path costs more to make than what most jobs do with it.
+        self.assets_name, self.response_name, self.scratch_name = str(assets), str(response), str(scratch)
+        self.clerk = clerk
+        self.body = body
+        self.left: tuple[str, ...] = ()
+        self.empty = False
+
+    @property
+    def assets(self) -> Path:
+        return Path(self.assets_name)
+
+    @property
+    def response(self) -> Path:
+        return Path(self.response_name)
+
+    @property
+    def scratch(self) -> Path:
+        return Path(self.scratch_name)
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing in the output directory. Looked at here and now: unlike making and removing, that
+        never waits for a disk."""
+        self.empty = self.empty or _is_empty(self.response_name)
+        return self.empty
 
 
 @asynccontextmanager
@@ -79,15 +99,15 @@ async def workspace(blobs: Blobs, settings: SidecarSettings, job: Job, clerk: lo
     try:
         name = _canonical(job.id)
         room = Workspace(
-            assets=settings.asset_dir / name,
-            response=settings.response_dir / name,
-            scratch=Path(settings.scratch_dir or tempfile.gettempdir(), f"fnqueue-{uuid.uuid4()}"),
+            assets=f"{settings.asset_dir}/{name}",
+            response=f"{settings.response_dir}/{name}",
+            scratch=f"{settings.scratch_dir or tempfile.gettempdir()}/fnqueue-{uuid.uuid4()}",
             clerk=clerk,
             body=job.body,
         )
     except ValueError as exc:
         raise AttemptFailed(problem(job, 500, PREPARE_FAULT)) from exc
-    room.left = (room.response, room.assets, room.scratch)
+    room.left = (room.response_name, room.assets_name, room.scratch_name)
     try:
         await _make(room, job)
         await _fetch_assets(blobs, job, room.assets)
@@ -128,15 +148,15 @@ def container_headers(job: Job, room: Workspace, for_all: Mapping[str, str], bud
         "NVCF-NCAID": job.account,
         "NVCF-FUNCTION-ID": job.function_id,
         "NVCF-FUNCTION-VERSION-ID": job.version_id,
-        "NVCF-ASSET-DIR": str(room.assets),
-        "NVCF-LARGE-OUTPUT-DIR": str(room.response),
+        "NVCF-ASSET-DIR": room.assets_name,
+        "NVCF-LARGE-OUTPUT-DIR": room.response_name,
         "NVCF-FUNCTION-ASSET-IDS": ",".join(job.assets),
         "NVCF-POLL-SECONDS": str(int(max(0.0, min(job.poll_s - age_s, budget_s)))),
     }
     if job.region:
         ours["NVCF-INVOCATION-REGION"] = job.region
     # Some servers read `nvcf_sub` and `nvcf-sub` as one name.
-    dropped = _NEVER_FORWARDED | {name.lower() for name in ours}
+    dropped = _dropped(tuple(ours))
     if job.target:
         dropped -= {"cookie"}  # the front end lets those pass that are the container's own
     theirs = [pair for pair in end_to_end(job.headers) if pair[0].lower().replace("_", "-") not in dropped]
@@ -145,6 +165,12 @@ def container_headers(job: Job, room: Workspace, for_all: Mapping[str, str], bud
     if not job.passthrough and all(name.lower() != "content-type" for name, _ in theirs):
         ours["Content-Type"] = "application/json"
     return [*theirs, *ours.items()]
+
+
+@functools.cache
+def _dropped(ours: tuple[str, ...]) -> frozenset[str]:
+    """In lower case."""
+    return _NEVER_FORWARDED | {name.lower() for name in ours}
 
 
 async def _make(room: Workspace, job: Job) -> None:
@@ -161,10 +187,10 @@ async def _make(room: Workspace, job: Job) -> None:
 def _make_directories(room: Workspace, assets_follow: bool) -> None:
     """The asset directory stays closed to the container until the assets are there: it must not plant a link
     where a download will be written."""
-    os.mkdir(room.response, 0o700)
-    _open_to_all(room.response)
+    os.mkdir(room.response_name, 0o700)
+    _open_to_all(room.response_name)
     if assets_follow:
-        os.mkdir(room.assets, 0o700)
+        os.mkdir(room.assets_name, 0o700)
 
 
 def _make_way(room: Workspace) -> None:
@@ -224,7 +250,7 @@ def _canonical(text: str) -> str:
     return str(uuid.UUID(text))
 
 
-def _open_to_all(path: Path) -> None:
+def _open_to_all(path: str | Path) -> None:
     """Mode 0777, whatever the umask; the container runs as another user."""
     opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -234,25 +260,40 @@ def _open_to_all(path: Path) -> None:
 
 
 async def _clear(room: Workspace) -> None:
-    """Most often, the outputs have been collected, and nothing is left."""
+    """Most often nothing was ever put there, and nobody has to wait until the directories are gone."""
+    left, room.left = room.left, ()
+    if room.is_empty() and not _exists(room.scratch_name):
+        room.clerk.later(_remove_empty, *left)
+    else:
+        await loops.in_thread(trees.remove, *map(Path, left))
+
+
+def _is_empty(directory: str) -> bool:
+    """A link in its place is not looked into, and what vanished holds nothing."""
     try:
-        if room.left:
-            await room.vacate()
-    finally:  # also when this is cancelled
-        if room.left:
-            await loops.in_thread(trees.remove, *room.left)
-
-
-def _vacate(*paths: Path) -> tuple[Path, ...]:
-    """Remove empty directories; which paths are left."""
-    return tuple(path for path in paths if not _removed(path))
-
-
-def _removed(path: Path) -> bool:
-    try:
-        os.rmdir(path)
+        # Reading it would otherwise be noted on the disk.
+        opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | getattr(os, "O_NOATIME", 0))
     except FileNotFoundError:
         return True
     except OSError:
         return False
-    return True
+    try:
+        with os.scandir(opened) as entries:
+            return next(entries, None) is None
+    finally:
+        os.close(opened)
+
+
+def _exists(path: str) -> bool:
+    return os.path.lexists(path)
+
+
+def _remove_empty(*paths: str) -> None:
+    """Directories that are empty or not there, but for what a container put into them after its answer."""
+    for path in paths:
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            trees.remove(Path(path))

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _JITTER = 0.1
+LATER_S = 0.05
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
 
@@ -99,6 +100,7 @@ class Clerk:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clerk")
         self._asked: list[_Asked[Any]] = []
         self._at_work = False
+        self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -106,19 +108,34 @@ class Clerk:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._asked:
+            self._thread.submit(_work_through, self._asked)
         self._thread.shutdown()
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """What `function` returns. A cancelled wait ends only after the work did, as `in_thread`."""
         loop = asyncio.get_running_loop()
-        asked = _Asked(functools.partial(function, *args), loop.create_future())
-        self._asked.append(asked)
+        done: asyncio.Future[T] = loop.create_future()
+        self._asked.append(_Asked(functools.partial(function, *args), done))
         if not self._at_work:
             self._at_work = True
             loop.call_soon(self._turn, loop)  # what the rest of this turn of the loop asks for comes along
-        return await _finished(asked.done)
+        return await _finished(done)
+
+    def later(self, function: Callable[..., object], *args: object) -> None:
+        """Have it done, behind what was asked for before, with the next work or by `LATER_S`, and before the clerk is
+        closed. It must raise nothing."""
+        loop = asyncio.get_running_loop()
+        self._asked.append(_Asked(functools.partial(function, *args), None))
+        if not self._at_work and self._timer is None:
+            self._timer = loop.call_later(LATER_S, self._turn, loop)
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         batch, self._asked = self._asked, []
         self._at_work = bool(batch)
         if batch:
@@ -133,10 +150,10 @@ class Clerk:
 
 @dataclass(slots=True, eq=False)
 class _Asked(Generic[T]):
-    """One piece of work and who waits for it; `result` or `error` is set by the thread."""
+    """One piece of work and who waits for it, if anybody; `result` or `error` is set by the thread."""
 
     work: Callable[[], T]
-    done: asyncio.Future[T]
+    done: asyncio.Future[T] | None
     result: T | None = None
     error: Exception | None = None
 
@@ -147,6 +164,8 @@ class _Asked(Generic[T]):
             self.error = exc
 
     def tell(self) -> None:
+        if self.done is None:
+            return
         if self.error is not None:
             self.done.set_exception(self.error)
         else:

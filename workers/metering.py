@@ -9,6 +9,7 @@ import time
 
 from broker.model import Job, RequestState
 from broker.settings import SidecarSettings
+from broker.telemetry import logs
 from broker.telemetry.logs import METERING
 
 logger = logging.getLogger(METERING)
@@ -54,7 +55,7 @@ class Meter:
         }
         if billing := {name.lower(): value for name, value in job.headers if name.lower().startswith(_BILLING)}:
             line["billing_headers"] = billing
-        logger.info("invocation", extra=line | facts)
+        logs.note(logger, "invocation", line | facts)
 
     def infrastructure(self, *, ready: bool) -> None:
         """How long the instance was there since the last time this was called."""

@@ -187,8 +187,7 @@ def _read(file: BinaryIO, size_bytes: int) -> bytes:
 
 
 async def _has_artifacts(workspace: Workspace) -> bool:
-    """That it can be removed tells that nothing is in it, for the price of a removal that is due anyway."""
-    return not await workspace.vacate() and await loops.in_thread(_holds_artifacts, workspace.response)
+    return not workspace.is_empty() and await loops.in_thread(_holds_artifacts, workspace.response)
 
 
 def _holds_artifacts(directory: Path) -> bool:

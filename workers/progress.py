@@ -72,7 +72,7 @@ def parse(content: bytes) -> Progress:
 class ProgressFile:
     """One attempt's file, written in place or renamed into place. Used by one thread at a time."""
 
-    def __init__(self, directory: Path, *, limit_bytes: int) -> None:
+    def __init__(self, directory: str | Path, *, limit_bytes: int) -> None:
         self._directory = directory
         self._limit_bytes = limit_bytes
         self._trace: tuple[int, ...] = ()
@@ -151,7 +151,7 @@ class ProgressWatch:
         self._armed = False
         self._took_s = 0.0
 
-    def watching(self, lease: Lease, directory: Path) -> AbstractAsyncContextManager[None]:
+    def watching(self, lease: Lease, directory: str | Path) -> AbstractAsyncContextManager[None]:
         """While the body runs, report what is written to `progress` in `directory`, the attempt's output directory.
 
         Where there was progress, the file is looked at once more after the body, so that what was written last comes
@@ -213,7 +213,7 @@ class _Attempt(AbstractAsyncContextManager[None]):
 
     __slots__ = ("_watch", "directory", "file", "lease", "look_at", "over", "pending", "reporting", "sequence", "since")
 
-    def __init__(self, watch: ProgressWatch, lease: Lease, directory: Path) -> None:
+    def __init__(self, watch: ProgressWatch, lease: Lease, directory: str | Path) -> None:
         self._watch = watch
         self.lease = lease
         self.directory = directory

@@ -36,6 +36,7 @@ from workers.inference import (
     problem,
 )
 from workers.inputs import BodyAltered, container_headers, headers_for_all, workspace
+from workers.leases import Leases
 from workers.metering import HEARTBEAT_S, Meter
 from workers.outputs import collect
 from workers.progress import ProgressWatch
@@ -148,6 +149,7 @@ class Sidecar:
         self._discarding = 0
         self._stand_ins = 0
         self._jobs = asyncio.TaskGroup()
+        self._leases = Leases(broker.results, settings, spawn=self._jobs.create_task)
         self._id = settings.instance_id or str(uuid.uuid4())
         self._quarantine = Quarantine(broker.catalog, settings, self._gate, self._id)
         self._meter = Meter(settings, self._id)
@@ -350,7 +352,7 @@ class Sidecar:
             ContainerLost, ContainerBusy, LeaseLost, BodyAltered.
         """
         try:
-            async with loops.beside(self._keep(run, lease)):
+            async with self._leases.keep(run, lease):
                 outcome = await loops.guard(
                     self._answer(run, lease),
                     expected=(AttemptFailed, ContainerLost, ContainerBusy, LeaseLost, BodyAltered),
@@ -373,7 +375,7 @@ class Sidecar:
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
             if job.streaming:
                 return await self._stream(run, lease, headers, room.body)
-            progress = nullcontext() if job.passthrough else self._progress.watching(lease, room.response)
+            progress = nullcontext() if job.passthrough else self._progress.watching(lease, room.response_name)
             with self._calling(run):
                 async with progress:
                     answer = await self._inference.infer(
@@ -413,7 +415,7 @@ class Sidecar:
         """
         expected = (AttemptFailed, ContainerLost, ClientLeft)
         try:
-            async with self._dialer.line(run.job) as line, loops.beside(self._keep(run, lease)):
+            async with self._dialer.line(run.job) as line, self._leases.keep(run, lease):
                 outcome = await loops.guard(self._talk(run, line), expected=expected, request_id=run.job.id)
         except RunTimedOut as late:
             return RequestState.TIMED_OUT if run.run_limited else late.state, late.outcome
@@ -460,23 +462,6 @@ class Sidecar:
         finally:
             self._calls -= 1
             run.container_s = time.monotonic() - since
-
-    async def _keep(self, run: _Run, lease: Lease) -> None:
-        """Renew the lease until the attempt must not go on; then raise what ends it.
-
-        A store that does not answer ends nothing: the attempt may still be settled when it is back.
-        """
-        async with self._results.watch(run.job.id) as watch:
-            while True:
-                await watch.changed(min(self._settings.renew_every_s, run.left_s()))
-                if not run.left_s():
-                    raise RunTimedOut(run.job)
-                with suppress(StoreUnavailable):
-                    asked_at = time.monotonic()
-                    state = await self._results.renew(lease, lease_s=self._settings.lease_s)
-                    if state is not RequestState.RUNNING:
-                        raise LeaseLost(state)
-                    run.leased_until = asked_at + self._settings.lease_s
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:

@@ -86,6 +86,19 @@ class RecordWatch(Watch):
         return await self._read(self._request_id, self.interest)
 
 
+class Listener(Watch):
+    """One who waits for nothing, and is called."""
+
+    __slots__ = ("_told",)
+
+    def __init__(self, told: Callable[[], None]) -> None:
+        super().__init__()
+        self._told = told
+
+    def tell(self, news: bytes = b"") -> None:
+        self._told()
+
+
 class Hints:
     """By subject: a request's ID, with `/r` behind it for readers of its stream, `/w` for the writer."""
 
@@ -110,8 +123,13 @@ class Hints:
         finally:
             self.discard(subject, watch)
 
+    @contextmanager
+    def listening(self, subject: str, told: Callable[[], None]) -> Iterator[None]:
+        with self.watching(subject, Listener(told)):
+            yield
+
     def tell(self, subject: str, of: Interest = Interest.END, news: bytes = b"") -> None:
-        for watch in self._watches.get(subject, ()):
+        for watch in tuple(self._watches.get(subject, ())):
             if watch.interest >= of:
                 watch.tell(news)
 

@@ -6,13 +6,15 @@ Event names are constant; facts are fields given in `extra`. `public` marks the 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import re
 import sys
 import time
+from contextlib import nullcontext
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import orjson
 
@@ -33,12 +35,80 @@ _CREDENTIAL = re.compile(
 
 def configure(level: str, log_format: Literal["json", "text"]) -> None:
     """Send every log line of this process to standard error. Call once, from a command."""
-    handler = logging.StreamHandler(sys.stderr)
+    # Who called, from which thread and task is on no line of ours, and finding it out costs a third of one.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    handler = _Lines(sys.stderr)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger(METERING).setLevel(logging.INFO)
     for noisy in ("aio_pika", "aiormq", "botocore", "boto3", "urllib3", "s3transfer", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+
+
+def note(logger: logging.Logger, event: str, facts: dict[str, object]) -> None:
+    """As `logger.info(event, extra=facts)`, for what is logged once an invocation: where lines go nowhere but to our
+    own handler, nothing else is told of them."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    handler = _only_handler(logger)
+    if handler is None:
+        logger.info(event, extra=facts)
+    else:
+        now = time.time()
+        line = {"time": _timestamp(now), "level": "INFO", "logger": logger.name, "event": event, **facts}
+        handler.add(orjson.dumps(line, default=str).decode())
+
+
+def _only_handler(logger: logging.Logger) -> _Lines | None:
+    """Ours, if it writes JSON and there is no other handler or filter on the line's way."""
+    root = logging.root
+    if len(root.handlers) != 1 or logger.handlers or logger.filters or logger.parent is not root:
+        return None
+    handler = root.handlers[0]
+    return handler if type(handler) is _Lines and handler.writes_json and not handler.filters else None
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes what a turn of the loop logs in one piece; without a loop, and from a warning on, at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._lines: list[str] = []
+
+    @property
+    def writes_json(self) -> bool:
+        return isinstance(self.formatter, _Json)
+
+    def add(self, line: str, *, at_once: bool = False) -> None:
+        self._lines.append(line)
+        if len(self._lines) > 1 and not at_once:
+            return
+        loop = _running_loop()
+        if loop is None or at_once:
+            self.flush()
+        else:
+            loop.call_soon(self.flush)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.add(self.format(record), at_once=record.levelno >= logging.WARNING)
+        except Exception:  # noqa: BLE001  as every handler: logging must not break what it tells of
+            self.handleError(record)
+
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            lines, self._lines = self._lines, []
+            if lines:
+                self.stream.write("\n".join(lines) + self.terminator)
+            super().flush()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class _Json(logging.Formatter):

@@ -27,14 +27,11 @@ async def test_a_frozen_redis_is_not_asked_until_it_is_found(new_redis: Callable
         try:
             with pytest.raises(StoreUnavailable):
                 await results.ping()
-            assert connection._breaker.hopeless
-            while connection._exchanges:
-                await asyncio.wait(connection._exchanges)
-                await asyncio.sleep(0)
+            assert connection.breaker.hopeless
             for _ in range(100):
                 with pytest.raises(StoreUnavailable):
                     await results.read(str(uuid.uuid4()))
-                assert not connection._exchanges
+                assert not connection._plain.waits
         finally:
             os.kill(server.pid, signal.SIGCONT)
 
@@ -46,7 +43,7 @@ async def test_a_frozen_redis_is_not_asked_until_it_is_found(new_redis: Callable
             return True
 
         await eventually(back, bool)
-        assert not connection._breaker.open
+        assert not connection.breaker.open
 
 
 async def test_a_blob_store_that_is_away_is_not_asked_and_no_body_waits_for_it() -> None:

@@ -9,12 +9,11 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, cast
 
 import orjson
 import pytest
-from aiormq.abc import AbstractChannel, DeliveredMessage
+from aiormq.abc import AbstractChannel
 from hypothesis import event, given
 from hypothesis import strategies as st
 from pamqp.commands import Basic
@@ -24,6 +23,7 @@ from broker.backends.files import open_blobs
 from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.rabbitmq.messages import ENVELOPE, SIGNATURE, properties, read
 from broker.backends.rabbitmq.queue import RabbitQueue, open_queue
+from broker.backends.rabbitmq.wire import Message, _properties
 from broker.backends.redis.store import open_store
 from broker.model import Channel, Job, Outcome, RequestState, Verdict
 from broker.ports import Store
@@ -56,7 +56,9 @@ def messages(draw: st.DrawFn, signatures: Signatures = NO_SIGNATURES) -> tuple[J
     if draw(st.integers(0, 5)) == 0:
         job = replace(job, channel=Channel(url="http://127.0.0.1:9/x", token="t"))
     envelope, body = pack_job(job)
-    sent = properties(job, envelope, signatures.sign(job.version_id, envelope, body))
+    raw = properties(job, envelope, signatures.sign(job.version_id, envelope, body))
+    sent = Basic.Properties()
+    sent.unmarshal(int.from_bytes(raw[:2]), raw[2:])
     headers = dict(sent.headers or {})
     for _ in range(draw(st.integers(1, 2))):
         match draw(st.integers(0, 9)):
@@ -115,8 +117,9 @@ def retyped(draw: st.DrawFn, envelope: bytes) -> bytes:
         return envelope
 
 
-def received(sent: Basic.Properties, body: bytes) -> DeliveredMessage:
-    return cast("DeliveredMessage", SimpleNamespace(header=SimpleNamespace(properties=sent), body=body))
+def received(sent: Basic.Properties, body: bytes) -> Message:
+    raw = sent.marshal()
+    return Message(0, *_properties(raw, 0, len(raw)), body)
 
 
 def accepted(sent: Basic.Properties, body: bytes, signatures: Signatures = NO_SIGNATURES) -> Job | None:

@@ -9,7 +9,7 @@ import pytest
 
 from broker.backends.rabbitmq.access import PERMISSIONS, of_version
 from broker.backends.redis.access import RULES
-from broker.backends.redis.scripts import SCRIPTS
+from broker.backends.redis.scripts import SOURCES
 from infra import access
 
 BACKEND = Path(__file__).parents[2] / "broker/backends/redis"
@@ -32,7 +32,7 @@ def test_the_files_are_what_the_code_says(path: str) -> None:
 
 
 def test_front_ends_and_controllers_may_do_what_scripts_do() -> None:
-    called = {name.lower() for script in SCRIPTS for name in re.findall(r"redis\.call\('(\w+)'", script.source)}
+    called = {name.lower() for source in SOURCES.values() for name in re.findall(r"redis\.call\('(\w+)'", source)}
     assert called
     for role in ("api", "controller"):
         assert called - granted(role) == set(), "add it to broker/backends/redis/access.py"

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from broker.model import Job, Outcome, RequestState
 from tests.unit.container import Container, a_job, answer, container, keeping, raw_container, settings_for
+from workers.connections import BRIEFLY_S, SHORT_S
 from workers.inference import Answer, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
 from workers.inference import Refused as ContainerRefused
 
@@ -62,7 +63,7 @@ async def test_body_and_headers_reach_the_configured_path_unchanged(bench: Bench
     assert bench.box.paths == ["/infer"]
     assert bench.box.bodies == [b"\x00\xff"]
     names = [name for name, _ in bench.box.headers[-1]]
-    assert sorted(names) == ["Connection", "Content-Length", "Content-Type", "Host", "X-Mixed-Case"]
+    assert sorted(names) == ["Content-Length", "Content-Type", "Host", "X-Mixed-Case"]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +447,7 @@ async def ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool
     ("settings", "attempts", "opened"),
     [
         ({}, (1, 1, 1), 1),
-        ({"keep_connections": False}, (1, 1, 1), 3),
+        ({"keep_connections": "never"}, (1, 1, 1), 3),
         ({"max_attempts": 1}, (1, 1, 1), 3),  # nothing could be tried again
         ({}, (1, 2, 3, 1), 3),
     ],
@@ -456,7 +457,7 @@ async def test_only_a_first_attempt_goes_over_a_kept_connection(
 ) -> None:
     async with (
         keeping(ok) as box,
-        Inference(settings_for(tmp_path, box.port, **{"keep_connections": True, **settings})) as inference,
+        Inference(settings_for(tmp_path, box.port, **{"keep_connections": "always", **settings})) as inference,
     ):
         for attempt in attempts:
             assert await once_and_again(inference, attempt) == b"ok"
@@ -480,7 +481,7 @@ async def test_a_container_may_close_after_each_answer(tmp_path: Path, reply: by
 
     async with (
         keeping(reply_and_close) as box,
-        Inference(settings_for(tmp_path, box.port, keep_connections=True)) as inference,
+        Inference(settings_for(tmp_path, box.port, keep_connections="always")) as inference,
     ):
         for _ in range(20):
             assert await once_and_again(inference) == b"ok"
@@ -498,12 +499,68 @@ async def test_what_a_container_says_out_of_turn_is_no_answer_to_the_next_job(tm
 
     async with (
         keeping(say_more) as box,
-        Inference(settings_for(tmp_path, box.port, keep_connections=True)) as inference,
+        Inference(settings_for(tmp_path, box.port, keep_connections="always")) as inference,
     ):
         for _ in range(20):
             assert await once_and_again(inference) == b"ok"
             await asyncio.sleep(0.005)
         assert (box.opened, len(box.seen)) == (20, 20)
+
+
+async def trusted(inference: Inference) -> None:
+    """Once this returns, the container was seen to leave a connection open."""
+    await once_and_again(inference)
+    await asyncio.sleep(3 * BRIEFLY_S)
+
+
+async def test_short_jobs_share_a_connection_once_the_container_left_one_open(tmp_path: Path) -> None:
+    async with keeping(ok) as box, Inference(settings_for(tmp_path, box.port)) as inference:
+        await trusted(inference)
+        opened = box.opened
+        for _ in range(20):
+            assert await once_and_again(inference) == b"ok"
+        # More than one only where this machine stood still for as long as a connection is kept.
+        assert opened < box.opened < opened + 20
+
+
+async def test_a_container_that_closes_without_a_word_is_given_fresh_connections(tmp_path: Path) -> None:
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(OK)
+        return False
+
+    async with keeping(close) as box, Inference(settings_for(tmp_path, box.port)) as inference:
+        await trusted(inference)
+        for _ in range(20):
+            assert await once_and_again(inference) == b"ok"
+        assert (box.opened, len(box.seen)) == (21, 21)
+
+
+async def test_the_connection_of_a_long_job_is_not_kept(tmp_path: Path) -> None:
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.sleep(2 * SHORT_S)
+        return await ok(reader, writer)
+
+    async with keeping(slow) as box, Inference(settings_for(tmp_path, box.port)) as inference:
+        await trusted(inference)
+        for _ in range(3):
+            assert await once_and_again(inference) == b"ok"
+        assert box.opened == 4
+
+
+async def test_after_a_kept_connection_died_none_is_kept(tmp_path: Path) -> None:
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        return len(box.seen) != 3 and await ok(reader, writer)
+
+    async with keeping(die) as box, Inference(settings_for(tmp_path, box.port)) as inference:
+        await trusted(inference)
+        await once_and_again(inference)
+        with pytest.raises(ContainerLost):
+            await once_and_again(inference)
+        for _ in range(3):
+            await once_and_again(inference)
+        # Four where this machine stood still between the two jobs, so that none was kept that could die.
+        assert len(box.seen) == 6
+        assert box.opened in (4, 5)
 
 
 async def test_a_job_whose_kept_connection_dies_is_sent_once_and_lost(tmp_path: Path) -> None:
@@ -517,7 +574,7 @@ async def test_a_job_whose_kept_connection_dies_is_sent_once_and_lost(tmp_path: 
 
     async with (
         keeping(answer_the_first) as box,
-        Inference(settings_for(tmp_path, box.port, keep_connections=True)) as inference,
+        Inference(settings_for(tmp_path, box.port, keep_connections="always")) as inference,
     ):
         await once_and_again(inference)
         with pytest.raises(ContainerLost) as lost:

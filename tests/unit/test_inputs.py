@@ -18,6 +18,7 @@ from broker.backends.files import FileBlobs, open_blobs
 from broker.errors import BlobsUnavailable
 from broker.model import Job
 from broker.settings import Settings, SidecarSettings
+from tests.eventually import eventually
 from tests.unit.container import FUNCTION_ID, VERSION_ID, a_job, settings_for
 from workers import loops
 from workers.inference import AttemptFailed
@@ -86,13 +87,23 @@ async def test_what_a_container_made_where_assets_would_be_is_removed(
     assert left_behind(settings) == []
 
 
-async def test_an_output_directory_in_which_nothing_is_goes_early(blobs: FileBlobs, settings: SidecarSettings) -> None:
-    async with laid_out(blobs, settings, a_job()) as room:
-        assert await room.vacate()
-        assert left_behind(settings) == []
+async def test_what_a_container_writes_after_its_answer_is_removed_too(
+    blobs: FileBlobs, settings: SidecarSettings
+) -> None:
+    async def left() -> list[str]:
+        return left_behind(settings)
+
+    with loops.Clerk() as clerk:
+        async with workspace(blobs, settings, a_job(), clerk) as room:
+            assert room.is_empty()
+            (room.response / "late").touch()
+        await eventually(left, lambda names: names == [])
+
+
+async def test_an_output_directory_with_a_file_is_not_empty(blobs: FileBlobs, settings: SidecarSettings) -> None:
     async with laid_out(blobs, settings, a_job()) as room:
         (room.response / "file").touch()
-        assert not await room.vacate()
+        assert not room.is_empty()
     assert left_behind(settings) == []
 
 
@@ -186,7 +197,7 @@ async def test_a_workspace_that_is_cancelled_at_any_step_leaves_nothing_behind(
     async def fill() -> None:
         async with laid_out(blobs, settings, a_job()) as room:
             (room.response / "file").touch()
-            await room.vacate()
+            await asyncio.sleep(0)
 
     for steps in range(12):
         async with asyncio.TaskGroup() as group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Iterator
@@ -106,3 +107,34 @@ def test_what_is_no_credential_stays() -> None:
     record = a_record(url="http://host:8000/a@b", at="::1", path="/a:b@c")
     record.levelno = logging.WARNING
     assert orjson.loads(as_json(record))["url"] == "http://host:8000/a@b"
+
+
+def test_what_is_noted_is_written_as_what_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("INFO", "json")
+    logger = logging.getLogger(logs.METERING)
+    logs.note(logger, "invocation", {"status": 200, "state": "fulfilled"})
+    logger.info("invocation", extra={"status": 200, "state": "fulfilled"})
+    noted, logged = (orjson.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert noted.pop("time") <= logged.pop("time")
+    assert noted == logged
+
+
+def test_what_is_noted_reaches_every_handler(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger(logs.METERING)
+    with caplog.at_level(logging.INFO, logger.name):
+        logs.note(logger, "invocation", {"status": 200})
+    assert [(record.message, record.__dict__["status"]) for record in caplog.records] == [("invocation", 200)]
+
+
+async def test_lines_of_one_loop_turn_are_written_together_and_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("INFO", "json")
+    logger = logging.getLogger("api.middleware")
+    for number in range(3):
+        logs.note(logger, "answered", {"number": number})
+    assert capsys.readouterr().err == ""
+    await asyncio.sleep(0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [orjson.loads(line)["number"] for line in lines] == [0, 1, 2]
+    logs.note(logger, "answered", {"number": 3})
+    logger.warning("beware")
+    assert len(capsys.readouterr().err.splitlines()) == 2

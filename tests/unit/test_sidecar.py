@@ -765,11 +765,11 @@ async def test_a_container_that_closes_idle_connections_at_any_moment_fails_no_r
 
     async def ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-        await asyncio.sleep(chance.choice([0, 0, 0, chance.uniform(0, 0.005)]))
+        await asyncio.sleep(chance.choice([0, 0, 0, chance.uniform(0, 0.02)]))
         return chance.random() < 0.5  # else it closes without looking whether there is another one
 
     async with keeping(ok) as box:
-        rig.set(inference_port=box.port, max_request_concurrency=slots, crash_backoff_s=0, keep_connections=True)
+        rig.set(inference_port=box.port, max_request_concurrency=slots, crash_backoff_s=0, keep_connections="always")
         async with rig.sidecar():
             records = []
             for _ in range(5):

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from broker.backends.admission import limit_met
@@ -237,6 +238,9 @@ class MemoryResults:
 
     def watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
         return RecordWatch(self.hints, request_id, interest, self._read)
+
+    def listen(self, request_id: str, told: Callable[[], None]) -> AbstractContextManager[None]:
+        return self.hints.listening(request_id, told)
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, Interest.END)

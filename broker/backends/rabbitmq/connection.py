@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
+from typing import Generic, Protocol, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import aio_pika
 from aio_pika.abc import AbstractChannel as TopologyChannel
 from aio_pika.abc import AbstractConnection as PikaConnection
 from aiormq import exceptions as amqp
-from aiormq.abc import AbstractChannel, AbstractConnection
 from pamqp.common import FieldValue
 from pamqp.exceptions import PAMQPException
 from yarl import URL
 
+from broker.backends.rabbitmq.wire import Channel, Wire
 from broker.errors import ConfigurationError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,16 @@ class Refused(ConfigurationError):
     """The URL's user may not do this."""
 
 
-Closable = PikaConnection | AbstractConnection | AbstractChannel | TopologyChannel
+class Closable(Protocol):
+    def close(self) -> Awaitable[object]: ...
+
+
+Opened = TypeVar("Opened", bound=Closable)
 
 
 class Line:
-    """One connection, to any node, made when it is asked for and made anew once it is lost."""
+    """One connection for messages and one for topology, to any node, each made when it is asked for and made anew once
+    it is lost."""
 
     def __init__(self, url: str, purpose: str, *, answer_s: float) -> None:
         self.answer_s = answer_s
@@ -55,20 +61,18 @@ class Line:
         self._nodes = _nodes(url)
         self._at = random.randrange(len(self._nodes))  # noqa: S311  spreads load
         self._purpose = purpose
-        self._connection: PikaConnection | None = None
-        self._connecting = asyncio.Lock()
-        self._refusal: Unavailable | None = None
-        self._refused_until = 0.0
+        self._messages: _Link[Wire] = _Link(self, self._open_wire, lambda wire: wire.is_opened)
+        self._topology: _Link[PikaConnection] = _Link(self, self._open_topology, _is_open)
         self._closers: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self.closed = False
 
-    async def channel(self, *, confirms: bool = False) -> AbstractChannel:
-        """A new channel; its owner closes it. Raises Unavailable."""
+    async def channel(self, *, confirms: bool = False) -> Channel:
+        """A new channel for messages; its owner closes it. Raises Unavailable."""
         async with answering(self.answer_s, Unavailable, self.away):
-            wire = _wire(await self._connected())
-            if wire is None:
-                raise Unavailable(self.away)
-            return await wire.channel(publisher_confirms=confirms, on_return_raises=confirms)
+            channel = await (await self._messages.connected()).channel()
+            if confirms:
+                await channel.confirm()
+            return channel
 
     @asynccontextmanager
     async def question(self) -> AsyncIterator[TopologyChannel]:
@@ -79,7 +83,7 @@ class Line:
         channel: TopologyChannel | None = None
         try:
             async with answering(self.answer_s, Unavailable, self.away):
-                channel = (await self._connected()).channel(publisher_confirms=False)
+                channel = (await self._topology.connected()).channel(publisher_confirms=False)
                 await channel.initialize()
                 yield channel
         except Unavailable as exc:
@@ -92,10 +96,9 @@ class Line:
             if channel is not None and not channel.is_closed:
                 self.close_soon(channel)
 
-    def forget(self, connection: AbstractConnection) -> None:
-        """The next question goes over a new connection; whoever uses this one still closes it."""
-        if self._connection is not None and _wire(self._connection) is connection:
-            self._connection = None
+    def forget(self, wire: Wire) -> None:
+        """The next channel comes of a new connection; whoever uses this one still closes it."""
+        if self._messages.forget(wire):
             self._at += 1
 
     def close_soon(self, what: Closable) -> None:
@@ -105,33 +108,11 @@ class Line:
         closer.add_done_callback(self._closers.discard)
 
     async def close(self) -> None:
-        self._closed = True
-        if self._connection is not None:
-            self.close_soon(self._connection)
+        self.closed = True
+        self._messages.end()
+        self._topology.end()
         if self._closers:
             await asyncio.wait(self._closers, timeout=CLOSE_S)
-
-    async def _connected(self) -> PikaConnection:
-        if self._connection is not None and _is_open(self._connection):
-            return self._connection
-        loop = asyncio.get_running_loop()
-        async with self._connecting:
-            if self._connection is not None and _is_open(self._connection):
-                return self._connection
-            if self._closed:
-                raise Unavailable("the queue is closed")
-            if self._refusal is not None and loop.time() < self._refused_until:
-                raise Unavailable(str(self._refusal)) from self._refusal.__cause__
-            try:
-                async with answering(self.answer_s, Unavailable, self.away):
-                    self._connection = await self._connect()
-            except Unavailable as exc:
-                if self._refusal is None:
-                    logger.warning("queue_away", extra={"at": self.place, "cause": repr(exc.__cause__ or exc)})
-                self._refusal, self._refused_until = exc, loop.time() + REFUSED_S
-                raise
-            self._refusal = None
-            return self._connection
 
     @property
     def place(self) -> str:
@@ -147,28 +128,93 @@ class Line:
     def _node(self) -> SplitResult:
         return self._nodes[self._at % len(self._nodes)]
 
-    async def _connect(self) -> PikaConnection:
+    async def _to_a_node(self, connect: Callable[[str], Awaitable[Opened]]) -> Opened:
         """To the first node that takes it. One that keeps silent uses up the time of this call, and the next call
         begins behind it."""
-        if self._connection is not None:
-            self.close_soon(self._connection)
         for _ in self._nodes[1:]:
             with suppress(*_LOST):
-                return await self._connect_once()
-        return await self._connect_once()
+                return await self._to_this_node(connect)
+        return await self._to_this_node(connect)
 
-    async def _connect_once(self) -> PikaConnection:
+    async def _to_this_node(self, connect: Callable[[str], Awaitable[Opened]]) -> Opened:
+        try:
+            return await connect(self._node.geturl())
+        except BaseException:
+            self._at += 1
+            raise
+
+    async def _open_wire(self) -> Wire:
+        async def connect(url: str) -> Wire:
+            wire = Wire(url, f"fnqueue {self._purpose}")
+            await wire.connect()
+            return wire
+
+        return await self._to_a_node(connect)
+
+    async def _open_topology(self) -> PikaConnection:
+        return await self._to_a_node(self._connect_topology)
+
+    async def _connect_topology(self, url: str) -> PikaConnection:
         """What comes to nothing is closed here: aio-pika would do it at its garbage collection, which may be when no
         loop runs."""
-        name: dict[str, FieldValue] = {"connection_name": f"fnqueue {self._purpose}"}
-        connection = aio_pika.Connection(URL(self._node.geturl()), client_properties=name)
+        name: dict[str, FieldValue] = {"connection_name": f"fnqueue {self._purpose} topology"}
+        connection = aio_pika.Connection(URL(url), client_properties=name)
         try:
             await connection.connect()
         except BaseException:
-            self._at += 1
             self.close_soon(connection)
             raise
         return connection
+
+
+class _Link(Generic[Opened]):
+    """One connection of a line."""
+
+    def __init__(self, line: Line, make: Callable[[], Awaitable[Opened]], is_open: Callable[[Opened], bool]) -> None:
+        self._line = line
+        self._make = make
+        self._is_open = is_open
+        self._connection: Opened | None = None
+        self._connecting = asyncio.Lock()
+        self._refusal: Unavailable | None = None
+        self._refused_until = 0.0
+
+    async def connected(self) -> Opened:
+        if self._connection is not None and self._is_open(self._connection):
+            return self._connection
+        loop = asyncio.get_running_loop()
+        async with self._connecting:
+            if self._connection is not None and self._is_open(self._connection):
+                return self._connection
+            if self._line.closed:
+                raise Unavailable("the queue is closed")
+            if self._refusal is not None and loop.time() < self._refused_until:
+                raise Unavailable(str(self._refusal)) from self._refusal.__cause__
+            if self._connection is not None:  # lost
+                self._line.close_soon(self._connection)
+                self._connection = None
+            try:
+                async with answering(self._line.answer_s, Unavailable, self._line.away):
+                    self._connection = await self._make()
+            except Unavailable as exc:
+                if self._refusal is None:
+                    logger.warning("queue_away", extra={"at": self._line.place, "cause": repr(exc.__cause__ or exc)})
+                self._refusal, self._refused_until = exc, loop.time() + REFUSED_S
+                raise
+            self._refusal = None
+            return self._connection
+
+    def forget(self, connection: Opened) -> bool:
+        """Whether it was this one's."""
+        if self._connection is not connection:
+            return False
+        self._connection = None
+        return True
+
+    def end(self) -> None:
+        if self._connection is not None:
+            self._line.close_soon(self._connection)
+            self._connection = None
 
 
 class answering:  # noqa: N801  reads like the context manager it is; a generator would cost a tenth of a publish
@@ -207,19 +253,14 @@ def _lost(exc: BaseException) -> bool:
 async def _close(what: Closable) -> None:
     try:
         async with asyncio.timeout(CLOSE_S):
-            await what.close(amqp.ConnectionClosed(200, "closed by us"))
+            await what.close()
     except _LOST as exc:
         logger.debug("close_failed", extra={"cause": repr(exc)})
 
 
 def _is_open(connection: PikaConnection) -> bool:
-    wire = _wire(connection)
-    return wire is not None and wire.is_opened
-
-
-def _wire(connection: PikaConnection) -> AbstractConnection | None:
-    """What aio-pika's connection stands on, None once it is closed."""
-    return connection.transport.connection if connection.transport is not None else None
+    """What aio-pika's connection stands on is None once it is closed."""
+    return connection.transport is not None and connection.transport.connection.is_opened
 
 
 def _place(node: SplitResult) -> str:

@@ -8,12 +8,12 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from aiormq.abc import AbstractChannel, DeliveredMessage
-from pamqp.commands import Basic
+from aiormq.exceptions import ChannelInvalidStateError
 
 from broker.backends.codec import Unreadable
 from broker.backends.rabbitmq.connection import Line, answering
 from broker.backends.rabbitmq.messages import can_die, claims_to_be, death, queue_name, read
+from broker.backends.rabbitmq.wire import Channel, Message
 from broker.errors import Unavailable
 from broker.model import Job
 from broker.ports import Delivery
@@ -21,6 +21,7 @@ from broker.signatures import NotOurs, Signatures
 
 logger = logging.getLogger(__name__)
 
+_CONSUMER = "jobs"  # its tag; a channel has one
 RETRY_S = (0.1, 5.0)  # first and longest pause of a consumer between two tries
 
 
@@ -118,7 +119,7 @@ class Deliveries:
 class Lane:
     """One channel and the messages on loan over it. Ended, it stays open until the last loan has."""
 
-    def __init__(self, line: Line, channel: AbstractChannel, version_id: str, signatures: Signatures) -> None:
+    def __init__(self, line: Line, channel: Channel, version_id: str, signatures: Signatures) -> None:
         self.channel = channel
         self.arrivals: deque[Loan] = deque()
         self.loans = 0
@@ -126,32 +127,33 @@ class Lane:
         self._version_id = version_id
         self._signatures = signatures
         self._queue = queue_name(version_id)
-        self._consumer_tag = ""
+        self._consuming = False
         self._changed = asyncio.Event()
         self._heard_at = 0.0  # loop time
         self._ended = False
-        channel.on_consumer_cancel_callbacks.add(self._on_cancel)
-        channel.closing.add_done_callback(lambda _: self._changed.set())
+        channel.on_cancel = self._on_cancel
+        channel.on_end = self._changed.set
 
     @property
     def subscribed(self) -> bool:
-        return bool(self._consumer_tag) and not self.channel.is_closed
+        return self._consuming and not self.channel.is_closed
 
     async def subscribe(self, prefetch: int) -> None:
         """Raises Unavailable."""
         async with answering(self._line.answer_s, Unavailable, f"cannot consume from {self._queue}"):
-            await self.channel.basic_qos(prefetch_count=prefetch)
-            self._consumer_tag = (await self.channel.basic_consume(self._queue, self._on_message)).consumer_tag or ""
+            await self.channel.prefetch(prefetch)
+            await self.channel.consume(self._queue, self._on_message, tag=_CONSUMER)
+        self._consuming = True
         self._hear()
 
     async def unsubscribe(self) -> None:
         """Once this returns nothing arrives any more. A broker that does not answer loses the channel."""
-        consumer_tag, self._consumer_tag = self._consumer_tag, ""
+        consuming, self._consuming = self._consuming, False
         self._changed.set()
-        if consumer_tag and not self.channel.is_closed:
+        if consuming and not self.channel.is_closed:
             try:
                 async with answering(self._line.answer_s, Unavailable, self._line.away):
-                    await self.channel.basic_cancel(consumer_tag)
+                    await self.channel.cancel(_CONSUMER)
             except Unavailable as exc:
                 logger.info("unsubscribe_failed", extra={"queue": self._queue, "cause": repr(exc.__cause__)})
 
@@ -167,10 +169,10 @@ class Lane:
 
     async def take(self) -> Loan | None:
         while True:
-            message = await self.channel.basic_get(self._queue)
-            if message.delivery_tag is None:
+            message = await self.channel.get(self._queue)
+            if message is None:
                 return None
-            loan = await self._lend(message)
+            loan = self._lend(message)
             if loan is not None:
                 return loan
 
@@ -178,51 +180,47 @@ class Lane:
         self._ended = True
         self._close_if_idle()
 
-    async def settle(self, send: Callable[[], Awaitable[None]]) -> None:
+    def settle(self, send: Callable[[], None]) -> None:
         """End one loan. On a lost channel there is nothing to end: the broker delivers the message again."""
-        if not self.channel.is_closed:
-            try:
-                async with answering(self._line.answer_s, Unavailable, self._line.away):
-                    await send()
-            except Unavailable as exc:
-                logger.info("loan_lost", extra={"queue": self._queue, "cause": repr(exc.__cause__)})
+        try:
+            send()
+        except ChannelInvalidStateError as exc:
+            logger.info("loan_lost", extra={"queue": self._queue, "cause": repr(exc.__cause__)})
         self.loans -= 1
         self._close_if_idle()
 
-    async def _on_message(self, message: DeliveredMessage) -> None:
-        """aiormq runs one task per delivery, in order; nothing here waits before the loan is in line."""
-        loan = await self._lend(message)
+    def _on_message(self, message: Message) -> None:
+        loan = self._lend(message)
         if loan is not None:
             self.arrivals.append(loan)
             self._hear()
 
-    async def _lend(self, message: DeliveredMessage) -> Loan | None:
+    def _lend(self, message: Message) -> Loan | None:
         """None for a message that is not ours to run: to the dead letters. One that is there already is lent with its
         fault if it names a request, and is away if not; so is one that RabbitMQ could not move there."""
-        tag = message.delivery_tag or 0
+        tag = message.delivery_tag
         self.loans += 1
         try:
             return Loan(self, tag, read(message, self._version_id, self._signatures), death(message))
         except (Unreadable, NotOurs) as exc:
             fault = str(exc)
-            facts = {"queue": self._queue, "message_id": message.header.properties.message_id, "cause": fault}
+            facts = {"queue": self._queue, "message_id": message.message_id, "cause": fault}
             logger.error("message_unreadable", extra=facts)
         if self._version_id and can_die(message):
-            await self.settle(lambda: self.channel.basic_reject(tag, requeue=False, wait=False))
+            self.settle(lambda: self.channel.reject(tag))
         elif not self._version_id and (claimed := claims_to_be(message)) is not None:
             return Loan(self, tag, claimed, death(message), fault=fault)
         else:
-            await self.settle(lambda: self.channel.basic_ack(tag, wait=False))
+            self.settle(lambda: self.channel.ack(tag))
         return None
 
     def _hear(self) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         self._changed.set()
 
-    def _on_cancel(self, frame: Basic.Cancel) -> None:
-        if frame.consumer_tag == self._consumer_tag:
-            self._consumer_tag = ""
-            self._changed.set()
+    def _on_cancel(self, _: str) -> None:
+        self._consuming = False
+        self._changed.set()
 
     def _close_if_idle(self) -> None:
         if self._ended and not self.loans and not self.channel.is_closed:
@@ -243,20 +241,16 @@ class Loan:
         self._open = True
 
     async def ack(self) -> None:
-        await self._end(lambda: self._lane.channel.basic_ack(self._tag, wait=False))
+        self._end(lambda: self._lane.channel.ack(self._tag))
 
     async def requeue(self) -> None:
         # nack, not reject: from RabbitMQ 4.3 on only reject counts towards the delivery limit
-        await self._end(lambda: self._lane.channel.basic_nack(self._tag, requeue=True, wait=False))
+        self._end(lambda: self._lane.channel.nack(self._tag, requeue=True))
 
     async def reject(self) -> None:
-        await self._end(lambda: self._lane.channel.basic_reject(self._tag, requeue=False, wait=False))
+        self._end(lambda: self._lane.channel.reject(self._tag))
 
-    async def _end(self, send: Callable[[], Awaitable[None]]) -> None:
+    def _end(self, send: Callable[[], None]) -> None:
         if self._open:
             self._open = False
-            try:
-                await self._lane.settle(send)
-            except asyncio.CancelledError:
-                self._open = True  # cancelled before anything was sent: the caller may try again
-                raise
+            self._lane.settle(send)

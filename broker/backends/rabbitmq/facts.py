@@ -9,15 +9,17 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-import aiormq
 from aiormq import exceptions as amqp
+from pamqp import commands
 
 from broker.backends.rabbitmq.connection import Line, answering
 from broker.backends.rabbitmq.messages import DEAD, queue_name
+from broker.backends.rabbitmq.wire import Channel, Returned, properties
 from broker.errors import ConfigurationError, Unavailable
 from broker.facts import Node, QueueFacts, QueueInfo
 from broker.settings import Settings
@@ -49,7 +51,7 @@ async def _by_amqp(url: str, settings: Settings, *, probe: bool) -> QueueFacts:
     facts = QueueFacts(kind="rabbitmq", address=line.places)
     try:
         channel = await line.channel()
-        version = dict(channel.connection.server_properties or {}).get("version", "")
+        version = channel.wire.server_properties.get("version", "")
         facts = replace(facts, version=version.decode() if isinstance(version, bytes) else str(version))
         async with answering(settings.publish_timeout_s, Unavailable, line.away):
             dead_letters = await _dead_letters(channel)
@@ -63,20 +65,22 @@ async def _by_amqp(url: str, settings: Settings, *, probe: bool) -> QueueFacts:
         await line.close()
 
 
-async def _dead_letters(channel: aiormq.abc.AbstractChannel) -> int | None:
+async def _dead_letters(channel: Channel) -> int | None:
     try:
-        declared = await channel.queue_declare(DEAD, passive=True)
+        declared = await channel.call(commands.Queue.Declare(queue=DEAD, passive=True))
     except amqp.ChannelNotFoundEntity:
         return None
-    return declared.message_count
+    return declared.message_count if isinstance(declared, commands.Queue.DeclareOk) else None
 
 
 async def _is_blocked(line: Line) -> bool:
     channel = await line.channel(confirms=True)
+    message = properties({}, content_type="", expiration="0", message_id=_NOWHERE, app_id="fnqueue")
     try:
         async with answering(_CONFIRMED_S, Unavailable, line.away):
             for _ in range(2):  # it stops reading behind the first one
-                await channel.basic_publish(b"", routing_key=_NOWHERE)
+                with suppress(Returned):
+                    await channel.publish(_NOWHERE, _NOWHERE, message, b"")
     except Unavailable as exc:
         if isinstance(exc.__cause__, TimeoutError):
             return True

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
-
-from aiormq.abc import DeliveredMessage
-from pamqp.commands import Basic
 
 from broker.backends.codec import Unreadable, unpack_job
+from broker.backends.rabbitmq import wire
+from broker.backends.rabbitmq.wire import Message
 from broker.model import Job
 from broker.signatures import NotOurs, Signatures
 
@@ -30,15 +28,14 @@ def exchange_name(version_id: str) -> str:
     return f"fnq.x.{version_id}"
 
 
-def properties(job: Job, envelope: bytes, signature: str) -> Basic.Properties:
+def properties(job: Job, envelope: bytes, signature: str) -> bytes:
     """Persistent, and named after the request: a returned message is matched by its id."""
     signed = {SIGNATURE: signature} if signature else {}
-    return Basic.Properties(
-        headers={ENVELOPE: envelope.decode(), **signed},
-        message_id=job.id,
-        delivery_mode=2,
-        expiration=_expiration_ms(job),
+    return wire.properties(
+        {ENVELOPE: envelope.decode(), **signed},
         content_type="application/octet-stream",
+        expiration=_expiration_ms(job),
+        message_id=job.id,
         app_id="fnqueue",
     )
 
@@ -49,9 +46,9 @@ def _expiration_ms(job: Job) -> str:
     return str(min(MAX_EXPIRATION_MS, int(residence_s * 1000)))
 
 
-def read(message: DeliveredMessage, version_id: str, signatures: Signatures) -> Job:
+def read(message: Message, version_id: str, signatures: Signatures) -> Job:
     """Raises Unreadable, or NotOurs for what this deployment did not sign as it is."""
-    headers = _headers(message)
+    headers = message.headers
     envelope = headers.get(ENVELOPE)
     if not isinstance(envelope, str | bytes):
         raise Unreadable("not a job")
@@ -60,16 +57,16 @@ def read(message: DeliveredMessage, version_id: str, signatures: Signatures) -> 
         raise Unreadable("another version's job")
     raw = envelope.encode() if isinstance(envelope, str) else envelope
     signatures.check(job.version_id, headers.get(SIGNATURE), raw, message.body)
-    if signatures and message.header.properties.message_id != job.id:
+    if signatures and message.message_id != job.id:
         raise NotOurs("it was altered after it was signed")
     return job
 
 
-def claims_to_be(message: DeliveredMessage) -> Job | None:
+def claims_to_be(message: Message) -> Job | None:
     """A job of which nothing but its id may be used, and that is no more than a claim; None if there is not even
     one."""
     try:
-        request_id = str(uuid.UUID(message.header.properties.message_id or ""))
+        request_id = str(uuid.UUID(message.message_id))
     except ValueError:
         return None
     return Job(
@@ -84,24 +81,20 @@ def claims_to_be(message: DeliveredMessage) -> Job | None:
     )
 
 
-def death(message: DeliveredMessage) -> str:
+def death(message: Message) -> str:
     """RabbitMQ puts the newest death first."""
-    headers = _headers(message)
+    headers = message.headers
     deaths = headers.get("x-death")
     newest = deaths[0] if isinstance(deaths, list) and deaths else None
     reason = newest.get("reason") if isinstance(newest, dict) else headers.get("x-first-death-reason")
     return reason if isinstance(reason, str) else ""
 
 
-def can_die(message: DeliveredMessage) -> bool:
+def can_die(message: Message) -> bool:
     """Whether it can be dead-lettered: RabbitMQ 3.10 adds to the deaths that a message brings along, and its whole
     queue falls over those that it did not write itself."""
-    deaths = _headers(message).get("x-death", [])
+    deaths = message.headers.get("x-death", [])
     return isinstance(deaths, list) and all(
         isinstance(each, dict) and all(isinstance(each.get(name), kind) for name, kind in _OF_A_DEATH.items())
         for each in deaths
     )
-
-
-def _headers(message: DeliveredMessage) -> Mapping[str, object]:
-    return message.header.properties.headers or {}

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import cast
-
-import aiormq
-from aiormq import exceptions as amqp
-from aiormq.abc import AbstractChannel
-from pamqp.commands import Basic
 
 from broker.backends.rabbitmq.connection import Line, answering
+from broker.backends.rabbitmq.wire import Channel, Refused, Returned
 from broker.errors import PublishRejected, PublishUnconfirmed, QueueMissing, Unavailable
 
 FRAME_SLACK_BYTES = 4096  # the other properties; the header must fit one frame
@@ -18,23 +13,25 @@ FRAME_SLACK_BYTES = 4096  # the other properties; the header must fit one frame
 
 class Publisher:
     """One confirming channel. A publish that got no answer retires it with its connection: the answer may still
-    come, and aiormq, which matches returned messages by id, would take it for the answer to the next copy.
+    come, and since messages are returned by id, would be taken for the answer to the next copy.
     A blocked one stays, to refuse without sending until the broker takes messages again."""
 
-    def __init__(self, line: Line, channel: AbstractChannel) -> None:
+    def __init__(self, line: Line, channel: Channel) -> None:
         self._line = line
-        self._channel = cast(aiormq.Channel, channel)  # the abstract one knows no `wait`
-        self._connection = channel.connection
+        self._channel = channel
+        self._connection = channel.wire
         self._outstanding: dict[str, asyncio.Event] = {}
         self._unanswered: set[str] = set()
         self._retired = False
 
     @property
     def usable(self) -> bool:
-        return not (self._retired or self._channel.is_closed) and self._connection.is_opened
+        return not (self._retired or self._channel.is_closed)
 
     async def ready(self, timeout_s: float) -> None:
         """Raises Unavailable while an alarm blocks this connection, as the first publish under it finds out."""
+        if not self._connection.blocked:
+            return
         try:
             async with asyncio.timeout(timeout_s):
                 await self._connection.ready()
@@ -43,14 +40,20 @@ class Publisher:
 
     def measure(self, envelope_bytes: int) -> None:
         """Refuse what would make the broker close the connection, and fail every other publish on it."""
-        limit_bytes = self._connection.connection_tune.frame_max - FRAME_SLACK_BYTES
+        limit_bytes = self._connection.frame_max - FRAME_SLACK_BYTES
         if envelope_bytes > limit_bytes > 0:
             raise PublishRejected(f"the request's headers take {envelope_bytes} bytes, at most {limit_bytes} fit")
 
     async def send(
-        self, routing_key: str, properties: Basic.Properties, body: bytes, *, timeout_s: float, exchange: str = ""
+        self,
+        routing_key: str,
+        message_id: str,
+        properties: bytes,
+        body: bytes,
+        *,
+        timeout_s: float,
+        exchange: str = "",
     ) -> None:
-        message_id = str(properties.message_id)
         async with answering(timeout_s, PublishUnconfirmed, "RabbitMQ did not confirm the job"):
             while other := self._outstanding.get(message_id):
                 await other.wait()
@@ -59,35 +62,19 @@ class Publisher:
                 raise PublishUnconfirmed("an earlier copy of the job may still be confirmed")
             self._outstanding[message_id] = asyncio.Event()
             try:
-                # Waiting for the socket would hold the channel's lock for a loop turn a message: a quarter of the CPU.
-                await self._channel.basic_publish(
-                    body,
-                    exchange=exchange,
-                    routing_key=routing_key,
-                    properties=properties,
-                    mandatory=True,
-                    wait=False,
-                )
-            except amqp.PublishError as exc:
+                await self._channel.publish(routing_key, message_id, properties, body, exchange=exchange)
+            except Returned as exc:
                 raise QueueMissing("the function version has no queue") from exc
-            except amqp.DeliveryError as exc:
+            except Refused as exc:
                 raise PublishRejected("the queue takes no more jobs") from exc
             except BaseException:
                 self._unanswered.add(message_id)
-                if not await self._blocked():
+                if not self._connection.blocked:
                     self._retire()
                 raise
             finally:
                 self._outstanding.pop(message_id).set()
                 self._close_if_idle()
-
-    async def _blocked(self) -> bool:
-        try:
-            async with asyncio.timeout(0):
-                await self._connection.ready()
-        except TimeoutError:
-            return True
-        return False
 
     def _retire(self) -> None:
         self._retired = True

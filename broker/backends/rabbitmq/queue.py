@@ -150,6 +150,7 @@ class RabbitQueue:
         signed = properties(job, envelope, self._signatures.sign(job.version_id, envelope, body))
         await publisher.send(
             queue_name(job.version_id),
+            job.id,
             signed,
             body,
             timeout_s=until - loop.time(),

@@ -9,17 +9,16 @@ import re
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import orjson
-from redis.exceptions import RedisError
 
 from broker.backends.admission import limit_met
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
-from broker.backends.redis.connection import Command, Connection, TooFewReplicas
+from broker.backends.redis.connection import Connection, TooFewReplicas
 from broker.backends.redis.keys import account as _account
 from broker.backends.redis.keys import body as _body
 from broker.backends.redis.keys import due as _due
@@ -29,6 +28,7 @@ from broker.backends.redis.keys import running as _running
 from broker.backends.redis.keys import stream as _stream
 from broker.backends.redis.keys import updates as _updates
 from broker.backends.redis.keys import waiting as _waiting
+from broker.backends.redis.wire import Command
 from broker.errors import IdempotencyKeyReused, RecordDamaged, StoreUnavailable, TryLater, Unavailable
 from broker.model import (
     NO_TIMINGS,
@@ -73,6 +73,7 @@ _FINISHED_LIVES_MS = 180_000
 _HINTS = {"1": Interest.PROGRESS, "2": Interest.STEPS}
 _MEMBER_BYTES = 16
 _QUEUED = RequestState.QUEUED.encode()
+_STATES = {state.value.encode(): state for state in RequestState}
 # From here on, one answer with the whole front of the queue costs less than a command each.
 _MANY = 32
 
@@ -247,6 +248,9 @@ class RedisResults:
 
     def watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
         return RecordWatch(self.hints, request_id, interest, self._read_watching)
+
+    def listen(self, request_id: str, told: Callable[[], None]) -> AbstractContextManager[None]:
+        return self.hints.listening(request_id, told)
 
     async def read(self, request_id: str) -> Record | None:
         return await self._read(request_id, "")
@@ -620,36 +624,17 @@ class RedisResults:
     async def run(self) -> None:
         """Listen for hints and keep the epoch fresh, across reconnects, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen())
+            tasks.create_task(self._connection.listen(self.channel, self._heard, gap=self._missed))
             tasks.create_task(self._keep_epoch())
 
-    async def _listen(self) -> None:
-        failing = False
-        while True:
-            try:
-                async with self._connection.client.pubsub() as pubsub:
-                    await pubsub.subscribe(self.channel)
-                    while True:
-                        message = await pubsub.get_message(timeout=5.0)
-                        failing = False
-                        self._heard(message)
-            except (RedisError, OSError, TimeoutError) as exc:
-                if not failing:
-                    logger.warning("hints_lost", extra={"cause": type(exc).__name__})
-                failing = True
-                await asyncio.sleep(0.5)
+    def _heard(self, message: bytes) -> None:
+        head, _, news = message.partition(b"\n")
+        subject, _, of = head.decode(errors="replace").partition(" ")
+        self.hints.tell(subject, _HINTS.get(of, Interest.END), news)
 
-    def _heard(self, message: dict[str, Any] | None) -> None:
-        if message is None:
-            return
-        if message["type"] == "message":
-            head, _, news = message["data"].partition(b"\n")
-            subject, _, of = head.decode(errors="replace").partition(" ")
-            self.hints.tell(subject, _HINTS.get(of, Interest.END), news)
-        elif message["type"] == "subscribe":
-            # The client subscribes again by itself after a cut, and what was said meanwhile is gone.
-            self.hints.tell_all()
-            self.subscribed.set()
+    def _missed(self) -> None:
+        self.hints.tell_all()
+        self.subscribed.set()
 
     async def _keep_epoch(self) -> None:
         while True:
@@ -755,26 +740,26 @@ def _parse(request_id: str, reply: Sequence[Any] | RecordDamaged | None) -> Reco
 
 
 def _read_record(request_id: str, reply: Sequence[Any]) -> Record:
-    state, account, function_id, version_id = (_text(part) for part in reply[:4])
-    created, deadline, attempt, started, ended = (int(part) for part in reply[4:9])
-    worker = _text(reply[9])
-    attempts = tuple(_attempt(*each) for each in orjson.loads(reply[15])) if reply[15] else ()
+    state, account, function_id, version_id = _STATES[reply[0]], reply[1].decode(), reply[2].decode(), reply[3].decode()
+    created, deadline, attempt, started, ended = map(int, reply[4:9])
+    worker = reply[9].decode()
+    attempts = tuple([_attempt(*each) for each in orjson.loads(reply[15])]) if reply[15] else ()
     if worker:
-        attempts += (_attempt(attempt, worker, started, ended, _text(state)),)
+        attempts += (_attempt(attempt, worker, started, ended, state.value),)
     status_code, timings = _parse_numbers(reply[16])
     return Record(
         id=request_id,
         account=account,
         function_id=function_id,
         version_id=version_id,
-        state=RequestState(state),
+        state=state,
         created_at=created / 1000,
         deadline_at=deadline / 1000,
         attempt=attempt,
         started_at=started / 1000,
         finished_at=ended / 1000,
         worker=worker,
-        reason=_text(reply[10]),
+        reason=reply[10].decode(),
         outcome=_outcome(request_id, reply[11]),
         head=_outcome(request_id, reply[17]),
         status_code=status_code,

@@ -44,13 +44,14 @@ class Script:
     def __init__(self, source: str) -> None:
         self.source = source
         self._sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-        SCRIPTS.append(self)
+        SOURCES[self._sha] = source
 
     def call(self, keys: tuple[str, ...], *args: str | int | bytes) -> tuple[str | int | bytes, ...]:
         return ("EVALSHA", self._sha, len(keys), *keys, *args)
 
 
-SCRIPTS: list[Script] = []
+SOURCES: dict[str, str] = {}
+"""Every script by its SHA."""
 
 _NOW = """
 local time = redis.call('TIME')
@@ -157,23 +158,31 @@ end
 CREATE = Script(
     _NOW
     + """
-local s = redis.call('HGET', KEYS[1], 's')
-local made = 0
-if not s then
-  local deadline = now + ARGV[4]
-  redis.call('HSET', KEYS[1], 's', 'queued', 'a', ARGV[1], 'f', ARGV[2], 'v', ARGV[3], 'c', now, 'd', deadline,
-    'n', 0, 'p', 1, 'o', ARGV[6])
-  if ARGV[8] ~= '0' then redis.call('HSET', KEYS[1], 'Q', now + ARGV[8]) end
-  if ARGV[9] ~= '0' then redis.call('HSET', KEYS[1], 'U', ARGV[9]) end
-  redis.call('PEXPIRE', KEYS[1], ARGV[4] + ARGV[5])
-  made = 1
-elseif redis.call('HGET', KEYS[1], 'o') == ARGV[6] then
-  made = 1
-else
-  redis.call('HINCRBY', KEYS[1], 'p', 1)
+local r = KEYS[1]
+local f = redis.call('HMGET', r, 's', 'o')
+if not f[1] then
+  local deadline, queue, run = now + ARGV[4], ARGV[8] ~= '0' and now + ARGV[8] or '0', ARGV[9]
+  local fields = {'s', 'queued', 'a', ARGV[1], 'f', ARGV[2], 'v', ARGV[3], 'c', now, 'd', deadline, 'n', 0, 'p', 1,
+    'o', ARGV[6]}
+  local function add(name, value)
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
+  end
+  if queue ~= '0' then add('Q', queue) end
+  if run ~= '0' then add('U', run) end
+  if ARGV[7] ~= '' then add('h', ARGV[7]) end
+  redis.call('HSET', r, unpack(fields))
+  redis.call('PEXPIRE', r, ARGV[4] + ARGV[5])
+  return {1, 'queued', tostring(now), tostring(deadline), ARGV[2], ARGV[3], tostring(queue), run}
 end
-if made == 1 and ARGV[7] ~= '' then redis.call('HSET', KEYS[1], 'h', ARGV[7]) end
-local f = redis.call('HMGET', KEYS[1], 's', 'c', 'd', 'f', 'v', 'Q', 'U')
+local made = 0
+if f[2] == ARGV[6] then
+  made = 1
+  if ARGV[7] ~= '' then redis.call('HSET', r, 'h', ARGV[7]) end
+else
+  redis.call('HINCRBY', r, 'p', 1)
+end
+f = redis.call('HMGET', r, 's', 'c', 'd', 'f', 'v', 'Q', 'U')
 return {made, f[1], f[2], f[3], f[4], f[5], f[6] or '0', f[7] or '0'}
 """
 )
@@ -233,8 +242,9 @@ local function update(r, last, poll)
   local found = redis.call('LINDEX', updates(r), wanted - last - 1)
   return found or '', found and unread or 0
 end
-if redis.call('HEXISTS', KEYS[1], 's') == 0 or redis.call('HEXISTS', KEYS[1], 'x') == 1 then return nil end
-local expired = overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
+local known = redis.call('HMGET', KEYS[1], 's', 'x')
+if not known[1] or known[2] then return nil end
+local expired = not terminal[known[1]] and overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
 local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I',
   'u', 'pn', 'K', 'V')
 local body, progress, unread = '', '', 0

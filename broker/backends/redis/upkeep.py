@@ -8,8 +8,9 @@ from contextlib import suppress
 from typing import Any
 
 from broker.backends.redis import keys, scripts
-from broker.backends.redis.connection import Command, Connection
+from broker.backends.redis.connection import Connection
 from broker.backends.redis.results import RedisResults, job_arguments, leaving, reading
+from broker.backends.redis.wire import Command
 from broker.errors import RecordDamaged
 from broker.model import Job, RequestState, Survey
 from broker.settings import Settings
@@ -52,7 +53,7 @@ class RedisUpkeep:
                 unreadable += 1
             else:
                 states[state] += 1
-        expired, placed = await self._tend(live, states, now_ms=seconds * 1000 + micros // 1000)
+        expired, placed = await self._tend(live, states, now_ms=int(seconds) * 1000 + int(micros) // 1000)
         return Survey(cursor=int(following), states=states, unreadable=unreadable, expired=expired, placed=placed)
 
     async def straighten(self, version_id: str, *, skip: int, limit: int) -> tuple[int, bool]:
