@@ -25,9 +25,9 @@ async def test_a_frozen_redis_is_not_asked_until_it_is_found(new_redis: Callable
         connection = results._connection  # type: ignore[attr-defined]  # what was sent is seen nowhere else
         os.kill(server.pid, signal.SIGSTOP)
         try:
-            with pytest.raises(StoreUnavailable):
-                await results.ping()
-            assert connection.breaker.hopeless
+            while not connection.breaker.hopeless:
+                with pytest.raises(StoreUnavailable):
+                    await results.ping()
             for _ in range(100):
                 with pytest.raises(StoreUnavailable):
                     await results.read(str(uuid.uuid4()))
@@ -49,9 +49,9 @@ async def test_a_frozen_redis_is_not_asked_until_it_is_found(new_redis: Callable
 async def test_a_blob_store_that_is_away_is_not_asked_and_no_body_waits_for_it() -> None:
     away = f"s3://a:b@127.0.0.1:{free_port()}/bucket?tls=false"
     async with open_blobs(away, Settings(accept_timeout_s=0.1), make=False) as blobs:
-        with pytest.raises(BlobsUnavailable):
-            await blobs.put("k", b"large", content_type="text/plain")
-        assert blobs._breaker.hopeless
+        while not blobs._breaker.hopeless:  # one refusal can come sooner than the time after which it opens
+            with pytest.raises(BlobsUnavailable):
+                await blobs.put("k", b"large", content_type="text/plain")
         assert blobs._seeking is not None
         blobs._seeking.cancel()
         for _ in range(100):
