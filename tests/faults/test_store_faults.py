@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import subprocess
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis as Client
@@ -16,6 +19,7 @@ from broker.errors import StoreUnavailable
 from broker.model import Draft, Job, Outcome, Record, RequestFilter, RequestState, Verdict
 from broker.ports import Results
 from broker.settings import Settings
+from infra.local import binaries
 from infra.local.servers import Redis
 from tests.eventually import eventually
 
@@ -57,6 +61,27 @@ async def replicate(primary: Redis, replica: Redis) -> None:
         await eventually(linked, lambda status: status == "up")
 
 
+class OnStallingDisk(Redis):
+    """Its disk stalls from `stall` on, until its process is another one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._shim, self._stalled = self.folder / "stalled_disk.so", self.folder / "stalled"
+        source = Path(__file__).with_name("stalled_disk.c")
+        compiler = str(binaries.program("tcc"))
+        subprocess.run([compiler, "-nostdlib", "-shared", "-o", str(self._shim), str(source)], check=True, timeout=60)
+
+    def environment(self) -> Mapping[str, str]:
+        return {**super().environment(), "LD_PRELOAD": str(self._shim), "STALLED": str(self._stalled)}
+
+    def stall(self) -> None:
+        self._stalled.touch()
+
+    def spawn(self) -> None:
+        self._stalled.unlink(missing_ok=True)
+        super().spawn()
+
+
 async def answers(results: Results) -> bool:
     try:
         await results.ping()
@@ -92,6 +117,33 @@ async def test_results_survive_a_killed_redis_and_waiters_hear_of_new_ones(new_r
                 return await watch.read()
 
             await eventually(seen, lambda record: record is not None and record.outcome == OUTCOME)
+
+
+async def test_what_was_acknowledged_while_the_disk_stalled_outlives_a_kill(
+    programs: None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    server = OnStallingDisk(tmp_path_factory.mktemp("stalling-redis"))
+    version_id = str(uuid.uuid4())
+    acknowledged: list[str] = []
+
+    async def create(results: Results) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            while True:
+                record = await results.create(make_draft(version_id), queue_limit=1_000_000, watch=False)
+                acknowledged.append(record.id)
+
+    with contextlib.ExitStack() as running:
+        await asyncio.to_thread(running.enter_context, server)
+        async with open_store(server.url, Settings(store_timeout_s=30)) as (results, *_):
+            creating = [asyncio.create_task(create(results)) for _ in range(8)]
+            await eventually(lambda: answers(results), lambda _: len(acknowledged) > 8)
+            server.stall()
+            await asyncio.sleep(4)  # within the second stall, when `everysec` has acknowledged what it holds in memory
+            await asyncio.to_thread(server.kill)
+            await asyncio.gather(*creating)
+            await asyncio.to_thread(server.start)
+            await eventually(lambda: answers(results), bool)
+            assert [request_id for request_id in acknowledged if await results.read(request_id) is None] == []
 
 
 async def test_five_hundred_waiters_are_told_after_their_subscription_was_cut(new_redis: Callable[[], Redis]) -> None:
