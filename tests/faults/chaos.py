@@ -30,6 +30,7 @@ import aiohttp
 from infra.local import binaries
 from tests.checker import UNKNOWN_ID, Census, Ending, Kind, Operation, Terms, Violation, violations
 from tests.faults.cluster import Cluster
+from tests.faults.growth import Growth
 from tests.faults.nemesis import Nemesis
 from tests.house import RECORDER, Caller, Function, House, Reply
 
@@ -68,12 +69,14 @@ class Report:
     endings: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
+    growth: Growth = field(default_factory=Growth)
 
     def __str__(self) -> str:
         lines = [
             f"seed {self.seed}: {self.took_s:.0f} s, {sum(self.faults.values())} faults, {self.attempts} attempts",
             "faults: " + ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items())),
             "requests: " + ", ".join(f"{name} {count}" for name, count in sorted(self.endings.items())),
+            str(self.growth),
             f"broken promises: {len(self.broken)}",
             *map(str, self.broken),
         ]
@@ -257,6 +260,8 @@ async def _judged(plan: Plan, house: House, cluster: Cluster, say: Callable[[str
         function = await callers[0].deploy(RECORDER, instances=SIDECARS, concurrency=4)
         clients = Clients(callers, function, random.Random(f"clients {plan.seed}"))
         nemesis = Nemesis(house, cluster, random.Random(f"nemesis {plan.seed}"))
+        growth = Growth()
+        await stack.enter_async_context(growth.watching(house, cluster))
         await _load(plan, clients, nemesis, say)
         census = await _quiet(clients)
         for name in clients.ids:
@@ -270,6 +275,7 @@ async def _judged(plan: Plan, house: House, cluster: Cluster, say: Callable[[str
         endings=Counter(last.values()),
         faults=nemesis.done,
         attempts=sum(starts.values()),
+        growth=growth,
     )
 
 
