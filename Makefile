@@ -51,9 +51,9 @@ test: $(VENV)/.dev ## All tests, against real servers (installed if missing: nee
 	$(PY) -m pytest $(ALONE)
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore $(ALONE)
 
-chaos: $(VENV)/.dev ## Strike at everything at random and check the promises: N=10000 KILLS=50 SEED=7
+chaos: $(VENV)/.dev ## Strike at everything at random and check the promises: N=10000 KILLS=50 SEED=7 (0: a random one)
 	$(PY) -m infra.local.servers ensure
-	$(PY) -m tests.faults.chaos --requests $(or $(N),10000) --kills $(or $(KILLS),50) --seed $(or $(SEED),0)
+	$(PY) -m tests.faults.chaos --requests $(or $(N),10000) --kills $(or $(KILLS),50) --seed $(or $(SEED),7)
 
 fuzz: $(VENV)/.dev ## Send what nobody should, for longer and otherwise than the tests do: SECONDS=300 SEED=7
 	$(PY) -m infra.local.servers ensure
