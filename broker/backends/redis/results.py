@@ -70,6 +70,10 @@ _FINISHED_LIVES_MS = 180_000
 _HINTS = {"1": Interest.PROGRESS, "2": Interest.STEPS}
 _MEMBER_BYTES = 16
 _QUEUED = RequestState.QUEUED.encode()
+# One of the dead has a cause, and may have been started again.
+_OVER = frozenset(state.value.encode() for state in RequestState if state.terminal and state is not RequestState.DEAD)
+# What of another is of use to who waited for its end.
+_ENDED = ("s", "a", "f", "v", "c", "d", "n", "b", "e", "Q", "U", "w", "m", "G", "I", "x")
 _STATES = {state.value.encode(): state for state in RequestState}
 # From here on, one answer with the whole front of the queue costs less than a command each.
 _MANY = 32
@@ -85,6 +89,8 @@ class RedisResults:
         # On a front end's one hears of requests of every version: a sidecar may only listen on those of its own kind.
         kind = "w" if isinstance(settings, SidecarSettings) else "h"
         self.channel = f"fnq:{kind}:{secrets.token_hex(6)}"
+        of_account = (settings.account_requests, settings.account_bytes)
+        self._account_most = of_account if any(of_account) else ()
         self.hints = Hints()
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
@@ -156,12 +162,11 @@ class RedisResults:
             int(draft.run_timeout_s * 1000),
             draft.size_bytes,
             queue_limit,
-            settings.version_requests,
-            settings.version_bytes,
-            settings.account_requests,
-            settings.account_bytes,
             settings.listed_requests,
             deadline_ms + self._retention_ms + _FINISHED_LIVES_MS,
+            settings.version_requests,
+            settings.version_bytes,
+            *self._account_most,
         )
 
     async def _discard(self, draft: Draft, nonce: str) -> None:
@@ -199,7 +204,9 @@ class RedisResults:
     # -- readers ----------------------------------------------------------------------------------
 
     def watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
-        return RecordWatch(self.hints, request_id, interest, self._read_watching)
+        # Of what is over, too, the last progress is of interest to who wants every step.
+        read_end = self._read_end if interest is not Interest.STEPS else None
+        return RecordWatch(self.hints, request_id, interest, self._read_watching, read_end)
 
     def listen(self, request_id: str, told: Callable[[], None]) -> AbstractContextManager[None]:
         return self.hints.listening(request_id, told)
@@ -606,6 +613,40 @@ class RedisResults:
 
     async def _read_watching(self, request_id: str, interest: Interest) -> Record | None:
         return await self._read(request_id, self.channel, interest)
+
+    async def _read_end(self, request_id: str) -> Record | None:
+        """The record if it is over: what is over has no deadline to see to and takes no listeners, so that two plain
+        commands do for it, at a third of what the script costs. None also for what is damaged."""
+        fields, packed = await self._connection.each(
+            ("HMGET", _record(request_id), *_ENDED), ("GET", _body(request_id)), durable=True
+        )
+        if isinstance(fields, RecordDamaged) or isinstance(packed, RecordDamaged):
+            return None
+        state, account, function_id, version_id, *numbers, worker, reason, attempts, result, hidden = fields
+        if state not in _OVER or hidden is not None:
+            return None
+        reply = (
+            state,
+            account or b"",
+            function_id or b"",
+            version_id or b"",
+            *[number or b"0" for number in numbers[:5]],
+            worker or b"",
+            reason or b"",
+            packed or b"",
+            0,
+            numbers[5] or b"0",
+            numbers[6] or b"0",
+            attempts or b"",
+            result or b"",
+            b"",
+            b"",
+            0,
+            b"",
+            b"",
+        )
+        record = _parse(request_id, reply)
+        return record if isinstance(record, Record) else None
 
     async def _read(
         self, request_id: str, channel: str, interest: Interest = Interest.END, *, whole: bool = True

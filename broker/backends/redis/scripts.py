@@ -111,7 +111,8 @@ local function finish(r, b, state, reason, retention, body, old, numbers)
   else
     redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
   end
-  redis.call('HDEL', r, 'h', 'hs', 'k', 'l', 't', 'i', 'j')
+  redis.call('HDEL', r, 'h', 'k', 'l', 't')
+  if old[7] or old[8] or old[9] then redis.call('HDEL', r, 'hs', 'i', 'j') end
   redis.call('PEXPIRE', r, ttl)
   if old[8] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
   if body then redis.call('SET', b, body, 'PX', ttl) elseif old[6] then redis.call('DEL', b) end
@@ -162,11 +163,10 @@ end
 # fits(): '' if one more may enter, else which limit it meets; and the sum with it, unless it is there already.
 _ADMIT = """
 local function fits(ledger, member, bytes, most, most_bytes, queue, longest)
-  local f = redis.call('HMGET', ledger, member, '*')
-  if f[1] then return '' end
+  if redis.call('HEXISTS', ledger, member) == 1 then return '' end
   if queue and redis.call('ZCARD', queue) >= longest then return 'queued' end
   if most > 0 and redis.call('HLEN', ledger) > most then return 'requests' end
-  local sum = tonumber(f[2] or 0) + bytes
+  local sum = tonumber(redis.call('HGET', ledger, '*') or 0) + bytes
   if most_bytes > 0 and sum > most_bytes then return 'bytes' end
   return '', sum
 end
@@ -199,6 +199,7 @@ local function last(key, ttl_ms)
 end
 local function file(place, id, at, limit, ttl_ms)
   if redis.call('ZADD', place, 'NX', at, id) == 0 then return end
+  at = at + 0
   while redis.call('ZCOUNT', place, at, at) > 1 do
     at = at + 1
     redis.call('ZADD', place, 'XX', at, id)
@@ -231,7 +232,7 @@ end
 
 # KEYS record waiting due version's-ledger list account's-ledger
 # ARGV id member nonce channel account function version deadline_ms retention_ms queue_ms run_ms bytes queue_limit
-#   version's: most_requests most_bytes · account's: most_requests most_bytes (0: any number) · list's: limit ttl_ms
+#   list's: limit ttl_ms · version's: most_requests most_bytes · account's: the same, 0: any number; none if it has none
 # returns {1 if made now, state, created, deadline, function, version, queue_deadline, run_ms}
 #   or {-1, the limit that is met: queued, requests or bytes, version or account}; nothing was written then
 CREATE = Script(
@@ -243,34 +244,30 @@ local r, id, member, bytes = KEYS[1], ARGV[1], ARGV[2], ARGV[12] + 0
 local f = redis.call('HMGET', r, 's', 'o', 'v')
 local made = f[1] == false
 if made or (f[1] == 'queued' and f[3] == ARGV[7]) then
-  local met, sum = fits(KEYS[4], member, bytes, ARGV[14] + 0, ARGV[15] + 0, KEYS[2], tonumber(ARGV[13]))
-  local met_too, sum_too = fits(KEYS[6], member, bytes, ARGV[16] + 0, ARGV[17] + 0)
+  local met, sum = fits(KEYS[4], member, bytes, ARGV[16] + 0, ARGV[17] + 0, KEYS[2], tonumber(ARGV[13]))
+  local met_too, sum_too = '', nil
+  if ARGV[18] then met_too, sum_too = fits(KEYS[6], member, bytes, ARGV[18] + 0, ARGV[19] + 0) end
   if met == '' and met_too == '' then
-    local at, ttl = time[1] * 1000000 + time[2], ARGV[19] + 0
+    local at, ttl = string.format('%.0f', time[1] * 1000000 + time[2]), ARGV[15] + 0
     enter(KEYS[4], member, ARGV[12] .. ' ' .. ARGV[5], sum)
     enter(KEYS[6], member, ARGV[12], sum_too)
     if sum_too then last(KEYS[6], ttl) end
     redis.call('ZADD', KEYS[2], 'NX', at, id)
     if ARGV[10] ~= '0' then redis.call('ZADD', KEYS[3], 'NX', now + ARGV[10], id) end
-    file(KEYS[5], member, at, ARGV[18] + 0, ttl)
+    file(KEYS[5], member, at, ARGV[14] + 0, ttl)
   elseif made then
     return {-1, met ~= '' and met or met_too, met ~= '' and 'version' or 'account'}
   end
 end
 if made then
-  local deadline, queue, run = now + ARGV[8], ARGV[10] ~= '0' and now + ARGV[10] or '0', ARGV[11]
-  local fields = {'s', 'queued', 'a', ARGV[5], 'f', ARGV[6], 'v', ARGV[7], 'c', now, 'd', deadline, 'n', 0, 'p', 1,
-    'o', ARGV[3]}
-  local function add(name, value)
-    fields[#fields + 1] = name
-    fields[#fields + 1] = value
-  end
-  if queue ~= '0' then add('Q', queue) end
-  if run ~= '0' then add('U', run) end
-  if ARGV[4] ~= '' then add('h', ARGV[4]) end
-  redis.call('HSET', r, unpack(fields))
+  local queue, run = ARGV[10] ~= '0' and tostring(now + ARGV[10]) or '0', ARGV[11]
+  local created, deadline = tostring(now), tostring(now + ARGV[8])
+  redis.call('HSET', r, 's', 'queued', 'a', ARGV[5], 'f', ARGV[6], 'v', ARGV[7], 'c', created, 'd', deadline, 'n', '0',
+    'p', '1', 'o', ARGV[3], 'h', ARGV[4])
+  if queue ~= '0' then redis.call('HSET', r, 'Q', queue) end
+  if run ~= '0' then redis.call('HSET', r, 'U', run) end
   redis.call('PEXPIRE', r, ARGV[8] + ARGV[9])
-  return {1, 'queued', tostring(now), tostring(deadline), ARGV[6], ARGV[7], tostring(queue), run}
+  return {1, 'queued', created, deadline, ARGV[6], ARGV[7], queue, run}
 end
 local mine = 0
 if f[2] == ARGV[3] then
