@@ -707,7 +707,446 @@ class SidecarSettings(Settings):
     keep_connections: Annotated[Literal["auto", "always", "never"], BeforeValidator(_as_word)] = Field(
         "auto",
         description="Whether a connection to the container is kept for the next job, which costs less CPU than opening "
-        "one: `always` for up to a second; `auto` for up to 50 ms behind an answer that took no longer, in a container "
+        "one: `always` for up to a second; `auto` for up to 0.2 s behind an answer that took no longer, in a container "
+        "that was seen to leave an idle one open; `never`. When the container closes one just as a job is sent, that "
+        "costs an attempt (never the last one). `never` is for a container of several processes that should share "
+        "even short jobs evenly.",
+    )
+    run_timeout_s: float = Field(3600, ge=1, le=7 * 86_400, description="That of the sidecars.")
+
+
+class ApiSettings(SecretSettings):
+    """`fnqueue api` and `fnqueue dev`."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
+    admin_key: SecretStr = Field(
+        SecretStr(""),
+        description="A bearer key with every scope on `admin_account`, kept nowhere else; empty for none.",
+    )
+    admin_account: str = Field(
+        "default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="The account of `admin_key`."
+    )
+    region: str = Field(
+        "",
+        validation_alias=_either("region", "NVCF_REGION"),
+        description="Where this server accepts requests; containers are told as `NVCF-INVOCATION-REGION`.",
+    )
+    public_url: str = Field(
+        "", description="How clients reach this server, for URLs it hands out; empty: from the request."
+    )
+    max_body_bytes: int = Field(
+        5 * MIB, ge=1024, le=128 * MIB, description="Largest request body; larger ones are answered 413."
+    )
+    body_timeout_s: float = Field(30, gt=0, le=3600, description="Seconds a client may take to send its body.")
+    max_connections: int = Field(
+        16_000,
+        ge=1,
+        description="Connections of clients at once, or fewer where the system allows fewer open files; one more is "
+        "answered 503. Those that ask for nothing make room first.",
+    )
+    max_address_connections: int = Field(
+        0,
+        ge=0,
+        description="Those of one address; one more is answered 429. 0: any number, as behind a proxy all come from a "
+        "few.",
+    )
+    account_calls: int = Field(
+        0,
+        ge=0,
+        description="Calls of one account that may wait for results at once in one front end; one more is answered "
+        "429. 0: any number.",
+    )
+    head_timeout_s: float = Field(
+        9, gt=0, le=600, description="Seconds within which a new connection has to send a request's head."
+    )
+    send_timeout_s: float = Field(
+        30,
+        gt=0,
+        le=3600,
+        description="Seconds that a client may take for an answer, and one more for every 16 KiB of it; then its "
+        "connection is cut, and the result can be read again.",
+    )
+    inflight_bodies: int = Field(
+        2000,
+        ge=1,
+        description="Requests that are being accepted at once, from their head until they are in the queue; beyond it "
+        "503. Those that wait for results are not among them.",
+    )
+    inflight_body_bytes: int = Field(
+        256 * MIB, ge=5 * MIB, description="Request bodies held in memory at once; beyond it the answer is 503."
+    )
+    max_streamed_body_bytes: int = Field(
+        1024 * MIB,
+        ge=1024,
+        description="Largest request body of a transparent invocation; larger ones are answered 413. What does not fit "
+        "into a message goes through a file to the blob store, or over a channel.",
+    )
+    spool_dir: str = Field(
+        "",
+        description="Folder for those files while they arrive; empty: the system's temporary folder. Older files named "
+        "`fnqueue-body-*` are those of a killed front end and may be deleted.",
+    )
+    spool_bytes: int = Field(
+        8 * 1024 * MIB, ge=MIB, description="What they may take there at once; beyond it the answer is 503."
+    )
+    gateway_timeout: bool = Field(
+        False,
+        description="Answer 504 and remove a request still queued when the caller's wait ends, as upstream does.",
+    )
+    one_shot_results: bool = Field(False, description="Forget a result once it was delivered, as upstream does.")
+    on_disconnect: Literal["continue", "cancel"] = Field(
+        "continue", description="What happens to a request whose client leaves before it was answered."
+    )
+    cors_origins: str = Field(
+        "*",
+        description="Origins whose pages may call this server, separated by commas; `*` for any. Never with cookies.",
+    )
+    stream_keepalive_s: float = Field(
+        15, ge=1, le=600, description="Seconds of silence after which a comment is sent on a stream of events."
+    )
+    stream_write_timeout_s: float = Field(
+        30, ge=1, le=3600, description="Seconds that the client of a stream may take no bytes before it is left."
+    )
+    max_event_streams: int = Field(
+        10_000,
+        ge=0,
+        description="Callers that may listen to the events of their requests at once; one more is answered 503.",
+    )
+    asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
+    result_url_ttl_s: float = Field(
+        86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."
+    )
+    invocation_token_ttl_s: float = Field(
+        3600,
+        ge=1,
+        le=7 * 86_400,
+        description="Seconds a delegated invocation token works, or less: never longer than the key that asked for it.",
+    )
+    account_calls_per_s: int = Field(
+        200,
+        ge=0,
+        description="Management calls that one front end takes from one account in a second, beyond which it answers "
+        "429; 0 for any number.",
+    )
+    function_calls_per_s: int = Field(
+        200, ge=0, description="The same for the calls of one account about one function or version."
+    )
+    recognized_registries: str = Field(
+        "NGC=nvcr.io/CONTAINER, NGC Helm=helm.ngc.nvidia.com/HELM, NGC Models=api.ngc.nvidia.com/MODEL+RESOURCE, "
+        "Docker Hub=docker.io/CONTAINER+HELM, GitHub=ghcr.io/CONTAINER+HELM, Quay=quay.io/CONTAINER+HELM, "
+        "GitLab=registry.gitlab.com/CONTAINER+HELM, Amazon ECR=*.dkr.ecr.*.amazonaws.com/CONTAINER+HELM, "
+        "Azure=*.azurecr.io/CONTAINER+HELM, Google=*.pkg.dev/CONTAINER+HELM, "
+        "Hugging Face=huggingface.co/MODEL+RESOURCE",
+        description="Registries that credentials may be for: `name=hostname/TYPE+TYPE`, separated by commas. Types are "
+        "`CONTAINER`, `HELM`, `MODEL`, `RESOURCE`, all when left out; `*` stands for any part of a hostname.",
+    )
+    custom_registries: str = Field(
+        "", description="Further hostnames that credentials may be for, separated by commas; `*` for any."
+    )
+    paces: str = Field(
+        "",
+        description="Other management calls per second, for single IDs of accounts, functions or versions: "
+        "`ID=NUMBER`, separated by commas; 0 for any number.",
+    )
+    redrives_per_s: int = Field(
+        20,
+        ge=1,
+        le=1000,
+        description="Dead requests of one account that are started again in a second when many are asked for at once, "
+        "on all front ends together.",
+    )
+    shutdown_grace_s: float = Field(10, ge=0, le=3600, description="Seconds for answering who waits when told to stop.")
+    attach_host: str = Field(
+        "",
+        description="Address to listen on for sidecars, which attach here to run WebSockets and bidirectional streams; "
+        "empty: that of `host`.",
+    )
+    attach_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port for the same; 0 takes a free one. Processes that share a `port` need one each.",
+    )
+    attach_address: str = Field(
+        "",
+        description="Name or address by which sidecars reach exactly this process (on Kubernetes, the pod's IP); "
+        "empty: the address that it listens on, or this machine's own where that is every address.",
+    )
+    max_channels: int = Field(
+        1000, ge=0, description="WebSockets and bidirectional streams at once, queued ones included; beyond it 503."
+    )
+    channel_idle_s: float = Field(
+        600, gt=0, le=86_400, description="Seconds without a byte in either direction after which a channel is closed."
+    )
+    channel_drain_s: float = Field(
+        10,
+        ge=0,
+        le=7200,
+        description="Seconds that open channels may go on when this process is told to stop, before they are closed.",
+    )
+
+
+class ControllerSettings(SecretSettings):
+    """`fnqueue controller`, and the controller inside `fnqueue dev`."""
+
+    sidecar_queue_url: SecretStr = Field(
+        SecretStr(""),
+        description="What sidecars are given as `queue_url`: the same server, with a user who may do less "
+        "(docs/operations.md); empty: the controller's own.",
+    )
+    sidecar_store_url: SecretStr = Field(
+        SecretStr(""),
+        description="The same for `store_url`. As its user may not look at the server's configuration, such a sidecar "
+        "takes the controller's word for the profile.",
+    )
+    sidecar_blobs_url: SecretStr = Field(SecretStr(""), description="The same for `blobs_url`.")
+    version_users: bool = Field(
+        False,
+        description="Make a RabbitMQ user for each deployed version, who may consume that version's queue alone, and "
+        "give it to its sidecars. Takes an administrator in `queue_management_url`, and `secret_key` or "
+        "`signing_keys`, the same on every controller.",
+    )
+    images_file: Path | None = Field(
+        None,
+        description="TOML file that maps image references to commands for `process://`; added to the samples.",
+    )
+    docker_project: str = Field(
+        "fnqueue",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,30}$",
+        description="With `docker://`, begins the name of everything that is created, and stands on its label "
+        "`fnqueue.project`: what carries it belongs to this controller. One for each installation on an engine.",
+    )
+    docker_sidecar_image: str = Field(
+        "fnqueue/fnqueue:local",
+        description="Image of the sidecars: infra/docker/Dockerfile. Pulled without credentials.",
+    )
+    docker_network: str = Field(
+        "host",
+        description="Network on which sidecars reach the queue, the store, the blobs and the front ends, by the URLs "
+        "that the controller has: a network of the engine, or `host` for that of its machine.",
+    )
+    docker_egress: bool = Field(
+        True, description="Whether containers of functions reach anything but their sidecar, such as the internet."
+    )
+    docker_pull: Literal["missing", "always", "never"] = Field(
+        "missing",
+        description="When images are pulled. `missing` also gives an account an image that another one's credentials "
+        "have pulled.",
+    )
+    docker_pull_timeout_s: float = Field(
+        1800, ge=1, le=86_400, description="Seconds that the pull of one image may take."
+    )
+    docker_runtime: str = Field(
+        "", description="OCI runtime of all containers, such as `runc`; empty: the engine's own."
+    )
+    docker_ulimits: str = Field(
+        "", description="Limits of all containers: `name=soft:hard`, separated by commas; empty: the engine's own."
+    )
+    docker_keep_instances: bool = Field(
+        True,
+        description="Whether instances go on when their controller ends, for the next one to find. Otherwise the last "
+        "thing that it does is to drain and stop all that carry its project's label, whoever started them.",
+    )
+    docker_restarts: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Times that the engine starts a function's container again that ended with an error, before its "
+        "instance is replaced. Not with `docker_network=host`: a container's address may change.",
+    )
+    docker_cpus: float = Field(
+        0, ge=0, description="CPUs of one function's container; 0: its cards' share of the machine, or no limit."
+    )
+    docker_memory_bytes: int = Field(
+        0, ge=0, description="Memory of one function's container; 0: its cards' share of the machine, or no limit."
+    )
+    docker_shm_bytes: int = Field(
+        1024 * MIB,
+        ge=0,
+        description="Size of `/dev/shm` in it, which frameworks use between processes; 0: the engine's.",
+    )
+    docker_log_bytes: int = Field(
+        50 * MIB, ge=1024, description="Log that the engine keeps of one container while it runs."
+    )
+    docker_gpus: Literal["nvidia", "cdi"] = Field(
+        "nvidia",
+        description="How cards are asked for: `nvidia`, of NVIDIA's container toolkit, or `cdi`, as "
+        "`nvidia.com/gpu=<UUID>`.",
+    )
+    docker_artifacts_dir: str = Field(
+        "",
+        description="Folder on the engine's machine with `models/<name>/<version>` and `resources/<name>/<version>`, "
+        "which containers see, read-only, as `/config/models/<name>` and `/config/resources/<name>`.",
+    )
+    cluster: str = Field(
+        "local",
+        max_length=256,
+        description="The cluster that this controller's instances run in, as deployments have it in `clusters`.",
+    )
+    region: str = Field(
+        "local",
+        max_length=256,
+        description="Their region, as deployments have it in `regions` and containers in `NVCF_REGION`.",
+    )
+    attributes: str = Field(
+        "",
+        description="What else deployments may ask for in `attributes`, separated by commas. One that asks for another "
+        "cluster, region or attribute is not placed here.",
+    )
+    reconcile_s: float = Field(1, gt=0, le=60, description="Seconds between two looks at desired and actual instances.")
+    sweep_s: float = Field(10, gt=0, le=600, description="Seconds between two sweeps for overdue requests.")
+    audit_s: float = Field(
+        60,
+        gt=0,
+        le=86_400,
+        description="Seconds between two passes of the auditor through all records, and through the queues of all "
+        "versions. A pass looks at 2,000 keys a second at most.",
+    )
+    audit_objects_s: float = Field(
+        3600,
+        gt=0,
+        le=30 * 86_400,
+        description="Seconds between its passes through the bodies and results in the blob store.",
+    )
+    deploy_timeout_s: float = Field(
+        1800, ge=1, description="Seconds a deployment may take to become ACTIVE before it is ERROR."
+    )
+    drain_s: float = Field(
+        120, ge=0, le=7200, description="Seconds an instance may take to finish its work when it is stopped."
+    )
+    idle_s: float = Field(
+        1800,
+        gt=0,
+        le=30 * 86_400,
+        description="Seconds without a request after which a version is left with its minimum of instances.",
+    )
+    error_ttl_s: float = Field(
+        7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
+    )
+    status_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        description="Port of `/v1/health/live`, `/v1/health/ready`, `/v1/versions/{id}/load` (for autoscalers) and "
+        "`/v1/conservation` (what the auditor counted and mended, as JSON); 0 serves none.",
+    )
+
+
+def _as_spelt(protocol: Any) -> Any:
+    return {"HTTP": "HTTP", "GRPC": "gRPC"}.get(str(protocol).upper(), protocol)
+
+
+def _as_word(keep: Any) -> Any:
+    """As it was before there was a middle way."""
+    return {"true": "always", "1": "always", "false": "never", "0": "never"}.get(str(keep).lower(), keep)
+
+
+def _in_seconds(duration: Any) -> Any:
+    iso = isinstance(duration, str) and duration.startswith("P")
+    return _DURATION.validate_python(duration).total_seconds() if iso else duration
+
+
+def _at_least_one(concurrency: Any) -> Any:
+    return "1" if str(concurrency).strip().lstrip("-+").isdigit() and int(concurrency) < 1 else concurrency
+
+
+class SidecarSettings(Settings):
+    """`fnqueue sidecar`. The names that NVCF's own sidecar reads are understood too."""
+
+    function_id: str = Field(validation_alias=_either("function_id", "FUNCTION_ID"), description="The function's ID.")
+    function_version_id: str = Field(
+        validation_alias=_either("function_version_id", "FUNCTION_VERSION_ID"),
+        description="The version's ID: whose queue to serve.",
+    )
+    function_name: str = Field(
+        "", validation_alias=_either("function_name", "FUNCTION_NAME"), description="The function's name."
+    )
+    account: str = Field(
+        "default", validation_alias=_either("account", "NCA_ID"), description="The account that owns the function."
+    )
+    message_keys: SecretStr = Field(
+        SecretStr(""),
+        description="The version's keys by which its messages are checked, as `fnqueue keys messages` prints them; "
+        "controllers give them to the sidecars that they start. Empty: every message is taken for ours.",
+    )
+    instance_id: str = Field("", description="Name of this instance in reports; empty: a random one.")
+    specification_id: str = Field("", description="The deployment's GPU specification that this instance belongs to.")
+    gpu: str = Field("CPU", description="GPU type reported.")
+    instance_type: str = Field(
+        "CPU", validation_alias=_either("instance_type", "NVCF_INSTANCETYPE"), description="Instance type reported."
+    )
+    backend: str = Field("", validation_alias=_either("backend", "NVCF_BACKEND"), description="Cluster group reported.")
+    region: str = Field("", validation_alias=_either("region", "NVCF_REGION"), description="Region reported.")
+    gpu_count: int = Field(0, ge=0, description="Cards of this instance, for its metering.")
+    nspect_id: str = Field(
+        "",
+        validation_alias=_either("nspect_id", "NVCF_NSPECT_ID"),
+        description="Program ID given to the container as `NVCF-NSPECTID`, and put on metering lines.",
+    )
+    environment: str = Field(
+        "", validation_alias=_either("environment", "NVCF_ENV"), description="Environment name given to the container."
+    )
+
+    inference_host: str = Field("127.0.0.1", description="Host of the inference container.")
+    inference_port: int = Field(
+        8000,
+        ge=1,
+        le=65_535,
+        validation_alias=_either("inference_port", "INFERENCE_PORT"),
+        description="Port of the inference container.",
+    )
+    inference_url: str = Field(
+        "/", validation_alias=_either("inference_url", "INFERENCE_URL"), description="Path that jobs are POSTed to."
+    )
+    health_protocol: Annotated[Literal["HTTP", "gRPC"], BeforeValidator(_as_spelt)] = Field(
+        "HTTP",
+        validation_alias=_either("health_protocol", "INFERENCE_HEALTH_PROTOCOL"),
+        description="`HTTP`, or `gRPC`: the standard service grpc.health.v1, which needs `fnqueue[grpc]`.",
+    )
+    health_uri: str = Field(
+        "/v2/health/ready",
+        validation_alias=_either("health_uri", "INFERENCE_HEALTH_ENDPOINT"),
+        description="Path of the container's health check.",
+    )
+    health_port: int = Field(
+        0,
+        ge=0,
+        le=65_535,
+        validation_alias=_either("health_port", "INFERENCE_HEALTH_PORT"),
+        description="Port of the health check; 0: the inference port.",
+    )
+    health_timeout_s: Annotated[float, BeforeValidator(_in_seconds)] = Field(
+        10,
+        gt=0,
+        le=600,
+        validation_alias=_either("health_timeout_s", "INFERENCE_HEALTH_TIMEOUT"),
+        description="Seconds one health check may take; an ISO-8601 duration will do. Within them a 404 is asked again "
+        "after 2 s, then 4 s, and so on: the path may only not be served yet.",
+    )
+    health_expected_status: int = Field(
+        200,
+        validation_alias=_either("health_expected_status", "INFERENCE_HEALTH_EXPECTED_RESPONSE_CODE"),
+        description="The only HTTP status that means healthy.",
+    )
+    health_start_interval_s: float = Field(
+        0.5, gt=0, le=60, description="Seconds between checks until the first healthy answer."
+    )
+    health_interval_s: float = Field(10, gt=0, le=600, description="Seconds between checks of a healthy container.")
+    ready_timeout_s: float = Field(
+        1800, gt=0, description="Seconds a container may take to become healthy before the sidecar gives up."
+    )
+    max_request_concurrency: Annotated[int, BeforeValidator(_at_least_one)] = Field(
+        1,
+        le=16_384,
+        validation_alias=_either("max_request_concurrency", "MAX_REQUEST_CONCURRENCY"),
+        description="Jobs sent to the container at once, from 1 to 16384; less than 1 is 1, as upstream has it. Each "
+        "takes an open file, and another one while it sends or gets something large.",
+    )
+    keep_connections: Annotated[Literal["auto", "always", "never"], BeforeValidator(_as_word)] = Field(
+        "auto",
+        description="Whether a connection to the container is kept for the next job, which costs less CPU than opening "
+        "one: `always` for up to a second; `auto` for up to 200 ms behind an answer that took no longer, in a container "
         "that was seen to leave idle ones open; `never`. When the container closes one just as a job is sent, that "
         "costs an attempt (never the last one). `never` is for a container of several processes that should share "
         "even short jobs evenly.",

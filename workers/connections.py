@@ -19,7 +19,7 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 # With `briefly`: how long an exchange may take, and a connection be idle or old, for it to be used again.
-SHORT_S, BRIEFLY_S, OLD_S = 0.05, 0.05, 1.0
+SHORT_S, BRIEFLY_S, OLD_S = 0.2, 0.2, 1.0
 
 
 class _Line:
@@ -117,7 +117,9 @@ class Connections:
         """For the next request, if it is of use for that."""
         now = time.monotonic()
         short = now - line.since <= SHORT_S and now - line.opened_at <= OLD_S
-        if self._briefly and not (short and self._trusted is not False):
+        # One idle connection is enough to see whether the container leaves it open.
+        useful = self._trusted or (self._trusted is None and not self._idle)
+        if self._briefly and not (short and useful):
             line.handler.close()
             return
         line.since, line.used = now, True

@@ -237,7 +237,7 @@ class Inference:
         headers: Iterable[tuple[str, str]],
         *,
         body: bytes | Path,
-        spill: Path,
+        spill: Path | str,
         budget_s: float,
         attempt: int = 1,
     ) -> Answer:
@@ -364,7 +364,7 @@ class Inference:
             return self._job_url
         return URL(f"{self._job_url.origin()}/{job.target.removeprefix('/')}", encoded=True)
 
-    async def _read(self, job: Job, response: Response, spill: Path | None) -> tuple[bytes, Path | None]:
+    async def _read(self, job: Job, response: Response, spill: Path | str | None) -> tuple[bytes, Path | None]:
         """The body, or the file it went to. Without a file to spill to, what is too large is dropped."""
         limit_bytes = self._settings.max_response_bytes
         content = bytearray(response.arrived())
@@ -380,8 +380,9 @@ class Inference:
                 return bytes(content), None
         if spill is None:
             return b"", None
-        await self._spill(job, chunks, bytes(content), spill)
-        return b"", spill
+        path = Path(spill)
+        await self._spill(job, chunks, bytes(content), path)
+        return b"", path
 
     async def _spill(self, job: Job, chunks: AsyncIterator[bytes], head: bytes, path: Path) -> None:
         """Write `head` and the rest of the body to `path`; memory stays flat and the loop free."""
@@ -525,13 +526,15 @@ def _presentable(job: Job, headers: Mapping[str, str], url: URL) -> tuple[tuple[
     """The container's headers that may reach a client, in our name unless it was asked in its own (`job.target`);
     `Content-Encoding` among them, because the body was not decoded. Raises AttemptFailed."""
     dropped = _OURS if job.target else _NOT_THE_CONTAINERS
-    kept = [
-        (name, _from_outside(value, url) if name.lower() == "location" else value)
-        for name, value in end_to_end(headers.items())
-        if (key := name.lower().replace("_", "-")) not in dropped and not key.startswith("nvcf-")
-    ]
-    kept = [(name, value) for name, value in kept if _is_text(name + value)]
-    size_bytes = sum(len(name) + len(value) for name, value in kept)
+    kept, size_bytes = [], 0
+    for name, value in end_to_end(headers.items()):
+        key = name.lower().replace("_", "-")
+        if key in dropped or key.startswith("nvcf-"):
+            continue
+        told = _from_outside(value, url) if key == "location" else value
+        if _is_text(name) and _is_text(told):
+            kept.append((name, told))
+            size_bytes += len(name) + len(told)
     if len(kept) > MAX_ANSWER_HEADERS or size_bytes > MAX_ANSWER_HEADER_BYTES:
         limits = f"{MAX_ANSWER_HEADERS} headers or {MAX_ANSWER_HEADER_BYTES} bytes of them"
         raise AttemptFailed(problem(job, 500, f"The answer has more than {limits}"))
@@ -550,6 +553,8 @@ def _from_outside(location: str, url: URL) -> str:
 def _is_text(value: str) -> bool:
     """Bytes that are not UTF-8 arrive as lone surrogates, which no codec of ours can store. And what is no text for
     RFC 9110 §5.5 would be sent on in our name: this library reads it, others break off."""
+    if value.isascii() and value.isprintable():
+        return True
     if _CONTROL.search(value):
         return False
     try:

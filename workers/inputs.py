@@ -6,6 +6,8 @@ import asyncio
 import functools
 import hashlib
 import os
+import re
+import secrets
 import tempfile
 import time
 import uuid
@@ -25,6 +27,7 @@ ASSETS_FAULT = "Internal error while downloading assets"
 PREPARE_FAULT = "Internal error while preparing for inference"
 
 _PARALLEL_DOWNLOADS = 8
+_CANONICAL = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Spoken to the front end, or set by the client library for its own connection to the container.
 _NEVER_FORWARDED = frozenset(
     {
@@ -101,7 +104,7 @@ async def workspace(blobs: Blobs, settings: SidecarSettings, job: Job, clerk: lo
         room = Workspace(
             assets=f"{settings.asset_dir}/{name}",
             response=f"{settings.response_dir}/{name}",
-            scratch=f"{settings.scratch_dir or tempfile.gettempdir()}/fnqueue-{uuid.uuid4()}",
+            scratch=f"{settings.scratch_dir or tempfile.gettempdir()}/fnqueue-{secrets.token_hex(16)}",
             clerk=clerk,
             body=job.body,
         )
@@ -110,7 +113,8 @@ async def workspace(blobs: Blobs, settings: SidecarSettings, job: Job, clerk: lo
     room.left = (room.response_name, room.assets_name, room.scratch_name)
     try:
         await _make(room, job)
-        await _fetch_assets(blobs, job, room.assets)
+        if job.assets:
+            await _fetch_assets(blobs, job, room.assets)
         if job.body_key:
             room.body = await _fetch_body(blobs, job, room.scratch)
         yield room
@@ -176,7 +180,7 @@ def _dropped(ours: tuple[str, ...]) -> frozenset[str]:
 async def _make(room: Workspace, job: Job) -> None:
     try:
         try:
-            await room.clerk.run(_make_directories, room, bool(job.assets))
+            await room.clerk.soon(_make_directories, room, bool(job.assets))
         except (FileExistsError, FileNotFoundError):
             await loops.in_thread(_make_way, room)
             await room.clerk.run(_make_directories, room, bool(job.assets))
@@ -203,8 +207,6 @@ def _make_way(room: Workspace) -> None:
 
 async def _fetch_assets(blobs: Blobs, job: Job, directory: Path) -> None:
     """Every asset as a file of its name, several at once."""
-    if not job.assets:
-        return
     slots = asyncio.Semaphore(_PARALLEL_DOWNLOADS)
 
     async def fetch(asset_id: str) -> None:
@@ -247,7 +249,7 @@ def _sha256(path: Path) -> str:
 
 def _canonical(text: str) -> str:
     """An ID fit for a file name. Raises ValueError: it came through a queue, and `../x` is a name too."""
-    return str(uuid.UUID(text))
+    return text if _CANONICAL.fullmatch(text) else str(uuid.UUID(text))
 
 
 def _open_to_all(path: str | Path) -> None:

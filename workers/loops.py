@@ -9,6 +9,7 @@ import asyncio
 import functools
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 _JITTER = 0.1
 LATER_S = 0.05
+# A disk that took longer is left to the clerk for so long.
+QUICK_S, PATIENT_S = 0.002, 10.0
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
 
@@ -52,15 +55,17 @@ async def every(seconds: float | Callable[[], float], step: Callable[[], Awaitab
 async def insist(step: Callable[[], Awaitable[T]], *, on: type[Exception], name: str) -> T:
     """What `step` returns, after repeating it, less and less often, for as long as it raises `on`. The caller
     bounds the wait by cancelling it."""
-    streak = _Streak(name)
+    streak: _Streak | None = None
     pause_s = _FIRST_PAUSE_S
     while True:
         try:
             result = await step()
         except on as exc:
+            streak = streak or _Streak(name)
             streak.failed(exc)
         else:
-            streak.over()
+            if streak is not None:
+                streak.over()
             return result
         await asyncio.sleep(random.uniform(pause_s / 2, pause_s))  # noqa: S311  spreads load
         pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
@@ -92,8 +97,9 @@ class Clerk:
 
     What is asked for while it is at work is done together in its next turn. A thread and back costs 130 µs of CPU,
     twice what it costs to make a directory and remove it; but a disk that is being flushed holds these up for
-    milliseconds, too long for the loop. One thread is no loss: the kernel makes and removes the entries of one
-    directory one by one, too. Long work belongs `in_thread`.
+    milliseconds, too long for the loop. So what somebody waits for is done here and now (`soon`) until a disk was seen
+    to be slow. One thread is no loss: the kernel makes and removes the entries of one directory one by one, too. Long
+    work belongs `in_thread`.
     """
 
     def __init__(self) -> None:
@@ -101,6 +107,7 @@ class Clerk:
         self._asked: list[_Asked[Any]] = []
         self._at_work = False
         self._timer: asyncio.TimerHandle | None = None
+        self._patient_until = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +130,18 @@ class Clerk:
             self._at_work = True
             loop.call_soon(self._turn, loop)  # what the rest of this turn of the loop asks for comes along
         return await _finished(done)
+
+    async def soon(self, function: Callable[..., T], *args: object) -> T:
+        """As `run`; on the loop while that takes no time worth speaking of."""
+        began_at = time.monotonic()
+        if began_at < self._patient_until:
+            return await self.run(function, *args)
+        try:
+            return function(*args)
+        finally:
+            ended_at = time.monotonic()
+            if ended_at - began_at > QUICK_S:
+                self._patient_until = ended_at + PATIENT_S
 
     def later(self, function: Callable[..., object], *args: object) -> None:
         """Have it done, behind what was asked for before, with the next work or by `LATER_S`, and before the clerk is

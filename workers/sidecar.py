@@ -252,8 +252,11 @@ class Sidecar:
 
     async def _hold_slot(self, run: _Run) -> float:
         """As `_run`, once there is a slot. After a reconnect there can be more loans than slots."""
-        with run.wait():
-            await self._slots.acquire()
+        if self._slots.locked():
+            with run.wait():
+                await self._slots.acquire()
+        else:
+            await self._slots.acquire()  # at once
         try:
             if self._draining or not self._gate.healthy:
                 await self._end(run, RequestState.QUEUED)
@@ -382,7 +385,7 @@ class Sidecar:
                         job,
                         headers,
                         body=room.body,
-                        spill=room.scratch / "response",
+                        spill=f"{room.scratch_name}/response",
                         budget_s=run.left_s(),
                         attempt=lease.attempt,
                     )

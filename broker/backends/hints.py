@@ -53,12 +53,16 @@ class Watch:
         self._hinted = True
         self.wake()
 
+    def told_end(self) -> None:
+        """What `tell` is about to say may be the end."""
+
 
 class RecordWatch(Watch):
     """Implements `broker.ports.Watch` over the back end's read; registered during the body. A class, since a generator
-    keeps half a kilobyte for as long as somebody waits."""
+    keeps half a kilobyte for as long as somebody waits. `read_end` is tried first once the end was hinted at: it gives
+    the record if it is over, else None."""
 
-    __slots__ = ("_hints", "_read", "_request_id")
+    __slots__ = ("_ended", "_hints", "_read", "_read_end", "_request_id")
 
     def __init__(
         self,
@@ -66,11 +70,14 @@ class RecordWatch(Watch):
         request_id: str,
         interest: Interest,
         read: Callable[[str, Interest], Awaitable[Record | None]],
+        read_end: Callable[[str], Awaitable[Record | None]] | None = None,
     ) -> None:
         super().__init__(interest)
         self._hints = hints
         self._request_id = request_id
         self._read = read
+        self._read_end = read_end
+        self._ended = False
 
     async def __aenter__(self) -> RecordWatch:
         self._hints.add(self._request_id, self)
@@ -83,7 +90,15 @@ class RecordWatch(Watch):
 
     async def read(self) -> Record | None:
         self.forget()
+        ended, self._ended = self._ended, False
+        if ended and self._read_end is not None:
+            record = await self._read_end(self._request_id)
+            if record is not None:
+                return record
         return await self._read(self._request_id, self.interest)
+
+    def told_end(self) -> None:
+        self._ended = True
 
 
 class Listener(Watch):
@@ -131,6 +146,8 @@ class Hints:
     def tell(self, subject: str, of: Interest = Interest.END, news: bytes = b"") -> None:
         for watch in tuple(self._watches.get(subject, ())):
             if watch.interest >= of:
+                if of is Interest.END:
+                    watch.told_end()
                 watch.tell(news)
 
     def tell_all(self) -> None:

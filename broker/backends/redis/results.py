@@ -29,7 +29,7 @@ from broker.backends.redis.keys import stream as _stream
 from broker.backends.redis.keys import updates as _updates
 from broker.backends.redis.keys import waiting as _waiting
 from broker.backends.redis.wire import Command
-from broker.errors import IdempotencyKeyReused, RecordDamaged, StoreUnavailable, TryLater, Unavailable
+from broker.errors import IdempotencyKeyReused, RecordDamaged, StoreUnavailable, Unavailable
 from broker.model import (
     NO_TIMINGS,
     Attempt,
@@ -59,9 +59,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _EPOCH_REFRESH_S = 2.0
-# For so long after a limit was met, it is looked at before anything is written.
-_CROWDED_S = 1.0
-_MOST_CROWDED = 1000
 _EPOCH = re.compile(rb"(\d{1,3}):(\d{1,15})")
 _STRAY_AFTER_S = 60.0
 _PAGE_BATCH = 250
@@ -73,6 +70,10 @@ _FINISHED_LIVES_MS = 180_000
 _HINTS = {"1": Interest.PROGRESS, "2": Interest.STEPS}
 _MEMBER_BYTES = 16
 _QUEUED = RequestState.QUEUED.encode()
+# One of the dead has a cause, and may have been started again.
+_OVER = frozenset(state.value.encode() for state in RequestState if state.terminal and state is not RequestState.DEAD)
+# What of another is of use to who waited for its end.
+_ENDED = ("s", "a", "f", "v", "c", "d", "n", "b", "e", "Q", "U", "w", "m", "G", "I", "x")
 _STATES = {state.value.encode(): state for state in RequestState}
 # From here on, one answer with the whole front of the queue costs less than a command each.
 _MANY = 32
@@ -88,12 +89,12 @@ class RedisResults:
         # On a front end's one hears of requests of every version: a sidecar may only listen on those of its own kind.
         kind = "w" if isinstance(settings, SidecarSettings) else "h"
         self.channel = f"fnq:{kind}:{secrets.token_hex(6)}"
+        of_account = (settings.account_requests, settings.account_bytes)
+        self._account_most = of_account if any(of_account) else ()
         self.hints = Hints()
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
         self._cursors: dict[str, int] = {}
-        # Ledgers whose limits were met, and until when that is worth a look.
-        self._crowded: dict[str, float] = {}
 
     # -- submitters -------------------------------------------------------------------------------
 
@@ -112,17 +113,18 @@ class RedisResults:
 
     async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
         nonce = secrets.token_hex(4)
-        await self._look_before(draft, queue_limit)
-        commands = self._creating(draft, nonce, queue_limit, self.channel if watch else "")
+        command = self._creating(draft, nonce, queue_limit, self.channel if watch else "")
         try:
-            met, made, met_by_account = await self._connection.run(*commands, durable=True)
+            [made] = await self._connection.run(command, durable=True)
         except TooFewReplicas:
             with suppress(StoreUnavailable):
                 await self._discard(draft, nonce)
             raise
         with reading(draft.id):
-            is_new, state, created, deadline, function_id, version_id, queue_deadline, run_ms = made
-            record = Record(
+            if int(made[0]) < 0:
+                raise limit_met(_text(made[2]), _text(made[1]), self._settings, queue_limit)
+            _, state, created, deadline, function_id, version_id, queue_deadline, run_ms = made
+            return Record(
                 id=draft.id,
                 account=draft.account,
                 function_id=_text(function_id),
@@ -133,83 +135,38 @@ class RedisResults:
                 queue_deadline_at=int(queue_deadline) / 1000,
                 run_timeout_s=int(run_ms) / 1000,
             )
-        if is_new and (met or met_by_account):
-            await self._discard(draft, nonce)
-            if met:
-                raise self._refusal(draft.version_id, "version", _text(met), queue_limit)
-            raise self._refusal(draft.account, "account", _text(met_by_account), queue_limit)
-        if not is_new and (record.state is not RequestState.QUEUED or record.version_id != draft.version_id):
-            if record.state is RequestState.RUNNING and record.version_id == draft.version_id:
-                await self._connection.run(("ZREM", _waiting(draft.version_id), draft.id))
-            else:
-                left = leaving(draft.account, draft.version_id, draft.id)
-                await self._connection.run(*(left if record.state.terminal else left[1:]))
-        return record
 
-    async def _look_before(self, draft: Draft, queue_limit: int) -> None:
-        """Refuse what a limit that was met just now still refuses. What is written only to be taken back costs several
-        times as much, and a server with twice as much to do as it can has to refuse half of it. Raises as `create`."""
-        now = asyncio.get_running_loop().time()
-        for of, whose in (("version", draft.version_id), ("account", draft.account)):
-            if self._crowded.get(_ledger(whose), 0.0) <= now:
-                continue
-            ledger = _ledger(whose)
-            entered, members, held_bytes, queued = await self._connection.run(
-                ("HEXISTS", ledger, _member(draft.id)),
-                ("HLEN", ledger),
-                ("HGET", ledger, "*"),
-                ("ZCARD", _waiting(whose)),
-            )
-            most = getattr(self._settings, f"{of}_requests")
-            most_bytes = getattr(self._settings, f"{of}_bytes")
-            if entered:  # the same request again
-                return
-            if of == "version" and queued >= queue_limit:
-                raise self._refusal(whose, of, "queued", queue_limit)
-            if most and members - 1 >= most:
-                raise self._refusal(whose, of, "requests", queue_limit)
-            if most_bytes and _number(held_bytes) + draft.size_bytes > most_bytes:
-                raise self._refusal(whose, of, "bytes", queue_limit)
-
-    def _refusal(self, whose: str, of: str, what: str, queue_limit: int) -> TryLater:
-        if len(self._crowded) >= _MOST_CROWDED:
-            self._crowded.clear()
-        self._crowded[_ledger(whose)] = asyncio.get_running_loop().time() + _CROWDED_S
-        return limit_met(of, what, self._settings, queue_limit)
-
-    def _creating(self, draft: Draft, nonce: str, queue_limit: int, channel: str) -> tuple[Command, Command, Command]:
-        settings, queue_ms = self._settings, int(draft.queue_timeout_s * 1000)
-        return (
-            scripts.ENQUEUE.call(
-                (_waiting(draft.version_id), _due(draft.version_id), _ledger(draft.version_id)),
-                draft.id,
-                queue_limit,
-                queue_ms,
-                _member(draft.id),
-                draft.size_bytes,
-                draft.account,
-                settings.version_requests,
-                settings.version_bytes,
-            ),
-            scripts.CREATE.call(
-                (_record(draft.id),),
-                draft.account,
-                draft.function_id,
-                draft.version_id,
-                int(draft.deadline_s * 1000),
-                self._retention_ms,
-                nonce,
-                channel,
-                queue_ms,
-                int(draft.run_timeout_s * 1000),
-            ),
-            self._index(
-                draft.account,
-                draft.id,
-                draft.deadline_s,
-                draft.size_bytes,
-                most=(settings.account_requests, settings.account_bytes),
-            ),
+    def _creating(self, draft: Draft, nonce: str, queue_limit: int, channel: str) -> Command:
+        settings, version, member = self._settings, draft.version_id, _member(draft.id)
+        deadline_ms = int(draft.deadline_s * 1000)
+        keys = (
+            _record(draft.id),
+            _waiting(version),
+            _due(version),
+            _ledger(version),
+            _account(draft.account),
+            _ledger(draft.account),
+        )
+        return scripts.CREATE.call(
+            keys,
+            draft.id,
+            member,
+            nonce,
+            channel,
+            draft.account,
+            draft.function_id,
+            version,
+            deadline_ms,
+            self._retention_ms,
+            int(draft.queue_timeout_s * 1000),
+            int(draft.run_timeout_s * 1000),
+            draft.size_bytes,
+            queue_limit,
+            settings.listed_requests,
+            deadline_ms + self._retention_ms + _FINISHED_LIVES_MS,
+            settings.version_requests,
+            settings.version_bytes,
+            *self._account_most,
         )
 
     async def _discard(self, draft: Draft, nonce: str) -> None:
@@ -247,7 +204,9 @@ class RedisResults:
     # -- readers ----------------------------------------------------------------------------------
 
     def watch(self, request_id: str, interest: Interest = Interest.END) -> RecordWatch:
-        return RecordWatch(self.hints, request_id, interest, self._read_watching)
+        # Of what is over, too, the last progress is of interest to who wants every step.
+        read_end = self._read_end if interest is not Interest.STEPS else None
+        return RecordWatch(self.hints, request_id, interest, self._read_watching, read_end)
 
     def listen(self, request_id: str, told: Callable[[], None]) -> AbstractContextManager[None]:
         return self.hints.listening(request_id, told)
@@ -373,9 +332,10 @@ class RedisResults:
         )
 
     async def _claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int, token: str) -> Claim:
-        claimed, placed = await self._connection.run(
+        keys = (_record(job.id), _body(job.id), _waiting(job.version_id), _running(job.version_id))
+        [claimed] = await self._connection.run(
             scripts.CLAIM.call(
-                (_record(job.id), _body(job.id)),
+                keys,
                 worker,
                 token,
                 self.channel,
@@ -385,7 +345,6 @@ class RedisResults:
                 *job_arguments(job),
                 self._settings.max_worker_deaths,
             ),
-            scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
             durable=True,
         )
         with reading(job.id):
@@ -395,7 +354,7 @@ class RedisResults:
             await self._leave(job.account, job.version_id, job.id)
         elif state is RequestState.QUEUED:
             await self._back_in_line(job.version_id, job.id)
-        elif verdict is Verdict.GRANTED and (int(claimed[5]) or not placed):  # lost, or set aside
+        elif verdict is Verdict.GRANTED and int(claimed[5]):  # lost, or set aside
             with suppress(StoreUnavailable):
                 await self._connection.run(*self.entering(job))
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=attempt, token=token)
@@ -426,10 +385,18 @@ class RedisResults:
 
     def entering(self, job: Job) -> tuple[Command, Command]:
         """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
-        size_bytes, deadline_s = job.size_bytes, job.deadline_at - job.created_at
+        member, size_bytes = _member(job.id), job.size_bytes
+        ttl_ms = int((job.deadline_at - job.created_at) * 1000) + self._retention_ms + _FINISHED_LIVES_MS
         return (
-            scripts.ENTER.call((_ledger(job.version_id),), _member(job.id), size_bytes, job.account),
-            self._index(job.account, job.id, deadline_s, size_bytes, accepted=_order(job.created_at)),
+            scripts.ENTER.call((_ledger(job.version_id),), member, size_bytes, job.account),
+            scripts.INDEX.call(
+                (_account(job.account), _ledger(job.account)),
+                member,
+                _order(job.created_at),
+                self._settings.listed_requests,
+                ttl_ms,
+                size_bytes,
+            ),
         )
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
@@ -490,9 +457,11 @@ class RedisResults:
     async def _settle(
         self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings
     ) -> RequestState:
-        reply, *_ = await self._connection.run(
+        version = job.version_id
+        orders = (_waiting(version), _running(version), _due(version))
+        [reply] = await self._connection.run(
             scripts.SETTLE.call(
-                (_record(job.id), _body(job.id)),
+                (_record(job.id), _body(job.id), _ledger(job.account), _ledger(version), *orders),
                 lease.token,
                 lease.attempt,
                 state,
@@ -500,18 +469,13 @@ class RedisResults:
                 _numbers(outcome, timings),
                 self._retention_ms,
                 *job_arguments(job),
+                job.id,
+                _member(job.id),
             ),
-            *leaving(job.account, job.version_id, job.id),
             durable=True,
         )
         with reading(job.id):
-            stands = RequestState(_text(reply))
-        if not stands.terminal:
-            places = (_waiting(job.version_id), _running(job.version_id))
-            await self._connection.run(
-                scripts.MOVE.call(places if stands is RequestState.RUNNING else places[::-1], job.id)
-            )
-        return stands
+            return RequestState(_text(reply))
 
     async def report(self, lease: Lease, progress: Progress, *, sequence: int) -> RequestState:
         with suppress(RecordDamaged):
@@ -650,6 +614,40 @@ class RedisResults:
     async def _read_watching(self, request_id: str, interest: Interest) -> Record | None:
         return await self._read(request_id, self.channel, interest)
 
+    async def _read_end(self, request_id: str) -> Record | None:
+        """The record if it is over: what is over has no deadline to see to and takes no listeners, so that two plain
+        commands do for it, at a third of what the script costs. None also for what is damaged."""
+        fields, packed = await self._connection.each(
+            ("HMGET", _record(request_id), *_ENDED), ("GET", _body(request_id)), durable=True
+        )
+        if isinstance(fields, RecordDamaged) or isinstance(packed, RecordDamaged):
+            return None
+        state, account, function_id, version_id, *numbers, worker, reason, attempts, result, hidden = fields
+        if state not in _OVER or hidden is not None:
+            return None
+        reply = (
+            state,
+            account or b"",
+            function_id or b"",
+            version_id or b"",
+            *[number or b"0" for number in numbers[:5]],
+            worker or b"",
+            reason or b"",
+            packed or b"",
+            0,
+            numbers[5] or b"0",
+            numbers[6] or b"0",
+            attempts or b"",
+            result or b"",
+            b"",
+            b"",
+            0,
+            b"",
+            b"",
+        )
+        record = _parse(request_id, reply)
+        return record if isinstance(record, Record) else None
+
     async def _read(
         self, request_id: str, channel: str, interest: Interest = Interest.END, *, whole: bool = True
     ) -> Record | None:
@@ -691,23 +689,6 @@ class RedisResults:
 
     async def _back_in_line(self, version_id: str, request_id: str) -> None:
         await self._connection.run(scripts.MOVE.call((_running(version_id), _waiting(version_id)), request_id))
-
-    def _index(
-        self,
-        account: str,
-        request_id: str,
-        deadline_s: float,
-        size_bytes: int,
-        *,
-        accepted: int = 0,
-        most: tuple[int, int] = (0, 0),
-    ) -> Command:
-        """`accepted` is the place of one that was accepted before, 0 is now; `most` requests and bytes of the account,
-        0: any number."""
-        ttl_ms = int(deadline_s * 1000) + self._retention_ms + _FINISHED_LIVES_MS
-        limit = self._settings.listed_requests
-        keys = (_account(account), _ledger(account))
-        return scripts.INDEX.call(keys, _member(request_id), accepted, limit, ttl_ms, size_bytes, *most)
 
     async def _leave(self, account: bytes | str | None, version_id: str, request_id: str) -> None:
         await self._connection.run(*leaving(_text(account or ""), version_id, request_id))
@@ -881,11 +862,6 @@ def _epoch(raw: bytes | None, now_ms: int) -> Epoch | None:
     if found is None or int(found[1]) > 255 or int(found[2]) > now_ms + 86_400_000:
         return None
     return Epoch(number=int(found[1]), born_at=int(found[2]) / 1000, now=now_ms / 1000)
-
-
-def _number(raw: bytes | None) -> int:
-    """0 for what is none: ENQUEUE puts it right."""
-    return int(raw) if raw and raw.isdigit() else 0
 
 
 def _text(raw: bytes | str) -> str:

@@ -1,16 +1,17 @@
 """Every change of a request as one Lua script, safe to run twice; time is Redis's own, in milliseconds.
 
-Keys of one request share a hash tag, so that they live in one slot of a Redis Cluster:
+Keys of one request share a hash tag, those of a version another, and an account's a third. What accepts a request, and
+what ends it, changes all three at once: Redis has to be one that holds all keys, not a Redis Cluster.
     fnq:{<id>}:r   hash, the record      fnq:{<id>}:b   string, the packed outcome
     fnq:{<id>}:s   stream, the latest of a streamed body: entry <attempt>-<offset behind it>, fields d data · k kind
                    (0 bytes, 1 event) · c the container's ID of the event
     fnq:{<id>}:l   hash, what is kept of a dead request to start it again
     fnq:{<id>}:p   list of the attempt's last updates: "<number> <percent> <partial>", oldest first, without gaps
-A version's order is another slot, best effort and rebuildable:
+A version's order is rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
     fnq:{<version>}:d   sorted set of ids by when they are due, of those with a queue deadline or without a place
     fnq:{<version>}:n   hash, the ledger (_ADMIT) of those queued, unless set aside, and running, by id as 16 bytes
-An account's requests are another one, bounded, and mended by whoever reads it:
+An account's requests are bounded, and mended by whoever reads them:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
                         behind in either is found in the version's
@@ -98,14 +99,20 @@ local function held(lease)
   local ends = tonumber(lease or 0)
   return ends and ends > now and ends <= now + longest_lease
 end
-local function finish(r, b, state, reason, retention, body)
-  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn')
+local function open_fields(r) return redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn', 't') end
+local function finish(r, b, state, reason, retention, body, old, numbers)
+  old = old or open_fields(r)
   if old[4] == 'running' and not body and not held(old[5]) then close(r, 'lost', tonumber(old[5]) or now) end
   local id = string.match(r, '{(.-)}')
   local life = math.min(longest_life, math.floor(tonumber(old[1]) or now) - now)
   local ttl = math.max(retention, life + 180000)
-  redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
-  redis.call('HDEL', r, 'h', 'hs', 'k', 'l', 't', 'i', 'j')
+  if numbers then
+    redis.call('HSET', r, 's', state, 'e', now, 'm', reason, 'I', numbers)
+  else
+    redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
+  end
+  redis.call('HDEL', r, 'h', 'k', 'l', 't')
+  if old[7] or old[8] or old[9] then redis.call('HDEL', r, 'hs', 'i', 'j') end
   redis.call('PEXPIRE', r, ttl)
   if old[8] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
   if body then redis.call('SET', b, body, 'PX', ttl) elseif old[6] then redis.call('DEL', b) end
@@ -136,6 +143,76 @@ end
 """
 )
 
+# move(): an id from one order of a version to the other, where it keeps its place. Returns 0 if it had none.
+_MOVE = """
+local function move(from, to, id)
+  local score = redis.call('ZSCORE', from, id) or redis.call('ZSCORE', to, id)
+  local placed = score and 1 or 0
+  if not score then
+    local time = redis.call('TIME')
+    score = time[1] * 1000000 + time[2]
+  end
+  redis.call('ZREM', from, id)
+  redis.call('ZADD', to, score, id)
+  return placed
+end
+"""
+
+# A ledger is a hash of what its version or account has queued and running: bytes by member, with the account behind
+# them in a version's, and `*` their sum. Entering and leaving are by member, so that neither ever counts twice.
+# fits(): '' if one more may enter, else which limit it meets; and the sum with it, unless it is there already.
+_ADMIT = """
+local function fits(ledger, member, bytes, most, most_bytes, queue, longest)
+  if redis.call('HEXISTS', ledger, member) == 1 then return '' end
+  if queue and redis.call('ZCARD', queue) >= longest then return 'queued' end
+  if most > 0 and redis.call('HLEN', ledger) > most then return 'requests' end
+  local sum = tonumber(redis.call('HGET', ledger, '*') or 0) + bytes
+  if most_bytes > 0 and sum > most_bytes then return 'bytes' end
+  return '', sum
+end
+local function enter(ledger, member, entry, sum)
+  if sum then redis.call('HSET', ledger, member, entry, '*', sum) end
+end
+"""
+
+_LEAVE = """
+local function leave(ledger, member)
+  local held = redis.call('HGET', ledger, member)
+  if not held then return 0 end
+  redis.call('HDEL', ledger, member)
+  if redis.call('HLEN', ledger) == 1 then
+    redis.call('DEL', ledger)
+  else
+    redis.call('HINCRBY', ledger, '*', 0 - string.match(held, '^%d+'))
+  end
+  return 1
+end
+"""
+
+# last(): a key that holds what lives for up to `ttl_ms` lives longer. Its end is put off a quarter further, so that
+# most calls need not.
+# file(): puts an id into an order, at a place of its own, of which the newest `limit` stay, and none for longer than
+# `ttl_ms`. That is seen to at one of sixteen: it would take as long as the rest.
+_FILE = """
+local function last(key, ttl_ms)
+  if redis.call('PTTL', key) < ttl_ms then redis.call('PEXPIRE', key, math.floor(ttl_ms * 1.25)) end
+end
+local function file(place, id, at, limit, ttl_ms)
+  if redis.call('ZADD', place, 'NX', at, id) == 0 then return end
+  at = at + 0
+  while redis.call('ZCOUNT', place, at, at) > 1 do
+    at = at + 1
+    redis.call('ZADD', place, 'XX', at, id)
+  end
+  last(place, ttl_ms)
+  if at % 16 == 0 then
+    local time = redis.call('TIME')
+    redis.call('ZREMRANGEBYRANK', place, 0, -limit - 1)
+    redis.call('ZREMRANGEBYSCORE', place, '-inf', time[1] * 1000000 + time[2] - ttl_ms * 1000)
+  end
+end
+"""
+
 _CUT = f"local cut = '{STREAM_CUT}'\n"
 
 # rebuild(): a record that is gone is made again from what its message carries.
@@ -153,41 +230,58 @@ end
 """
 )
 
-# KEYS record · ARGV account function version deadline_ms retention_ms nonce channel queue_ms run_ms
+# KEYS record waiting due version's-ledger list account's-ledger
+# ARGV id member nonce channel account function version deadline_ms retention_ms queue_ms run_ms bytes queue_limit
+#   list's: limit ttl_ms · version's: most_requests most_bytes · account's: the same, 0: any number; none if it has none
 # returns {1 if made now, state, created, deadline, function, version, queue_deadline, run_ms}
+#   or {-1, the limit that is met: queued, requests or bytes, version or account}; nothing was written then
 CREATE = Script(
     _NOW
+    + _ADMIT
+    + _FILE
     + """
-local r = KEYS[1]
-local f = redis.call('HMGET', r, 's', 'o')
-if not f[1] then
-  local deadline, queue, run = now + ARGV[4], ARGV[8] ~= '0' and now + ARGV[8] or '0', ARGV[9]
-  local fields = {'s', 'queued', 'a', ARGV[1], 'f', ARGV[2], 'v', ARGV[3], 'c', now, 'd', deadline, 'n', 0, 'p', 1,
-    'o', ARGV[6]}
-  local function add(name, value)
-    fields[#fields + 1] = name
-    fields[#fields + 1] = value
+local r, id, member, bytes = KEYS[1], ARGV[1], ARGV[2], ARGV[12] + 0
+local f = redis.call('HMGET', r, 's', 'o', 'v')
+local made = f[1] == false
+if made or (f[1] == 'queued' and f[3] == ARGV[7]) then
+  local met, sum = fits(KEYS[4], member, bytes, ARGV[16] + 0, ARGV[17] + 0, KEYS[2], tonumber(ARGV[13]))
+  local met_too, sum_too = '', nil
+  if ARGV[18] then met_too, sum_too = fits(KEYS[6], member, bytes, ARGV[18] + 0, ARGV[19] + 0) end
+  if met == '' and met_too == '' then
+    local at, ttl = string.format('%.0f', time[1] * 1000000 + time[2]), ARGV[15] + 0
+    enter(KEYS[4], member, ARGV[12] .. ' ' .. ARGV[5], sum)
+    enter(KEYS[6], member, ARGV[12], sum_too)
+    if sum_too then last(KEYS[6], ttl) end
+    redis.call('ZADD', KEYS[2], 'NX', at, id)
+    if ARGV[10] ~= '0' then redis.call('ZADD', KEYS[3], 'NX', now + ARGV[10], id) end
+    file(KEYS[5], member, at, ARGV[14] + 0, ttl)
+  elseif made then
+    return {-1, met ~= '' and met or met_too, met ~= '' and 'version' or 'account'}
   end
-  if queue ~= '0' then add('Q', queue) end
-  if run ~= '0' then add('U', run) end
-  if ARGV[7] ~= '' then add('h', ARGV[7]) end
-  redis.call('HSET', r, unpack(fields))
-  redis.call('PEXPIRE', r, ARGV[4] + ARGV[5])
-  return {1, 'queued', tostring(now), tostring(deadline), ARGV[2], ARGV[3], tostring(queue), run}
 end
-local made = 0
-if f[2] == ARGV[6] then
-  made = 1
-  if ARGV[7] ~= '' then redis.call('HSET', r, 'h', ARGV[7]) end
+if made then
+  local queue, run = ARGV[10] ~= '0' and tostring(now + ARGV[10]) or '0', ARGV[11]
+  local created, deadline = tostring(now), tostring(now + ARGV[8])
+  redis.call('HSET', r, 's', 'queued', 'a', ARGV[5], 'f', ARGV[6], 'v', ARGV[7], 'c', created, 'd', deadline, 'n', '0',
+    'p', '1', 'o', ARGV[3], 'h', ARGV[4])
+  if queue ~= '0' then redis.call('HSET', r, 'Q', queue) end
+  if run ~= '0' then redis.call('HSET', r, 'U', run) end
+  redis.call('PEXPIRE', r, ARGV[8] + ARGV[9])
+  return {1, 'queued', created, deadline, ARGV[6], ARGV[7], queue, run}
+end
+local mine = 0
+if f[2] == ARGV[3] then
+  mine = 1
+  if ARGV[4] ~= '' then redis.call('HSET', r, 'h', ARGV[4]) end
 else
   redis.call('HINCRBY', r, 'p', 1)
 end
 f = redis.call('HMGET', r, 's', 'c', 'd', 'f', 'v', 'Q', 'U')
-return {made, f[1], f[2], f[3], f[4], f[5], f[6] or '0', f[7] or '0'}
+return {mine, f[1], f[2], f[3], f[4], f[5], f[6] or '0', f[7] or '0'}
 """
 )
 
-# Takes back what CREATE made when the queue turned out to be full, or replicas away; not from another submitter.
+# Takes back what CREATE made when replicas turned out to be away; not from another submitter.
 # KEYS record · ARGV nonce · returns 1 when it is gone
 DISCARD = Script(
     """
@@ -242,11 +336,14 @@ local function update(r, last, poll)
   local found = redis.call('LINDEX', updates(r), wanted - last - 1)
   return found or '', found and unread or 0
 end
-local known = redis.call('HMGET', KEYS[1], 's', 'x')
-if not known[1] or known[2] then return nil end
-local expired = not terminal[known[1]] and overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
-local f = redis.call('HMGET', KEYS[1], 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I',
-  'u', 'pn', 'K', 'V')
+local function fields(r)
+  return redis.call('HMGET', r, 's', 'a', 'f', 'v', 'c', 'd', 'n', 'b', 'e', 'w', 'm', 'h', 'Q', 'U', 'G', 'I', 'u',
+    'pn', 'K', 'V', 'x')
+end
+local f = fields(KEYS[1])
+if not f[1] or f[21] then return nil end
+local expired = not terminal[f[1]] and overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
+if expired then f = fields(KEYS[1]) end
 local body, progress, unread = '', '', 0
 if f[18] and (f[1] == 'running' or ARGV[5] == '1') then
   progress, unread = update(KEYS[1], tonumber(f[18]), f[1] == 'running' and ARGV[4] or '')
@@ -269,26 +366,37 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 )
 
 # An attempt that began to stream is the last one: its reader cannot be given the same again.
-# KEYS record body
+# KEYS record body waiting running
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
 #   queue_deadline run_ms max_deaths
-# returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt; then of the
-#   attempt that this claim found lost: worker started ended}
+# returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt or had no place;
+#   then of the attempt that this claim found lost: worker started ended}
+# What runs is among what runs of its version afterwards.
 # What POSTPONE kept goes when the next attempt starts.
 # A new attempt begins without progress; the numbers go on, so that no listener takes its updates for old ones.
 CLAIM = Script(
     _REBUILD
     + _CUT
+    + _MOVE
     + """
 local r = KEYS[1]
-local rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
-overdue(r, KEYS[2], ARGV[6] + 0)
-local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D')
+local function fields() return redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D', 'Q') end
+local rebuilt, f = 0, fields()
+if not f[1] then
+  rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
+  f = fields()
+end
+local due = tonumber(f[5])
+if not due or due <= now or due > now + longest_life or (f[11] and tonumber(f[11]) <= now) then
+  overdue(r, KEYS[2], ARGV[6] + 0)
+  f = fields()
+end
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
+local function place() return 1 - move(KEYS[3], KEYS[4], string.match(r, '{(.-)}')) end
 if f[1] == 'running' and f[3] == ARGV[2] then
   redis.call('HSET', r, 'l', now + ARGV[4])
-  return {'granted', 'running', n, 0, f[5] - now, rebuilt}
+  return {'granted', 'running', n, 0, f[5] - now, math.max(rebuilt, place())}
 end
 if f[6] then
   if tonumber(f[6]) > now and tonumber(f[6]) <= tonumber(f[5]) then return {'held', 'queued', n, f[6] - now} end
@@ -296,6 +404,7 @@ if f[6] then
   redis.call('DEL', KEYS[2])
 end
 if f[1] == 'running' and held(f[4]) then
+  place()
   return {'held', 'running', n, tonumber(f[4]) - now}
 end
 if f[7] then return {'settled', finish(r, KEYS[2], 'errored', cut, ARGV[6] + 0), n, 0} end
@@ -328,7 +437,8 @@ if f[8] then
   redis.call('HSET', r, 'pu', f[8])
 end
 if f[9] then tell(f[9], string.match(r, '{(.-)}') .. ' 2') end
-return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt, lost[1] or '', lost[2] or 0, lost[3] or 0}
+return {'granted', 'running', n + 1, 0, f[5] - now, math.max(rebuilt, place()), lost[1] or '', lost[2] or 0,
+  lost[3] or 0}
 """
 )
 
@@ -438,23 +548,30 @@ return redis.call('LRANGE', KEYS[1], at, at + ARGV[2] - 1)
 """
 )
 
-# KEYS record body
+# KEYS record body account's-ledger version's-ledger order...
 # ARGV token attempt state outcome numbers retention_ms account function version created deadline queue_deadline run_ms
-# returns the state that stands
+#   id member
+# returns the state that stands; what is over has left its ledgers and the orders of its version
 SETTLE = Script(
     _REBUILD
+    + _LEAVE
     + """
 local r = KEYS[1]
-if redis.call('EXISTS', r) == 0 then
-  rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
+local f = open_fields(r)
+if not f[4] and rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13]) == 1 then
   redis.call('HSET', r, 's', 'running', 'n', ARGV[2], 't', ARGV[1])
+  f = open_fields(r)
 end
-local f = redis.call('HMGET', r, 's', 't')
-if f[1] == 'running' and f[2] == ARGV[1] then
-  redis.call('HSET', r, 'I', ARGV[5])
-  return finish(r, KEYS[2], ARGV[3], '', ARGV[6] + 0, ARGV[4])
+local state = f[4]
+if state == 'running' and f[10] == ARGV[1] then
+  state = finish(r, KEYS[2], ARGV[3], '', ARGV[6] + 0, ARGV[4], f, ARGV[5])
 end
-return f[1]
+if terminal[state] then
+  leave(KEYS[3], ARGV[15])
+  leave(KEYS[4], ARGV[15])
+  for i = 5, #KEYS do redis.call('ZREM', KEYS[i], ARGV[14]) end
+end
+return state
 """
 )
 
@@ -703,57 +820,6 @@ return 0
 """
 )
 
-# admit(): a ledger is a hash of what its version or account has queued and running: bytes by member, with the account
-# behind them in a version's, and `*` their sum. Entering and leaving are by member, so that neither ever counts twice.
-_ADMIT = """
-local function admit(ledger, member, bytes, entry, most, most_bytes)
-  if redis.call('HEXISTS', ledger, member) == 1 then return '' end
-  if most > 0 and redis.call('HLEN', ledger) - 1 >= most then return 'requests' end
-  if most_bytes > 0 and tonumber(redis.call('HGET', ledger, '*') or 0) + bytes > most_bytes then return 'bytes' end
-  redis.call('HSET', ledger, member, entry)
-  redis.call('HINCRBY', ledger, '*', bytes)
-  return ''
-end
-"""
-
-# KEYS waiting due ledger · ARGV id limit queue_ms member bytes account most_requests most_bytes (0: any number)
-# returns '' when there is room, else which limit is met: queued, requests or bytes
-ENQUEUE = Script(
-    _NOW
-    + _ADMIT
-    + """
-if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return '' end
-if redis.call('HEXISTS', KEYS[3], ARGV[4]) == 0 and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then
-  return 'queued'
-end
-local met = admit(KEYS[3], ARGV[4], ARGV[5] + 0, ARGV[5] .. ' ' .. ARGV[6], ARGV[7] + 0, ARGV[8] + 0)
-if met ~= '' then return met end
-redis.call('ZADD', KEYS[1], time[1] * 1000000 + time[2], ARGV[1])
-if ARGV[3] ~= '0' then redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1]) end
-return ''
-"""
-)
-
-# file(): puts an id into an order, at a place of its own, of which the newest `limit` stay, and none for longer than
-# `ttl_ms`. That is seen to at one of sixteen: it would take as long as the rest.
-_FILE = """
-local function file(place, id, at_us, limit, ttl_ms)
-  local time = redis.call('TIME')
-  local now = time[1] * 1000000 + time[2]
-  local at = at_us == 0 and now or at_us
-  if redis.call('ZADD', place, 'NX', at, id) == 0 then return end
-  while redis.call('ZCOUNT', place, at, at) > 1 do
-    at = at + 1
-    redis.call('ZADD', place, 'XX', at, id)
-  end
-  redis.call('PEXPIRE', place, ttl_ms)
-  if at % 16 == 0 then
-    redis.call('ZREMRANGEBYRANK', place, 0, -limit - 1)
-    redis.call('ZREMRANGEBYSCORE', place, '-inf', now - ttl_ms * 1000)
-  end
-end
-"""
-
 # KEYS order · ARGV id at_us limit ttl_ms
 FILE = Script(
     _FILE
@@ -763,34 +829,27 @@ return 1
 """
 )
 
-# KEYS account ledger · ARGV id accepted_us(0: now) limit ttl_ms bytes most_requests most_bytes (0: any number)
-# returns as ENQUEUE · puts a request among those of its account
+# KEYS account ledger · ARGV id accepted_us limit ttl_ms bytes
+# puts a rebuilt request among those of its account, whatever the limits
 INDEX = Script(
     _ADMIT
     + _FILE
     + """
-local met = admit(KEYS[2], ARGV[1], ARGV[5] + 0, ARGV[5], ARGV[6] + 0, ARGV[7] + 0)
-if met ~= '' then return met end
-if redis.call('PTTL', KEYS[2]) < tonumber(ARGV[4]) then redis.call('PEXPIRE', KEYS[2], ARGV[4]) end
+local _, sum = fits(KEYS[2], ARGV[1], ARGV[5] + 0, 0, 0)
+enter(KEYS[2], ARGV[1], ARGV[5], sum)
+last(KEYS[2], ARGV[4] + 0)
 file(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0)
-return ''
+return 1
 """
 )
 
 # KEYS ledger order... · ARGV member id · takes a request off its ledger and out of the orders of its version
 LEAVE = Script(
-    """
-local held = redis.call('HGET', KEYS[1], ARGV[1])
-if held then
-  redis.call('HDEL', KEYS[1], ARGV[1])
-  if redis.call('HLEN', KEYS[1]) == 1 then
-    redis.call('DEL', KEYS[1])
-  else
-    redis.call('HINCRBY', KEYS[1], '*', 0 - string.match(held, '^%d+'))
-  end
-end
+    _LEAVE
+    + """
+local held = leave(KEYS[1], ARGV[1])
 for i = 2, #KEYS do redis.call('ZREM', KEYS[i], ARGV[2]) end
-return held and 1 or 0
+return held
 """
 )
 
@@ -798,7 +857,9 @@ return held and 1 or 0
 ENTER = Script(
     _ADMIT
     + """
-return admit(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[2] .. ' ' .. ARGV[3], 0, 0)
+local _, sum = fits(KEYS[1], ARGV[1], ARGV[2] + 0, 0, 0)
+enter(KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3], sum)
+return 1
 """
 )
 
@@ -857,19 +918,11 @@ return 1
 """
 )
 
-# KEYS from to · ARGV id · moves an id between the orders of a version, and keeps its place
-# returns 0 if it had none
+# KEYS from to · ARGV id · returns 0 if it had no place
 MOVE = Script(
-    """
-local score = redis.call('ZSCORE', KEYS[1], ARGV[1]) or redis.call('ZSCORE', KEYS[2], ARGV[1])
-local placed = score and 1 or 0
-if not score then
-  local time = redis.call('TIME')
-  score = time[1] * 1000000 + time[2]
-end
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('ZADD', KEYS[2], score, ARGV[1])
-return placed
+    _MOVE
+    + """
+return move(KEYS[1], KEYS[2], ARGV[1])
 """
 )
 
