@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import orjson
 
 from broker.backends.admission import limit_met
+from broker.backends.breaker import Breaker
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
@@ -94,6 +95,10 @@ class RedisResults:
         self._cursors: dict[str, int] = {}
         # Ledgers whose limits were met, and until when that is worth a look.
         self._crowded: dict[str, float] = {}
+
+    @property
+    def circuit(self) -> Breaker:
+        return self._connection.breaker
 
     # -- submitters -------------------------------------------------------------------------------
 
