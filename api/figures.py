@@ -25,7 +25,7 @@ from broker.telemetry.metrics import (
     Reading,
 )
 
-# OpenTelemetry's word for methods that clients make up.
+# OpenTelemetry's word for methods that are not the usual ones.
 OTHER = "_OTHER"
 IN_ITS_NAME, NO_ROUTE = "(function)", "(none)"
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from broker.telemetry.metrics import CONTENT_TYPE as CONTENT_TYPE  # noqa: PLC0414  of what `Exposition.text` returns
+from broker.telemetry.metrics import CONTENT_TYPE as CONTENT_TYPE  # noqa: PLC0414  that of `Exposition.text`
 from broker.telemetry.metrics import Metrics
 
 # Whoever scrapes within this time of another one is given the same page.

@@ -227,21 +227,21 @@ ENDED = Counter(
     by=(Process.SIDECAR, Process.CONTROLLER),
     labels=(*OF_VERSION, "state"),
 )
-WORKER_REQUESTS = Counter(
+WORKER_REQUESTS = Total(
     name="nvcf_worker_service_request_total",
     help="Attempts that were begun.",
     by=(Process.SIDECAR,),
     labels=OF_VERSION,
     upstream=True,
 )
-WORKER_RESPONSES = Counter(
+WORKER_RESPONSES = Total(
     name="nvcf_worker_service_response_total",
     help="Attempts that ended their request: `error_code` 0 when it was fulfilled, 500 otherwise.",
     by=(Process.SIDECAR,),
     labels=(*OF_VERSION, "error_code"),
     upstream=True,
 )
-WORKER_RESPONSE_BYTES = Counter(
+WORKER_RESPONSE_BYTES = Total(
     name="nvcf_worker_service_response_bytes_total",
     help="What containers answered.",
     by=(Process.SIDECAR,),
@@ -256,28 +256,28 @@ WORKER_LATENCY = Histogram(
     buckets=_WORKER_S,
     upstream=True,
 )
-WORKER_BEFORE = Counter(
+WORKER_BEFORE = Total(
     name="nvcf_worker_service_pre_inference_seconds_total",
     help="What laying out assets and bodies took.",
     by=(Process.SIDECAR,),
     labels=OF_VERSION,
     upstream=True,
 )
-WORKER_INFERENCE = Counter(
+WORKER_INFERENCE = Total(
     name="nvcf_worker_service_inference_request_time_seconds_total",
     help="What the container took.",
     by=(Process.SIDECAR,),
     labels=OF_VERSION,
     upstream=True,
 )
-WORKER_BUSY = Counter(
+WORKER_BUSY = Total(
     name="nvcf_worker_service_worker_thread_busy_seconds_total",
     help="Slots' time with attempts that are over.",
     by=(Process.SIDECAR,),
     labels=OF_VERSION,
     upstream=True,
 )
-WORKER_AFTER = Counter(
+WORKER_AFTER = Total(
     name="nvcf_worker_service_post_inference_seconds_total",
     help="What storing large answers took.",
     by=(Process.SIDECAR,),
