@@ -1,4 +1,5 @@
-"""Pages of `docs/` that are made from the code: `python -m infra.docs` writes them, a test compares them."""
+"""What is made from the code: pages of `docs/`, the dashboard, the alerts for Kubernetes. `python -m infra.docs` writes
+them, a test compares them."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from broker.settings import ApiSettings, ControllerSettings, Settings, SidecarSettings
 from broker.telemetry.metrics import EVERY, OF_THE_PROCESS, REGISTRY, AnyMetric, Histogram, Process
+from infra.dashboards import DASHBOARD, dashboard
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -103,6 +105,17 @@ reads anyway; while it cannot read, `fnqueue_queue_source_available` is 0 and th
 
 Made from `broker/telemetry/metrics.py` by `make docs`.
 """
+ALERTS = DOCS.parent / "infra" / "prometheus" / "alerts.yml"
+RULES = DOCS.parent / "infra" / "kubernetes" / "components" / "monitoring" / "rules.yaml"
+RULE = """\
+# Made of infra/prometheus/alerts.yml by `make docs`.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: fnqueue
+spec:
+  groups:
+"""
 PROCESSES = {
     Process.API: "Front ends",
     Process.SIDECAR: "Sidecars",
@@ -136,9 +149,17 @@ def _buckets(metric: AnyMetric) -> str:
     return f" Up to {', '.join(f'{bound:g}' for bound in metric.buckets)} s." if isinstance(metric, Histogram) else ""
 
 
+def prometheus_rule() -> str:
+    """The alerts as Prometheus' operator takes them."""
+    groups = ALERTS.read_text().partition("\ngroups:\n")[2]
+    return RULE + "\n".join(f"  {line}" if line else line for line in groups.splitlines()) + "\n"
+
+
 def main() -> None:
     DOCS.joinpath("settings.md").write_text(settings_page())
     DOCS.joinpath("metrics.md").write_text(metrics_page())
+    DASHBOARD.write_text(dashboard())
+    RULES.write_text(prometheus_rule())
 
 
 if __name__ == "__main__":

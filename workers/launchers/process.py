@@ -306,7 +306,6 @@ class ProcessLauncher:
             backend=BACKEND,
             data_dir=self._settings.data_dir.resolve(),
             gpu_count=gpu_count,
-            status_host=_HOST,
             status_port=status_port,
             inference_host=_HOST,
             inference_port=port,
