@@ -39,6 +39,8 @@ class Bodies:
     `inflight_body_bytes` together, and on disk `spool_bytes`."""
 
     def __init__(self, settings: ApiSettings) -> None:
+        self._most = settings.inflight_bodies
+        self._most_bytes = settings.inflight_body_bytes
         self._max_bytes = settings.max_body_bytes
         self._timeout_s = settings.body_timeout_s
         self._free = settings.inflight_bodies
@@ -47,6 +49,15 @@ class Bodies:
         self._max_streamed_bytes = settings.max_streamed_body_bytes
         self._spool_dir = settings.spool_dir or tempfile.gettempdir()
         self._free_spool_bytes = settings.spool_bytes
+
+    @property
+    def held(self) -> int:
+        """How many are in memory now."""
+        return self._most - self._free
+
+    @property
+    def held_bytes(self) -> int:
+        return self._most_bytes - self._free_bytes
 
     async def read(self, request: web.Request) -> Held:
         """The whole body; close what is returned once the body is not needed any more.

@@ -37,6 +37,11 @@ class Calls:
     def stopping(self) -> bool:
         return self._stopping
 
+    @property
+    def waiters(self) -> int:
+        """How many wait now."""
+        return len(self._waiting)
+
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run `work` to its end, whatever becomes of the caller; `finish` waits for it. Its error is the
         caller's to see; without a caller, there is nobody to tell."""

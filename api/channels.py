@@ -45,6 +45,11 @@ class Channels:
         self.url = ""
         """Where sidecars reach this process; '' until it listens."""
 
+    @property
+    def open(self) -> int:
+        """How many there are now."""
+        return len(self._lines)
+
     @contextmanager
     def line(self) -> Iterator[Line]:
         """A new channel's end, for as long as the body runs; its sidecar is let go afterwards.

@@ -26,6 +26,7 @@ from broker.ports import Broker
 from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings, load, refuse_memory
 from broker.signatures import Signatures
 from broker.telemetry import logs
+from broker.telemetry.process import observed
 
 try:
     from uvloop import new_event_loop
@@ -81,6 +82,7 @@ async def _serve(settings: ApiSettings) -> None:
     async with (
         profile_kept(settings, stop),
         open_broker(settings) as broker,
+        observed(broker),
         serving(broker, settings, reuse_port=settings.port != 0),
     ):
         garbage.look_seldom()

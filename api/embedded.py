@@ -21,6 +21,7 @@ from broker.errors import ConfigurationError, FnqueueError
 from broker.examination import profile_kept
 from broker.ports import Broker, Launcher
 from broker.settings import ApiSettings, ControllerSettings, SidecarSettings
+from broker.telemetry.process import observed
 from fnqueue.calls import Failed
 from fnqueue.welcome import welcome
 from workers import controller, sidecar
@@ -54,10 +55,17 @@ async def run(settings: ApiSettings, workers: ControllerSettings, *, announce: C
     if "channel_drain_s" not in settings.model_fields_set:
         settings = settings.model_copy(update={"channel_drain_s": DRAIN_S})
     workers = workers.model_copy(update={name: quick[name] for name in quick.keys() - workers.model_fields_set})
+    # One process has one listener for all that it does: the controller's, which shows the most.
+    settings = settings.model_copy(update={"status_port": 0})
     stop = asyncio.Event()
     _stop_on_signals(stop)
     try:
-        async with profile_kept(settings, stop), open_broker(settings) as broker, together() as tasks:
+        async with (
+            profile_kept(settings, stop),
+            open_broker(settings) as broker,
+            observed(broker),
+            together() as tasks,
+        ):
             sidecars = Sidecars(broker, tasks)
             async with open_launcher(workers, start_sidecar=sidecars.start) as launcher:
                 await launcher.launched()  # refuses a data folder that another server works in
@@ -165,7 +173,7 @@ class Sidecars:
 
     async def start(self, settings: SidecarSettings, *, log: Path) -> Sidecar:
         """Its log lines go where all of this process's go."""
-        return Sidecar(self._broker, settings, self._tasks)
+        return Sidecar(self._broker, settings.model_copy(update={"status_port": 0}), self._tasks)
 
 
 class Sidecar:

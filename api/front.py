@@ -22,6 +22,7 @@ from broker.limits import RateLimiter
 from broker.ports import Broker
 from broker.registries import Registry, recognized
 from broker.settings import ApiSettings
+from broker.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ class Front:
     places: Places
     listeners: Listeners
     registries: Sequence[Registry]
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.broker.metrics
 
     @classmethod
     def over(cls, broker: Broker, settings: ApiSettings) -> Front:
@@ -79,6 +84,10 @@ class Listeners:
     def __init__(self, most: int) -> None:
         self._most = most
         self._open = 0
+
+    @property
+    def open(self) -> int:
+        return self._open
 
     @contextmanager
     def one_more(self) -> Iterator[None]:

@@ -9,11 +9,12 @@ from functools import cache
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
-from api import headers, problems
+from api import figures, headers, problems
 from api.front import Front
-from broker.errors import BadRequest, FnqueueError, Unauthenticated
+from broker.errors import BadRequest, FnqueueError, PayloadTooLarge, QueueFull, TryLater, Unauthenticated
 from broker.model import Record, Taken
 from broker.telemetry import logs
+from broker.telemetry.metrics import REFUSALS, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ TAKEN = web.RequestKey("taken", Taken)
 
 # Set by what invokes by any method; otherwise a POST does.
 INVOKES = web.RequestKey("invokes", bool)
+# Why it was refused, where another time or another server would have done: the problem's type, and the limit met.
+REFUSED = web.RequestKey("refused", tuple[str, str])
 
 # Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
 ABOUT_A_REQUEST = ("/nvcf/pexec/", "/nvcf/exec/", "/requests/")
@@ -50,7 +53,7 @@ def observing(front: Front) -> Middleware:
                 response.force_close()
         except BaseException:
             # Nobody is left to answer: the client has gone. 499 is what proxies log then.
-            _log(request, 499, started_at)
+            _tell(front.metrics, request, 499, started_at)
             raise
         response.headers["Server"] = SERVER
         if (taken := request.get(TAKEN)) is not None:
@@ -58,7 +61,7 @@ def observing(front: Front) -> Middleware:
         if front.calls.stopping or request.version < HttpVersion11:
             # HTTP/1.0 keeps connections by a habit that no two servers share (RFC 9112 §6.1, §9.3).
             response.force_close()
-        _log(request, response.status, started_at)
+        _tell(front.metrics, request, response.status, started_at)
         return response
 
     return observe
@@ -71,12 +74,22 @@ def _misframed(request: web.Request) -> BadRequest | None:
     return BadRequest("Transfer-Encoding may only be chunked", field="Transfer-Encoding")
 
 
-def _log(request: web.Request, status: int, started_at: float) -> None:
+def _tell(metrics: Metrics, request: web.Request, status: int, started_at: float) -> None:
+    duration_s = time.perf_counter() - started_at
     record = request.get(RECORD)
-    level = logging.INFO if record is not None and request.get(INVOKES, request.method == "POST") else logging.DEBUG
+    invokes = record is not None and request.get(INVOKES, request.method == "POST")
+    figures.answered(
+        metrics, request, status, duration_s, invoked=record if invokes else None, in_its_name=INVOKES in request
+    )
+    if (refused := request.get(REFUSED)) is not None:
+        metrics.count(REFUSALS, *refused)
+    _log(request, record, status, duration_s, logging.INFO if invokes else logging.DEBUG)
+
+
+def _log(request: web.Request, record: Record | None, status: int, duration_s: float, level: int) -> None:
     if not logger.isEnabledFor(level):
         return
-    facts: dict[str, object] = {"status": status, "duration_ms": round((time.perf_counter() - started_at) * 1000, 1)}
+    facts: dict[str, object] = {"status": status, "duration_ms": round(duration_s * 1000, 1)}
     if record is not None:
         facts |= {
             "request_id": record.id,
@@ -160,6 +173,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 def _problem(request: web.Request, error: Exception) -> web.Response:
     record = request.get(RECORD)
     instance = "" if _about_a_request(request.path) else request.path
+    if isinstance(error, TryLater | PayloadTooLarge):
+        request[REFUSED] = problems.kind_of(error).word, error.limit if isinstance(error, QueueFull) else ""
     response = problems.response(error, instance=instance, request_id=record.id if record else "")
     if isinstance(error, problems.CLOSING):
         response.force_close()

@@ -103,6 +103,11 @@ class Kind(NamedTuple):
     status: int
     type: str
 
+    @property
+    def word(self) -> str:
+        """What the type ends with."""
+        return self.type.rpartition(":")[2]
+
 
 _KINDS: dict[type[BaseException], Kind] = {
     BadRequest: Kind(400, UPSTREAM + "bad-request"),

@@ -16,6 +16,7 @@ from aiohttp import http_parser, web
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from api import status
 from api.app import make_app
 from api.channels import FAREWELL_S
 from api.connections import Connections
@@ -57,7 +58,7 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     assert runner.server is not None, "it was set up"
     runner.server.request_factory = partial(cast("Any", runner.server.request_factory), _cls=_Asked)
     try:
-        async with _attaching(front):
+        async with _attaching(front), status.shown(front):
             try:
                 async with _listening(
                     runner,

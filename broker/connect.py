@@ -22,7 +22,7 @@ from broker.backends.rabbitmq.users import VersionUsers
 from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
 from broker.keyring import Keyring
-from broker.ports import Blobs, Broker, NoUsers, Queue, Store, Users
+from broker.ports import Blobs, Broker, Guarded, NoUsers, Queue, Store, Users
 from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings
 from broker.signatures import Signatures
 
@@ -62,6 +62,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
             settings=settings,
             keyring=keyring,
             users=users,
+            circuits=tuple(each.circuit for each in (queue, store.results, blobs) if isinstance(each, Guarded)),
         )
 
 

@@ -272,7 +272,8 @@ class InstanceStatus(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
     """One replica: an inference container and its sidecar. Written by the sidecar, kept alive by its beat. One that is
-    `quarantined` takes no more work, and is there to be replaced."""
+    `quarantined` takes no more work, and is there to be replaced. `status_address` is `host:port` of its metrics, ""
+    for none."""
 
     id: str
     function_id: str
@@ -290,6 +291,7 @@ class Instance:
     specification_id: str = ""
     location: str = ""
     quarantined: bool = False
+    status_address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

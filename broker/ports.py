@@ -58,6 +58,7 @@ from broker.model import (
     Window,
 )
 from broker.settings import Settings
+from broker.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -715,6 +716,34 @@ class NoUsers:
         return
 
 
+class Circuit(Protocol):
+    """How this process and one server get on; both counts are since it began."""
+
+    @property
+    def server(self) -> str:
+        """`queue`, `store` or `blobs`."""
+
+    @property
+    def open(self) -> bool:
+        """Whether it has been away for so long that it is not asked."""
+
+    @property
+    def opened(self) -> int:
+        """How often it came to that."""
+
+    @property
+    def connections(self) -> int:
+        """How many were made to it; 0 where nobody counts them."""
+
+
+@runtime_checkable
+class Guarded(Protocol):
+    """A back end whose server can be away."""
+
+    @property
+    def circuit(self) -> Circuit: ...
+
+
 class Store(NamedTuple):
     """The ports that one store serves together."""
 
@@ -728,7 +757,8 @@ class Store(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broker:
-    """The data ports of one process, opened together by `broker.connect` and handed to every verb."""
+    """The data ports of one process, opened together by `broker.connect` and handed to every verb, and what the process
+    tells of itself."""
 
     queue: Queue
     results: Results
@@ -741,3 +771,5 @@ class Broker:
     settings: Settings
     keyring: Keyring
     users: Users = field(default_factory=NoUsers)
+    circuits: tuple[Circuit, ...] = ()
+    metrics: Metrics = field(default_factory=Metrics)

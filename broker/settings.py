@@ -71,6 +71,11 @@ class Settings(BaseSettings):
         description="What becomes of a message in the queue that carries no signature, where sidecars have keys: "
         "`refuse` sends it to the dead letters; `accept` is for as long as front ends run that do not sign yet.",
     )
+    status_host: str = Field(
+        "127.0.0.1",
+        description="Address of `status_port`. What is told there is for operators and has no key: give it another one "
+        "only where nobody else comes, as inside a container whose ports are not published.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
     log_format: Literal["json", "text"] = Field("json", description="`json`: one object a line; `text`: for people.")
 
@@ -434,6 +439,13 @@ class ApiSettings(SecretSettings):
         description="Name or address by which sidecars reach exactly this process (on Kubernetes, the pod's IP); "
         "empty: the address that it listens on, or this machine's own where that is every address.",
     )
+    status_port: int = Field(
+        8090,
+        ge=0,
+        le=65_535,
+        description="Port of `/metrics`, `/v1/health/live` and `/v1/health/ready`; 0 serves none, and so does the "
+        "default where it is taken. Processes that share a `port` need one each.",
+    )
     max_channels: int = Field(
         1000, ge=0, description="WebSockets and bidirectional streams at once, queued ones included; beyond it 503."
     )
@@ -586,11 +598,12 @@ class ControllerSettings(SecretSettings):
         7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."
     )
     status_port: int = Field(
-        0,
+        8091,
         ge=0,
         le=65_535,
-        description="Port of `/v1/health/live`, `/v1/health/ready`, `/v1/versions/{id}/load` (for autoscalers) and "
-        "`/v1/conservation` (what the auditor counted and mended, as JSON); 0 serves none.",
+        description="Port of `/metrics`, `/v1/health/live`, `/v1/health/ready`, `/v1/versions/{id}/load` (for "
+        "autoscalers), `/v1/targets` (sidecars, for Prometheus) and `/v1/conservation` (what the auditor counted and "
+        "mended, as JSON); 0 serves none, and so does the default where it is taken.",
     )
 
 
@@ -771,7 +784,8 @@ class SidecarSettings(Settings):
         0,
         ge=0,
         le=65_535,
-        description="Port of `/v1/health/live` and `/v1/health/ready`; 0 serves none. Upstream uses 8080.",
+        description="Port of `/metrics`, `/v1/health/live` and `/v1/health/ready`; 0 serves none. Upstream uses 8080, "
+        "and 8010 for metrics. Launchers give the sidecars that they start one each.",
     )
 
     @model_validator(mode="after")

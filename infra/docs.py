@@ -1,7 +1,9 @@
-"""Pages of `docs/` that are made from the code: `python -m infra.docs` writes them, a test compares them."""
+"""What is made from the code: pages of `docs/`, the dashboard, the alerts for Kubernetes. `python -m infra.docs` writes
+them, a test compares them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from broker.settings import ApiSettings, ControllerSettings, Settings, SidecarSettings
+from broker.telemetry.metrics import EVERY, OF_THE_PROCESS, REGISTRY, AnyMetric, Histogram, Process
+from infra.dashboards import DASHBOARD, dashboard
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -62,8 +66,100 @@ def _range(limits: list[Any]) -> str:
     return ", ".join([*shown, f"≤ {bounds['le']}"] if "le" in bounds else shown)
 
 
+METRICS = """# Metrics
+
+Every process tells what it does at `/metrics`, in Prometheus' text format, on a port that is not the public one:
+
+| | Port | Address |
+|---|---|---|
+| `fnqueue api` | `FNQUEUE_STATUS_PORT`, {api} | `FNQUEUE_STATUS_HOST`, {host} |
+| `fnqueue controller` | the same, {controller} | the same |
+| `fnqueue sidecar` | the same, none unless it is set; launchers give each of theirs one | the same |
+| `fnqueue dev` | the controller's; all of it is one process | the same |
+
+There is no key: who comes to the port may read. It listens on this machine alone until `FNQUEUE_STATUS_HOST` says
+otherwise, and a process does not start whose status port is its public one. A default port that is taken is gone
+without, and the log says `status_port_taken`; one that was set must be free.
+
+**Where sidecars are**, controllers tell: `/v1/targets` of any of them is what Prometheus' `http_sd_configs` reads.
+[infra/prometheus](../infra/prometheus/prometheus.yml) has a configuration for one machine, `docker compose --profile
+monitoring up` runs it, and Kubernetes has PodMonitors ([component
+`monitoring`](../infra/kubernetes/components/monitoring/kustomization.yaml)). The dashboard is
+[infra/grafana](../infra/grafana/dashboards/fnqueue.json), the alerts are
+[infra/prometheus/alerts.yml](../infra/prometheus/alerts.yml), and what to do about each is in
+[operations](operations.md#alerts).
+
+**Several front ends on one port** (`SO_REUSEPORT`) have a status port each: every process shows its own figures, and
+Prometheus adds them up ([decision 32](decisions/0032-metrics.md)).
+
+**What it costs**: about five microseconds a request, and nothing while nobody looks. A page is written in a thread, one
+at a time, about a second of it for 5,000 histograms; who comes within half a second of another gets the same page.
+
+**Labels** are bounded. There is none for requests, accounts and instances; functions and versions are those of the
+catalog. What a front end or controller counted of a version goes within ten minutes of its deletion, what a controller
+shows of it with the next look, and a sidecar's figures go with it. Names without `fnqueue_` are NVCF's own or
+OpenTelemetry's, so that dashboards that are made for those work.
+
+**Zero and blind differ.** Queue depth, in-flight and oldest age come from the controller that leads, and from what it
+reads anyway; while it cannot read, `fnqueue_queue_source_available` is 0 and there are no figures of versions at all.
+
+Made from `broker/telemetry/metrics.py` by `make docs`.
+"""
+ALERTS = DOCS.parent / "infra" / "prometheus" / "alerts.yml"
+RULES = DOCS.parent / "infra" / "kubernetes" / "components" / "monitoring" / "rules.yaml"
+RULE = """\
+# Made of infra/prometheus/alerts.yml by `make docs`.
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: fnqueue
+spec:
+  groups:
+"""
+PROCESSES = {
+    Process.API: "Front ends",
+    Process.SIDECAR: "Sidecars",
+    Process.CONTROLLER: "Controllers",
+}
+
+
+def metrics_page() -> str:
+    lines = METRICS.format(
+        api=ApiSettings.model_fields["status_port"].default,
+        controller=ControllerSettings.model_fields["status_port"].default,
+        host=ApiSettings.model_fields["status_host"].default,
+    ).splitlines()
+    lines += _section("Every process", [metric for metric in REGISTRY if metric.by == EVERY])
+    lines += ["", f"And of the process itself: {', '.join(f'`{name}`' for name in OF_THE_PROCESS)}."]
+    for process, title in PROCESSES.items():
+        lines += _section(title, [metric for metric in REGISTRY if process in metric.by and metric.by != EVERY])
+    return "\n".join(lines) + "\n"
+
+
+def _section(title: str, metrics: Iterable[AnyMetric]) -> list[str]:
+    rows = [
+        f"| `{metric.name}` | {metric.kind} | {', '.join(f'`{label}`' for label in metric.labels)} "
+        f"| {metric.help}{' NVCF has it by this name.' if metric.upstream else ''}{_buckets(metric)} |"
+        for metric in metrics
+    ]
+    return ["", f"## {title}", "", "| Name | Type | Labels | Meaning |", "|---|---|---|---|", *rows]
+
+
+def _buckets(metric: AnyMetric) -> str:
+    return f" Up to {', '.join(f'{bound:g}' for bound in metric.buckets)} s." if isinstance(metric, Histogram) else ""
+
+
+def prometheus_rule() -> str:
+    """The alerts as Prometheus' operator takes them."""
+    groups = ALERTS.read_text().partition("\ngroups:\n")[2]
+    return RULE + "\n".join(f"  {line}" if line else line for line in groups.splitlines()) + "\n"
+
+
 def main() -> None:
     DOCS.joinpath("settings.md").write_text(settings_page())
+    DOCS.joinpath("metrics.md").write_text(metrics_page())
+    DASHBOARD.write_text(dashboard())
+    RULES.write_text(prometheus_rule())
 
 
 if __name__ == "__main__":

@@ -260,6 +260,7 @@ class House:
             "FNQUEUE_LEASE_S": "3",
             "FNQUEUE_RENEW_S": "0.5",
             "FNQUEUE_LOG_LEVEL": "INFO",
+            "FNQUEUE_STATUS_PORT": "0",
             **settings,
         }
         self.fronts = [self._front(number, shared) for number in range(fronts)]

@@ -13,6 +13,7 @@ from broker.errors import ConfigurationError
 from broker.examination import profile_kept
 from broker.settings import SidecarSettings, load, refuse_memory
 from broker.telemetry import logs
+from broker.telemetry.process import observed
 from workers.health import NeverReady
 from workers.open_files import allow_open_files
 from workers.sidecar import serve
@@ -56,7 +57,11 @@ async def _serve(settings: SidecarSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with profile_kept(settings, stop), open_broker(settings) as broker:
+    async with (
+        profile_kept(settings, stop),
+        open_broker(settings) as broker,
+        observed(broker, forgets=False),  # it has one version, and may not list them
+    ):
         garbage.look_seldom()
         await serve(broker, settings, stop)
 

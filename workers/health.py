@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from aiohttp import web
 
 from broker.errors import ConfigurationError, FnqueueError
-from broker.settings import SidecarSettings
+from broker.settings import ControllerSettings, SidecarSettings
+from broker.telemetry.exposition import CONTENT_TYPE, Exposition
+from broker.telemetry.metrics import Metrics
 from workers.inference import Inference
 
+logger = logging.getLogger(__name__)
+
 _LAST_ANSWERS_S = 5.0
+_EVERYWHERE = frozenset({"", "0.0.0.0", "::"})
+# Addresses for examples (RFC 5737, RFC 3849).
+_ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
 class NeverReady(FnqueueError):
@@ -104,16 +114,36 @@ class Gate:
         await self._shut.wait()
 
 
+def status_address(settings: SidecarSettings) -> str:
+    """`host:port` by which others reach the status server; '' for none. Of one that listens everywhere, by this
+    machine's own address."""
+    host, port = settings.status_host, settings.status_port
+    if not port:
+        return ""
+    if host in _EVERYWHERE:
+        family = socket.AF_INET6 if host == "::" else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            # Nothing is sent: it only has the route looked up that leads out of this machine.
+            probe.connect((_ELSEWHERE[family], 9))
+            host = str(probe.getsockname()[0])
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @asynccontextmanager
-async def status_server(port: int, ready: Callable[[], Awaitable[str]], *routes: web.RouteDef) -> AsyncIterator[None]:
-    """Serve `/v1/health/live`, `/v1/health/ready` and `routes` on every address while the body runs; port 0 serves
-    none.
+async def status_server(
+    settings: SidecarSettings | ControllerSettings,
+    metrics: Metrics,
+    ready: Callable[[], Awaitable[str]],
+    *routes: web.RouteDef,
+) -> AsyncIterator[None]:
+    """Serve `/metrics`, `/v1/health/live`, `/v1/health/ready` and `routes` while the body runs; port 0 serves none.
 
     `ready` returns '' or what is missing. Calls that are being answered when the body is over get a few seconds more.
 
     Raises:
-        ConfigurationError: the port cannot be listened on.
+        ConfigurationError: the port cannot be listened on. A default that is taken is gone without.
     """
+    host, port = settings.status_host, settings.status_port
     if not port:
         yield
         return
@@ -125,15 +155,30 @@ async def status_server(port: int, ready: Callable[[], Awaitable[str]], *routes:
         missing = await ready()
         return web.json_response({"status": missing or "OK"}, status=503 if missing else 200)
 
+    async def metrics_route(_: web.Request) -> web.Response:
+        return web.Response(body=await exposition.text(), headers={"Content-Type": CONTENT_TYPE})
+
     app = web.Application()
-    app.add_routes([web.get("/v1/health/live", live_route), web.get("/v1/health/ready", ready_route), *routes])
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_ANSWERS_S)
-    await runner.setup()
-    try:
+    app.add_routes(
+        [
+            web.get("/metrics", metrics_route),
+            web.get("/v1/health/live", live_route),
+            web.get("/v1/health/ready", ready_route),
+            *routes,
+        ]
+    )
+    with Exposition(metrics) as exposition:
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=_LAST_ANSWERS_S)
+        await runner.setup()
         try:
-            await web.TCPSite(runner, port=port).start()
-        except OSError as exc:
-            raise ConfigurationError(f"status_port: {port} cannot be listened on: {exc.strerror}") from exc
-        yield
-    finally:
-        await runner.cleanup()
+            try:
+                await web.TCPSite(runner, host, port).start()
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE or "status_port" in settings.model_fields_set:
+                    raise ConfigurationError(
+                        f"status_port: {host}:{port} cannot be listened on: {exc.strerror}"
+                    ) from exc
+                logger.warning("status_port_taken", extra={"port": port})
+            yield
+        finally:
+            await runner.cleanup()

@@ -13,19 +13,32 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
 
 from broker.errors import RecordDamaged, StoreUnavailable, Unavailable
-from broker.model import Claim, DeadCause, Instance, InstanceStatus, Job, Lease, Outcome, RequestState, Timings, Verdict
+from broker.model import (
+    AttemptEnd,
+    Claim,
+    DeadCause,
+    Instance,
+    InstanceStatus,
+    Job,
+    Lease,
+    Outcome,
+    RequestState,
+    Timings,
+    Verdict,
+)
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
 from workers import loops
 from workers.channel import ClientLeft, Dialer, Line, converse, stopped
-from workers.health import Gate, status_server
+from workers.figures import Figures
+from workers.health import Gate, status_address, status_server
 from workers.inference import (
     INFERENCE_FAULT,
     AttemptFailed,
@@ -152,7 +165,10 @@ class Sidecar:
         self._leases = Leases(broker.results, settings, spawn=self._jobs.create_task)
         self._id = settings.instance_id or str(uuid.uuid4())
         self._quarantine = Quarantine(broker.catalog, settings, self._gate, self._id)
+        self._metrics = broker.metrics
+        self._figures = Figures(broker.metrics, settings)
         self._meter = Meter(settings, self._id)
+        self._status_address = status_address(settings)
         self._ready_at = 0.0
         self._created_at = time.time()
         self._started = False
@@ -174,7 +190,7 @@ class Sidecar:
                     loops.every(self._settings.beat_s, self._beat, name="beat"),
                     loops.every(HEARTBEAT_S, self._report, name="metering"),
                 ),
-                status_server(self._settings.status_port, self._missing, web.get("/v1/drain", drain_route)),
+                self._shown(web.get("/v1/drain", drain_route)),
             ):
                 try:
                     await loops.either(self._gate.start(), stop.wait())
@@ -188,9 +204,16 @@ class Sidecar:
                 async with asyncio.timeout(self._settings.store_timeout_s):
                     await self._catalog.retire(self._instance())
 
+    @asynccontextmanager
+    async def _shown(self, *routes: web.RouteDef) -> AsyncIterator[None]:
+        with self._figures.shown(busy=self._busy, ready=lambda: self._gate.healthy):
+            async with status_server(self._settings, self._metrics, self._missing, *routes):
+                yield
+
     async def _work(self, stop: asyncio.Event) -> None:
         await self._report()
         self._started = True
+        self._figures.ready(after_s=time.time() - self._created_at)
         with suppress(StoreUnavailable):
             await self._note_readiness()
             await self._beat()
@@ -343,7 +366,9 @@ class Sidecar:
             run.run_limited = run_timeout_s < answer.remaining_s
             if answer.lease.attempt == 1:
                 run.cold_start_s = max(0.0, self._ready_at - job.created_at)
-            run.facts = {"attempt": answer.lease.attempt, "queued_s": round(max(0.0, time.time() - job.created_at), 3)}
+            waited_s = max(0.0, time.time() - job.created_at)
+            run.facts = {"attempt": answer.lease.attempt, "queued_s": round(waited_s, 3)}
+            self._figures.claimed(first=answer.lease.attempt == 1, waited_s=waited_s, cold_start_s=run.cold_start_s)
         if answer.lost is not None:
             await self._quarantine.lost(job, answer.lost)
         return answer
@@ -493,6 +518,7 @@ class Sidecar:
         state = await loops.insist(postpone, on=StoreUnavailable, name="postpone")
         if state is RequestState.QUEUED:
             logger.info("postponed", extra={"request_id": run.job.id, "cause": str(busy), **run.facts})
+            self._tell(run, AttemptEnd.RETURNED)
             run.lease = None
             return busy.wait_s
         if state is RequestState.RUNNING:
@@ -616,7 +642,16 @@ class Sidecar:
             await run.delivery.ack()
         else:
             await run.delivery.requeue()
+        if state.terminal and state is not RequestState.DEAD:  # those the undertaker counts
+            self._figures.ended(state)
+        if run.lease is not None:
+            self._tell(run, _end_of(run, state, metered=metered))
         self._log(run, state, outcome, metered=metered)
+
+    def _tell(self, run: _Run, end: RequestState | AttemptEnd) -> None:
+        self._figures.attempted(
+            end, took_s=time.monotonic() - run.started_at, timings=run.timings, size_bytes=run.size_bytes
+        )
 
     def _log(self, run: _Run, state: RequestState, outcome: Outcome | None, *, metered: bool) -> None:
         if run.lease is None:
@@ -690,7 +725,17 @@ class Sidecar:
             specification_id=self._settings.specification_id,
             location=self._settings.region,
             quarantined=self._gate.condemned,
+            status_address=self._status_address,
         )
 
     def _busy(self) -> int:
         return sum(1 for run in self._runs.values() if run.lease is not None)
+
+
+def _end_of(run: _Run, state: RequestState, *, metered: bool) -> RequestState | AttemptEnd:
+    """What became of the attempt of a run that ends in `state`; `metered`: the request ended with it."""
+    if metered:
+        return state
+    if state.terminal or state is RequestState.RUNNING:
+        return AttemptEnd.LOST
+    return AttemptEnd.RETURNED if run.refund else AttemptEnd.FAILED

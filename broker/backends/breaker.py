@@ -17,10 +17,12 @@ PAUSE_S = (0.2, 2.0)  # first and longest time between two probes
 class Breaker:
     """Opens once nothing but failures came for `after_s`. While it is open no call goes through, until the server was
     `found`; then one does, and closes it if the server answers. A refusal by the server is an answer. `now` is a clock
-    in seconds."""
+    in seconds. `opened` and `connections` count, for those who watch."""
 
     def __init__(self, server: str, *, after_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self.server = server
+        self.opened = 0
+        self.connections = 0
         self._after_s = after_s
         self._now = now
         self._failing_since: float | None = None
@@ -61,7 +63,12 @@ class Breaker:
             return False
         logger.warning("breaker_opened", extra={"server": self.server})
         self._open = True
+        self.opened += 1
         return True
+
+    def connected(self) -> None:
+        """A connection was made."""
+        self.connections += 1
 
     def now(self) -> float:
         return self._now()

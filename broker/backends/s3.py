@@ -92,6 +92,10 @@ class S3Blobs:
         self._bucket_exists = False
         self._bucket_lock = threading.Lock()
 
+    @property
+    def circuit(self) -> Breaker:
+        return self._breaker
+
     def upload_url(
         self, key: str, *, content_type: str, description: str, expires_s: float, size_bytes: int = 0
     ) -> str:

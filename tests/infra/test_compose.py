@@ -72,7 +72,7 @@ def test_ports_are_open_on_loopback_only() -> None:
 def test_every_image_is_pinned_to_a_series() -> None:
     images = re.findall(r"^ *image: (\S+)$", COMPOSE, re.MULTILINE)
     assert images
-    assert [image for image in images if not re.search(r":(\d+\.\d+|local)$", image)] == []
+    assert [image for image in images if not re.search(r":(v?\d+\.\d+(\.\d+)?|local)$", image)] == []
 
 
 @pytest.mark.parametrize(

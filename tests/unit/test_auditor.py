@@ -387,7 +387,8 @@ async def test_what_is_not_ours_to_judge_stays(broker: Broker, clock: Clock) -> 
 async def test_the_status_shows_what_was_counted_and_mended(broker: Broker, version_id: str) -> None:
     await accept(broker, version_id)
     status, port = Status(broker), free_port()
-    async with status.shown(port), aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
+    settings = ControllerSettings(status_port=port)
+    async with status.shown(settings), aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
 
         async def facts() -> dict[str, object]:
             async with client.get("/v1/conservation") as answer:
@@ -396,7 +397,8 @@ async def test_the_status_shows_what_was_counted_and_mended(broker: Broker, vers
                 return found
 
         assert await facts() == {"leads": False, "conservation": None, "mended": None}
-        auditor = status.auditor = auditor_of(broker)
+        auditor = auditor_of(broker)
+        status.figures.leads(auditor)
         assert (await facts())["conservation"] is None
         await a_pass(auditor.records)
         shown = (await facts())["conservation"]
@@ -406,5 +408,5 @@ async def test_the_status_shows_what_was_counted_and_mended(broker: Broker, vers
         async with client.get("/v1/health/live") as answer:
             assert answer.status == 200
         with pytest.raises(ConfigurationError, match="status_port"):
-            async with Status(broker).shown(port):
+            async with Status(broker).shown(settings):
                 pass

@@ -14,6 +14,7 @@ from broker import deployments, functions
 from broker.functions import Definition
 from broker.model import Draft, FunctionStatus, GpuSpecification, Instance, InstanceStatus, Principal, Version
 from broker.ports import Broker
+from broker.settings import ControllerSettings
 from tests.eventually import eventually
 from tests.kubernetes_api import KubernetesApi, Object, kubernetes_api
 from tests.unit.launchers import Users
@@ -260,7 +261,8 @@ async def test_the_load_counts_what_runs_and_what_waits(memory_broker: Broker, u
     )
     await memory_broker.results.create(draft, queue_limit=10, watch=False)
     url = f"http://127.0.0.1:{unused_tcp_port}/v1"
-    async with Status(memory_broker).shown(unused_tcp_port), aiohttp.ClientSession() as session:
+    settings = ControllerSettings(status_port=unused_tcp_port)
+    async with Status(memory_broker).shown(settings), aiohttp.ClientSession() as session:
         async with session.get(f"{url}/versions/{version_id}/load") as response:
             told = await response.json()
         async with session.get(f"{url}/versions/none/load") as response:

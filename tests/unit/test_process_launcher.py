@@ -297,13 +297,15 @@ async def test_the_sidecar_is_told_all_about_its_instance(
     assert given.response_dir.is_dir()
 
 
-async def test_the_controllers_own_status_port_is_no_sidecars(
+async def test_each_sidecar_has_a_status_port_of_its_own_on_loopback(
     launcher: Launcher, sidecars: Sidecars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FNQUEUE_STATUS_PORT", "8090")
+    monkeypatch.setenv("FNQUEUE_STATUS_HOST", "0.0.0.0")
     await started(launcher)
     (given,) = sidecars.settings
-    assert given.status_port == 0
+    assert given.status_port not in (0, 8090, given.inference_port, given.health_port)
+    assert given.status_host == "127.0.0.1"
 
 
 def test_a_sidecar_process_reads_back_the_settings_it_was_meant_to_have(

@@ -53,7 +53,7 @@ async def serve(
     leadership = Leadership(broker.catalog, holder)
     status = Status(broker)
     async with (
-        status.shown(settings.status_port),
+        status.shown(settings),
         beside(
             every(RENEW_S, leadership.renew, name="leadership"),
             _lead(broker, settings, launcher, leadership, status, offered or asyncio.Event()),
@@ -91,7 +91,9 @@ async def _lead(
     """One term after another."""
 
     async def offer() -> None:
-        await broker.catalog.offer(await launcher.gpus(), ttl_s=OFFER_TTL_S)
+        gpus = await launcher.gpus()
+        await broker.catalog.offer(gpus, ttl_s=OFFER_TTL_S)
+        status.figures.offered(gpus)
         offered.set()
 
     while True:
@@ -101,12 +103,17 @@ async def _lead(
             chores = Chores(group)
             reconciler: Reconciler | FleetReconciler
             if isinstance(launcher, Fleet):  # whose passes deliver secrets too
-                reconciler = FleetReconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
+                reconciler = FleetReconciler(
+                    broker, settings, launcher, chores, leads=lambda: leadership.held, saw=status.figures.saw
+                )
                 also = []
             else:
-                reconciler = Reconciler(broker, settings, launcher, chores, leads=lambda: leadership.held)
+                reconciler = Reconciler(
+                    broker, settings, launcher, chores, leads=lambda: leadership.held, saw=status.figures.saw
+                )
                 also = [every(REFRESH_S, leadership.only(Refresher(broker, launcher).step), name="secrets")]
-            auditor = status.auditor = Auditor(broker, settings, leads=lambda: leadership.held)
+            auditor = Auditor(broker, settings, leads=lambda: leadership.held)
+            status.figures.leads(auditor)
             async with beside(
                 every(OFFER_S, leadership.only(offer), name="offer"),
                 every(settings.reconcile_s, leadership.only(reconciler.step), name="reconcile"),
@@ -120,7 +127,7 @@ async def _lead(
                 every(auditor.objects.pause_s, leadership.only(auditor.objects.step), name="audit_objects"),
             ):
                 await leadership.lost()
-            status.auditor = None
+            status.figures.leads(None)
             chores.cancel()
         logger.warning("leadership_lost", extra={"holder": leadership.holder})
 

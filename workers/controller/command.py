@@ -13,6 +13,7 @@ from broker.errors import ConfigurationError
 from broker.examination import profile_kept
 from broker.settings import ControllerSettings, load, refuse_memory
 from broker.telemetry import logs
+from broker.telemetry.process import observed
 from workers.controller import serve
 from workers.launchers import open_platform
 
@@ -49,6 +50,7 @@ async def _run(settings: ControllerSettings) -> None:
     async with (
         profile_kept(settings, stop),
         open_broker(settings) as broker,
+        observed(broker),
         open_platform(settings) as launcher,
     ):
         await serve(broker, settings, launcher, stop)

@@ -64,7 +64,8 @@ class View:
 @dataclass(slots=True)
 class FleetReconciler:
     """`step` is one pass; it waits for the platform's API and for no instance. A new leader starts with nothing.
-    `now` is a monotonic clock, and `leads` says whether this controller may still act."""
+    `now` is a monotonic clock, and `leads` says whether this controller may still act. `saw` is told
+    what each pass finds."""
 
     broker: Broker
     settings: ControllerSettings
@@ -72,6 +73,7 @@ class FleetReconciler:
     chores: Chores
     now: Callable[[], float] = time.monotonic
     leads: Callable[[], bool] = lambda: True
+    saw: Callable[[Sequence[View]], object] = lambda _: None
     _quarantines: dict[str, Streak] = field(default_factory=dict)
     _faults: dict[str, str] = field(default_factory=dict)
     _hopeless: set[str] = field(default_factory=set)
@@ -87,6 +89,7 @@ class FleetReconciler:
         kept, replicas = await self.fleet.kept(), await self.fleet.replicas()
         rows = await self.broker.catalog.deployments.list()
         views = await self._look([row.item for row in rows], kept, replicas)
+        self.saw(views)
         for view in views:
             if not self.leads():
                 return

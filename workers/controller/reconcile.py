@@ -126,7 +126,7 @@ class View:
 class Reconciler:
     """`step` is one pass; it never waits for an instance. What it remembers between passes it can do without: a
     new leader starts with nothing. `now` is a monotonic clock, and `leads` says whether this controller may still act:
-    its process may be stopped and go on anywhere in a pass."""
+    its process may be stopped and go on anywhere in a pass. `saw` is told what each pass finds."""
 
     broker: Broker
     settings: ControllerSettings
@@ -134,6 +134,7 @@ class Reconciler:
     chores: Chores
     now: Callable[[], float] = time.monotonic
     leads: Callable[[], bool] = lambda: True
+    saw: Callable[[Sequence[View]], object] = lambda _: None
     _histories: dict[str, History] = field(default_factory=dict)
     _decisions: dict[str, Decision] = field(default_factory=dict)
     _streaks: dict[str, Streak] = field(default_factory=dict)
@@ -151,6 +152,7 @@ class Reconciler:
         launched = await self.launcher.launched()
         rows = await self.broker.catalog.deployments.list()
         views = await self._look([row.item for row in rows], launched)
+        self.saw(views)
         for view in views:
             try:
                 await self._tend(view)

@@ -3,38 +3,55 @@ everything that was accepted."""
 
 from __future__ import annotations
 
+import asyncio
+import re
 import uuid
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 
 from aiohttp import web
 
 from broker.errors import StoreUnavailable, Unavailable
 from broker.ports import Broker
+from broker.settings import ControllerSettings
+from broker.telemetry.metrics import Process
 from workers.controller.auditor import Auditor
+from workers.controller.figures import Figures
 from workers.health import status_server
 from workers.loops import together
 
+# A sidecar beside somebody's code names its own; a URL of anything else is none.
+_ADDRESS = re.compile(r"(?:[0-9A-Za-z.-]{1,253}|\[[0-9a-fA-F:]{2,39}\]):[0-9]{1,5}", re.ASCII)
+
 
 class Status:
-    """`auditor` is set while this controller leads."""
-
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self.auditor: Auditor | None = None
+        self.figures = Figures()
 
-    def shown(self, port: int) -> AbstractAsyncContextManager[None]:
-        """Serve `/v1/health/live`, `/v1/health/ready`, `/v1/versions/{id}/load` and `/v1/conservation` while the body
-        runs; port 0 serves none. Every controller answers, whether it leads or not.
+    @property
+    def auditor(self) -> Auditor | None:
+        """While this controller leads."""
+        return self.figures.auditor
 
-        Raises ConfigurationError when it is entered: the port cannot be listened on.
+    @asynccontextmanager
+    async def shown(self, settings: ControllerSettings) -> AsyncIterator[None]:
+        """Serve `/metrics`, `/v1/health/live`, `/v1/health/ready`, `/v1/versions/{id}/load`, `/v1/targets` and
+        `/v1/conservation` while the body runs; port 0 serves none. Every controller answers, whether it leads or not.
+
+        Raises ConfigurationError: the port cannot be listened on.
         """
-        return status_server(
-            port,
-            self._fault,
+        routes = (
             web.get("/v1/versions/{version_id}/load", self._load),
+            web.get("/v1/targets", self._targets),
             web.get("/v1/conservation", self._conservation),
         )
+        metrics = self._broker.metrics
+        metrics.announce(Process.CONTROLLER)
+        with metrics.reading(self.figures.read):
+            async with status_server(settings, metrics, self._fault, *routes):
+                yield
 
     def facts(self) -> dict[str, object]:
         """`conservation` is null until all was counted once, and both are where another controller leads."""
@@ -72,6 +89,24 @@ class Status:
                 "running": load.running,
                 "oldestAgeS": round(load.oldest_age_s, 3),
             }
+        )
+
+    async def _targets(self, _: web.Request) -> web.Response:
+        """The sidecars that can be scraped, as Prometheus' HTTP service discovery reads them. Never a list that is only
+        a part: that is a 503, on which it keeps the one that it has."""
+        catalog = self._broker.catalog
+        try:
+            rows = await catalog.deployments.list()
+            reports = await asyncio.gather(*(catalog.instances(row.item.version_id) for row in rows))
+        except StoreUnavailable as exc:
+            raise web.HTTPServiceUnavailable(text=str(exc)) from exc
+        return web.json_response(
+            [
+                {"targets": [instance.status_address], "labels": {"instance_id": instance.id}}
+                for reported in reports
+                for instance in reported
+                if _ADDRESS.fullmatch(instance.status_address)
+            ]
         )
 
     async def _conservation(self, _: web.Request) -> web.Response:

@@ -14,6 +14,7 @@ from broker import dead_letters
 from broker.errors import RecordDamaged, StoreUnavailable, Unavailable
 from broker.model import Claim, DeadCause, Job, Record, RequestState, Verdict
 from broker.ports import Broker, Delivery
+from broker.telemetry.metrics import DEAD_LETTERS, ENDED
 from workers.loops import insist
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,10 @@ async def bury(broker: Broker, delivery: Delivery, end: End, *, hold_s: float = 
         await delivery.requeue()
         raise
     await delivery.ack()
+    labels = delivery.job.function_id, delivery.job.version_id
+    broker.metrics.count(ENDED, *labels, claim.state.value)
+    if claim.state is RequestState.DEAD:
+        broker.metrics.count(DEAD_LETTERS, *labels, await _cause(broker, delivery.job, end))
     logger.info(
         "request_buried",
         extra={"request_id": delivery.job.id, "version_id": delivery.job.version_id, "state": claim.state.value},
@@ -149,6 +154,14 @@ async def _end(broker: Broker, delivery: Delivery, what: End) -> Claim:
         if claim.verdict is not Verdict.HELD:
             return claim
         await asyncio.sleep(min(max(claim.wait_s, _LOOK_AT_LEAST_S), _LOOK_AGAIN_S))
+
+
+async def _cause(broker: Broker, job: Job, end: End) -> str:
+    """The record's, which whoever ended it before has written; that of the queue where nothing tells."""
+    with suppress(Unavailable):
+        if (record := await broker.results.glance(job.id)) is not None and record.cause:
+            return record.cause
+    return end.cause
 
 
 async def _keep(broker: Broker, delivery: Delivery) -> None:

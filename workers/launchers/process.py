@@ -209,13 +209,15 @@ class ProcessLauncher:
         cards = await self._choose(specification)
         taken = {instance.port for instance in self._instances.values()}
         port = _free_port(taken)
+        health_port = _free_port({*taken, port}) if _is_asked_apart(version) else port
         folder = self._root / instance_id
         settings = self._sidecar_settings(
             instance_id,
             version,
             specification,
             port=port,
-            health_port=_free_port({*taken, port}) if _is_asked_apart(version) else port,
+            health_port=health_port,
+            status_port=_free_port({*taken, port, health_port}),
             folder=folder,
             gpu_count=len(cards),
         )
@@ -292,6 +294,7 @@ class ProcessLauncher:
         *,
         port: int,
         health_port: int,
+        status_port: int,
         folder: Path,
         gpu_count: int,
     ) -> SidecarSettings:
@@ -303,7 +306,7 @@ class ProcessLauncher:
             backend=BACKEND,
             data_dir=self._settings.data_dir.resolve(),
             gpu_count=gpu_count,
-            status_port=0,  # one that this environment names is the controller's
+            status_port=status_port,
             inference_host=_HOST,
             inference_port=port,
             health_port=health_port,

@@ -54,8 +54,10 @@ class Line:
     """One connection for messages and one for topology, to any node, each made when it is asked for and made anew once
     it is lost."""
 
-    def __init__(self, url: str, purpose: str, *, answer_s: float) -> None:
+    def __init__(self, url: str, purpose: str, *, answer_s: float, connected: Callable[[], None] | None = None) -> None:
+        """`connected` is told of each connection that was made."""
         self.answer_s = answer_s
+        self._connected = connected
         # Callers read this one; where the broker is, is for the log alone.
         self.away = "the job queue does not answer; try again"
         self._nodes = _nodes(url)
@@ -138,10 +140,13 @@ class Line:
 
     async def _to_this_node(self, connect: Callable[[str], Awaitable[Opened]]) -> Opened:
         try:
-            return await connect(self._node.geturl())
+            made = await connect(self._node.geturl())
         except BaseException:
             self._at += 1
             raise
+        if self._connected is not None:
+            self._connected()
+        return made
 
     async def _open_wire(self) -> Wire:
         async def connect(url: str) -> Wire:

@@ -77,14 +77,18 @@ class RabbitQueue:
         # It may use what is there for its version, and nothing else.
         self._confined = isinstance(settings, SidecarSettings)
         self._answer_s = settings.publish_timeout_s
-        self._publishing = Line(url, "publish", answer_s=self._answer_s)
-        self._consuming = Line(url, "consume", answer_s=self._answer_s)
+        # As long as the first caller is kept waiting: a leader that moves, or a restart, costs nobody an error.
+        self._breaker = Breaker("queue", after_s=settings.accept_timeout_s - UNBLOCK_S)
+        self._publishing = Line(url, "publish", answer_s=self._answer_s, connected=self._breaker.connected)
+        self._consuming = Line(url, "consume", answer_s=self._answer_s, connected=self._breaker.connected)
         self._publisher: Publisher | None = None
         self._publisher_lock = asyncio.Lock()
         self._prepared = False
-        # As long as the first caller is kept waiting: a leader that moves, or a restart, costs nobody an error.
-        self._breaker = Breaker("queue", after_s=settings.accept_timeout_s - UNBLOCK_S)
         self._seeking: asyncio.Task[None] | None = None
+
+    @property
+    def circuit(self) -> Breaker:
+        return self._breaker
 
     async def prepare(self) -> None:
         """Make the dead letters' place exist, or leave it to the first use when the broker is away, and to those who

@@ -386,6 +386,7 @@ class _Lane:
             raise
         else:
             self._connecting, self._wire = None, wire
+            self.connection.breaker.connected()
             if self._channel:
                 self._subscribe(wire)
             self._flush()

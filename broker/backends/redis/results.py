@@ -16,6 +16,7 @@ import orjson
 
 from broker.activity import Minute
 from broker.backends.admission import limit_met
+from broker.backends.breaker import Breaker
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import activity, scripts
@@ -98,6 +99,10 @@ class RedisResults:
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
         self._cursors: dict[str, int] = {}
+
+    @property
+    def circuit(self) -> Breaker:
+        return self._connection.breaker
 
     # -- submitters -------------------------------------------------------------------------------
 

@@ -262,6 +262,7 @@ class DockerLauncher:
             scratch_dir="",
             # On the machine's own network, every sidecar would want the same one.
             status_port=0 if self._on_host else plans.STATUS_PORT,
+            status_host="0.0.0.0",  # in a network namespace of its own
         )
 
     @property

@@ -317,6 +317,7 @@ class _Rendering:
             inference_port=self.version.inference_port,
             health_port=self._health_port,
             status_port=self._status_port,
+            status_host="0.0.0.0",  # the kubelet and Prometheus come by the pod's address
         )
 
     def _open_settings(self) -> dict[str, str]:

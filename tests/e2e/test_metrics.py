@@ -1,0 +1,181 @@
+"""Metrics of the real product: every process tells what was done, and a real Prometheus, configured as shipped, has an
+answer to every question of the dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from infra.dashboards import panels
+from infra.local import binaries
+from infra.local.process import LOOPBACK, free_port
+from infra.local.servers import S3, RabbitMQ, Redis
+from tests.eventually import eventually
+from tests.house import RECORDER, Function, House, running, users
+from tests.prometheus import Prometheus
+from tests.unit.scrapes import Scrape
+
+DB = 5
+API, CONTROLLER = "127.0.0.1:8090", "127.0.0.1:8091"
+
+
+@pytest.fixture
+def ports() -> dict[str, int]:
+    """Of the front end's status and the controller's, by where they are unless they are told otherwise."""
+    return {API: free_port(), CONTROLLER: free_port()}
+
+
+@pytest.fixture
+def house(
+    product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path: Path, ports: dict[str, int]
+) -> Iterator[House]:
+    fronts, controllers = users(product_rabbitmq, redis_server, s3, database=DB)
+    controllers["FNQUEUE_STATUS_PORT"] = str(ports[CONTROLLER])
+    made = House(
+        tmp_path,
+        fronts,
+        controllers,
+        FNQUEUE_STATUS_PORT=str(ports[API]),
+        FNQUEUE_AUDIT_S="0.5",
+        FNQUEUE_MAX_ATTEMPTS="1",
+    )
+    with running(made) as started:
+        yield started
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path, ports: dict[str, int]) -> Iterator[Prometheus]:
+    binaries.ensure(binaries.MONITORING)
+    places = {shipped: f"{LOOPBACK}:{port}" for shipped, port in ports.items()}
+    server = Prometheus(tmp_path / "prometheus", places)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+async def page_at(address: str) -> Scrape:
+    async with aiohttp.ClientSession() as session, session.get(f"http://{address}/metrics") as answered:
+        assert answered.status == 200
+        return Scrape.of(await answered.text())
+
+
+async def sidecars(controller: int) -> list[str]:
+    """As Prometheus is told of them."""
+    url = f"http://{LOOPBACK}:{controller}/v1/targets"
+    async with aiohttp.ClientSession() as session, session.get(url) as answered:
+        return [target for group in await answered.json() for target in group["targets"]]
+
+
+def as_grafana_asks(expression: str) -> str:
+    return expression.replace("$__rate_interval", "1m").replace("$version", ".*")
+
+
+async def test_an_invocation_shows_in_every_process_and_on_the_dashboard(
+    house: House, prometheus: Prometheus, ports: dict[str, int]
+) -> None:
+    api, controller = (f"{LOOPBACK}:{port}" for port in ports.values())
+    async with house.caller() as caller:
+        # From nothing: so that there is a cold start.
+        function = await caller.deploy(RECORDER, instances=0, most=1)
+        before = await page_at(api)
+        assert before.value("function_request_total", function_version_id=function.version_id) is None
+        assert (await caller.invoke(function.id)).status == 200
+        too_large = await caller.call("POST", f"/v2/nvcf/pexec/functions/{function.id}", body=b"x" * 6 * 1024 * 1024)
+        assert too_large.status == 413
+        await seen_by_the_front_end(api, function)
+        await seen_by_the_sidecar(ports[CONTROLLER], function)
+        await seen_by_the_controller(controller, function)
+        await asyncio.gather(*(caller.invoke(function.id) for _ in range(5)))
+
+        for job in ("fnqueue-api", "fnqueue-controller", "fnqueue-sidecar"):
+            await eventually(partial(prometheus.query, f'up{{job="{job}"}} == 1'), bool)
+        asked = [as_grafana_asks(query.expression) for panel in panels() for query in panel.queries]
+        assert len(asked) > 40
+        of_the_dead = [expression for expression in asked if "dead_letters" in expression]
+        for expression in asked:
+            if expression not in of_the_dead:
+                await has_an_answer(prometheus, expression)
+
+        died = await caller.invoke(function.id, {"die": True})
+        assert died.status == 500
+        assert died.json["type"].endswith(":request-dead")
+        for expression in of_the_dead:
+            await has_an_answer(prometheus, expression)
+        await an_alert_fires(prometheus, "FnqueueDeadLetters")
+        assert {rule["health"] for rule in await prometheus.rules()} == {"ok"}
+        await function.undeploy()
+
+        async def versions_of_the_controller() -> set[str]:
+            samples = (await page_at(controller)).samples
+            return {dict(labels)["function_version_id"] for name, labels in samples if name == "fnqueue_queue_depth"}
+
+        await eventually(versions_of_the_controller, lambda seen: function.version_id not in seen)
+
+
+async def seen_by_the_front_end(address: str, function: Function) -> None:
+    page = await eventually(
+        partial(page_at, address),
+        lambda seen: seen.value("fnqueue_refusals_total", reason="payload-too-large") == 1,
+    )
+    assert page.value("function_request_total", function_version_id=function.version_id) == 1
+    assert page.value("function_request_latency_count", function_id=function.id) == 1
+    assert page.value("fnqueue_build_info") == 1
+    for server in ("queue", "store", "blobs"):
+        assert page.value("fnqueue_server_breaker_open", server=server) == 0
+    for server in ("queue", "store"):
+        assert (page.value("fnqueue_server_connections_total", server=server) or 0) >= 1
+
+
+async def seen_by_the_sidecar(controller: int, function: Function) -> None:
+    (address,) = await eventually(partial(sidecars, controller), bool)
+    page = await eventually(
+        partial(page_at, address), lambda seen: seen.value("fnqueue_requests_ended_total", state="fulfilled") == 1
+    )
+    version = {"function_id": function.id, "function_version_id": function.version_id}
+    for name in ("fnqueue_request_wait_seconds", "fnqueue_request_run_seconds", "fnqueue_cold_start_seconds"):
+        assert page.value(f"{name}_count", **version) == 1, name
+    assert page.value("fnqueue_attempts_total", end="fulfilled", **version) == 1
+    assert page.value("nvcf_worker_service_response_total", error_code="0", **version) == 1
+    assert page.value("fnqueue_sidecar_ready", **version) == 1
+
+
+async def seen_by_the_controller(address: str, function: Function) -> None:
+    version = {"function_version_id": function.version_id}
+
+    def settled(page: Scrape) -> bool:
+        """Once the next pass of each loop has looked."""
+        counted = page.value("fnqueue_audit_requests", state="done") == 1
+        busy = [page.value(name, **version) for name in ("fnqueue_queue_depth", "fnqueue_requests_running")]
+        return counted and busy == [0, 0] and page.value("fnqueue_version_slots", **version) == 1
+
+    page = await eventually(partial(page_at, address), settled)
+    assert page.value("fnqueue_controller_leads") == 1
+    assert page.value("fnqueue_queue_source_available") == 1
+    assert page.value("nvcf_function_queue_depth", **version) == 0
+    assert page.value("fnqueue_instances", state="running", **version) == 1
+    assert page.value("nvcf_function_info", **version, function_name="under-test") == 1
+    assert page.value("fnqueue_audit_requests", state="accepted") == 1
+    assert page.value("fnqueue_audit_balanced") == 1
+    assert (page.value("fnqueue_gpu_capacity_instances", instance_type="CPU") or 0) > 0
+
+
+async def has_an_answer(prometheus: Prometheus, expression: str) -> None:
+    found = await eventually(partial(prometheus.query, expression), bool)
+    assert found, expression
+
+
+async def an_alert_fires(prometheus: Prometheus, name: str) -> None:
+    async def alerts() -> list[dict[str, Any]]:
+        return [alert for rule in await prometheus.rules() if rule["name"] == name for alert in rule["alerts"]]
+
+    (alert,) = await eventually(alerts, lambda found: bool(found) and found[0]["state"] == "firing")
+    assert alert["labels"]["cause"] == "attempts-exhausted", json.dumps(alert)
