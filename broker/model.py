@@ -827,6 +827,17 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Who waits for a version, as it was `at` this time of the store's. `landmarks` are some of them, the first and the
+    last included, as rank (from 1) and when they were accepted, in order; `running` are claimed and unfinished."""
+
+    at: float
+    queued: int
+    running: int
+    landmarks: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """What one look at a part of all records found. `states` counts those that can be read, by state; `unreadable`
     the others. `expired` were overdue and are not any more, `placed` were missing from their version's books. `cursor`

@@ -41,6 +41,7 @@ from broker.model import (
     Interest,
     Job,
     Lease,
+    Line,
     Load,
     Outcome,
     Position,
@@ -52,7 +53,7 @@ from broker.model import (
     Timings,
     Verdict,
 )
-from broker.ports import FURTHEST, MOST_UPDATES, PAGE_SCAN
+from broker.ports import FURTHEST, LANDMARKS, MOST_UPDATES, PAGE_SCAN
 from broker.settings import Settings, SidecarSettings
 
 logger = logging.getLogger(__name__)
@@ -352,6 +353,20 @@ class RedisResults:
             Load(queued=int(queued), running=int(running), oldest_age_s=int(age) / 1000)
             for queued, running, age in replies
         ]
+
+    async def line(self, version_id: str) -> Line:
+        places = (_waiting(version_id), _running(version_id))
+        [[now, queued, running, *landmarks]] = await self._connection.run(scripts.LINE.call(places, LANDMARKS))
+        with reading("who waits"):
+            return Line(
+                at=int(now) / 1000,
+                queued=int(queued),
+                running=int(running),
+                landmarks=tuple(
+                    (int(rank), float(score) / 1_000_000)
+                    for rank, score in zip(landmarks[::2], landmarks[1::2], strict=True)
+                ),
+            )
 
     async def activity(self, version_ids: Sequence[str], *, minutes: int) -> list[tuple[Minute, ...]]:
         if not version_ids:

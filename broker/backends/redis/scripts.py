@@ -940,6 +940,24 @@ return {redis.call('ZCARD', KEYS[1]), redis.call('ZCARD', KEYS[2]), age}
 """
 )
 
+# KEYS waiting running · ARGV most landmarks
+# returns {now in ms, queued, running, then of each landmark: rank, score}
+LINE = Script(
+    _NOW
+    + """
+local queued = redis.call('ZCARD', KEYS[1])
+local answer = {now, queued, redis.call('ZCARD', KEYS[2])}
+local marks = math.min(queued, tonumber(ARGV[1]))
+for mark = 1, marks do
+  local rank = marks > 1 and math.floor((mark - 1) * (queued - 1) / (marks - 1)) or 0
+  local found = redis.call('ZRANGE', KEYS[1], rank, rank, 'WITHSCORES')
+  answer[#answer + 1] = rank + 1
+  answer[#answer + 1] = found[2]
+end
+return answer
+"""
+)
+
 # KEYS epoch · ARGV number for a new one · returns "<number>:<born>"
 EPOCH = Script(
     _NOW
