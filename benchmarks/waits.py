@@ -1,8 +1,8 @@
 """`python -m benchmarks.waits`: play recorded arrivals to the estimates of waits, and count how often they were right.
 
-No servers and no clock, as `benchmarks.scaling`: the real estimates (`broker/estimates.py`) and the real autoscaler over
-simulated instances. Each request asks as an honest client does: when it is accepted, and then whenever `Retry-After` is
-over. Runs and starts take random times from a seeded source, so that every run gives the same figures.
+No servers and no clock, as `benchmarks.scaling`: the real estimates (`broker/estimates.py`) and the real autoscaler
+over simulated instances. Each request asks as an honest client does: when it is accepted, and then whenever
+`Retry-After` is over. Runs and starts take random times from a seeded source, so that every run gives the same figures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def _lognormal(mean_s: float, spread: float) -> Draw:
 
 def _mixed(source: random.Random) -> float:
     """Four short ones to a long one."""
-    return source.lognormvariate(math.log(0.3), 0.2) if source.random() < 0.8 else source.lognormvariate(math.log(4), 0.2)
+    return (
+        source.lognormvariate(math.log(0.3), 0.2) if source.random() < 0.8 else source.lognormvariate(math.log(4), 0.2)
+    )
 
 
 # How runs may be spread, each about a second in the mean.
@@ -197,7 +199,9 @@ class _World:
             landmarks=tuple((rank + 1, self._queue[rank].accepted_at) for rank in ranks),
         )
         ready = [each for each in self._instances if each.ready_at <= self.now]
-        starting = tuple(Starting(since=each.since, slots=self.plan.slots) for each in self._instances if each not in ready)
+        starting = tuple(
+            Starting(since=each.since, slots=self.plan.slots) for each in self._instances if each not in ready
+        )
         present = int(self.now // 60)
         for minute in (present - 1, present):
             if minute in self._minutes:

@@ -43,7 +43,6 @@ class Estimate:
     p90_s: float
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Starting:
     """An instance that is not ready yet, and since when it has been starting."""

@@ -584,7 +584,8 @@ class Record:
     `queue_deadline_at` is until when its first attempt must start, `run_timeout_s` how long each may take; 0 is no
     limit but that of `deadline_at`. `attempts` are in order, the newest MOST_ATTEMPTS_KEPT of those that came to
     nothing, and then the one that runs or ended the request. `cause` is a DeadCause of one that is dead, "" of others
-    and of one that an older release ended; `redriven_as` is the request that was made of it.
+    and of one that an older release ended; `redriven_as` is the request that was made of it. `rank` is its place among
+    those that wait, as `Position` tells it, known only to whoever has just made it; else 0.
     """
 
     id: str
@@ -610,6 +611,7 @@ class Record:
     unread: bool = False
     cause: str = ""
     redriven_as: str = ""
+    rank: int = field(default=0, compare=False)
 
     @property
     def due_at(self) -> float:

@@ -219,7 +219,8 @@ class MemoryResults:
             if met := self._met(of, whose, draft.size_bytes):
                 raise limit_met(of, met, self._settings, queue_limit)
         now = int(self._now() * 1000) / 1000  # what is told in milliseconds can be asked for again
-        return self._add(draft, created_at=now, deadline_at=now + draft.deadline_s).record()
+        made = self._add(draft, created_at=now, deadline_at=now + draft.deadline_s).record()
+        return replace(made, rank=len(self._waiting[draft.version_id]))
 
     def _met(self, of: str, whose: str, size_bytes: int) -> str:
         """The limit that one more would exceed, "" if there is room."""

@@ -119,7 +119,7 @@ class RedisResults:
         await self._look_before(draft, queue_limit)
         commands = self._creating(draft, nonce, queue_limit, self.channel if watch else "")
         try:
-            met, made, met_by_account = await self._connection.run(*commands, durable=True)
+            placed, made, met_by_account = await self._connection.run(*commands, durable=True)
         except TooFewReplicas:
             with suppress(StoreUnavailable):
                 await self._discard(draft, nonce)
@@ -136,7 +136,9 @@ class RedisResults:
                 deadline_at=int(deadline) / 1000,
                 queue_deadline_at=int(queue_deadline) / 1000,
                 run_timeout_s=int(run_ms) / 1000,
+                rank=placed if isinstance(placed, int) else 0,
             )
+        met = b"" if isinstance(placed, int) else placed
         if is_new and (met or met_by_account):
             await self._discard(draft, nonce)
             if met:

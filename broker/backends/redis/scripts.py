@@ -720,7 +720,7 @@ end
 """
 
 # KEYS waiting due ledger · ARGV id limit queue_ms member bytes account most_requests most_bytes (0: any number)
-# returns '' when there is room, else which limit is met: queued, requests or bytes
+# returns its rank when there is room, '' if it has its place already, else which limit is met: queued, requests, bytes
 ENQUEUE = Script(
     _NOW
     + _ADMIT
@@ -733,7 +733,7 @@ local met = admit(KEYS[3], ARGV[4], ARGV[5] + 0, ARGV[5] .. ' ' .. ARGV[6], ARGV
 if met ~= '' then return met end
 redis.call('ZADD', KEYS[1], time[1] * 1000000 + time[2], ARGV[1])
 if ARGV[3] ~= '0' then redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1]) end
-return ''
+return redis.call('ZCARD', KEYS[1])
 """
 )
 
