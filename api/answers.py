@@ -9,6 +9,7 @@ from enum import Enum
 from multidict import CIMultiDict
 
 from api import headers, problems
+from broker.estimates import Estimate
 from broker.model import Outcome, Record, RequestState
 
 EXPOSED = "nvcf-reqid"
@@ -44,6 +45,17 @@ class Speaker(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """How much longer a request is likely to take, and the most that `Retry-After` may be, in seconds."""
+
+    estimate: Estimate | None
+    longest_pause_s: float
+
+
+NOT_KNOWN = Pending(estimate=None, longest_pause_s=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     status: int
     headers: CIMultiDict[str]
@@ -51,14 +63,19 @@ class Answer:
 
 
 def answer(
-    record: Record, *, status_url: str, download_url: Callable[[str, str], str], speaker: Speaker = Speaker.SERVER
+    record: Record,
+    *,
+    status_url: str,
+    download_url: Callable[[str, str], str],
+    speaker: Speaker = Speaker.SERVER,
+    pending: Pending = NOT_KNOWN,
 ) -> Answer:
     """The answer to whoever asks for this request.
 
     `download_url` signs a URL for a blob's key and the file name to save it under.
     """
     if not record.state.terminal:
-        return _pending(record, status_url)
+        return _pending(record, status_url, pending)
     if record.outcome is None or record.state in _OURS_TO_TELL:
         return _ended(record)
     if record.outcome.blob_key:
@@ -114,11 +131,15 @@ def timed_out(record: Record) -> Answer:
     return Answer(status=504, headers=_marked(record, "errored"))
 
 
-def _pending(record: Record, status_url: str) -> Answer:
+def _pending(record: Record, status_url: str, pending: Pending) -> Answer:
     running = record.state is RequestState.RUNNING
     found = _marked(record, "in-progress" if running else "pending-evaluation")
     found["Location"] = status_url
     found["Retry-After"] = POLL_AGAIN_S
+    if pending.estimate is not None:
+        # Of those who come back then, one in ten could have come sooner.
+        found["Retry-After"] = headers.retry_after(min(pending.estimate.p10_s, pending.longest_pause_s))
+        found[headers.ETA] = headers.eta(pending.estimate)
     if record.progress is None:
         return Answer(status=202, headers=found)
     found[headers.PERCENT_COMPLETE] = str(record.progress.percent)

@@ -689,7 +689,11 @@ _MARKS = {
     headers.PERCENT_COMPLETE: "Progress, where the function tells it.",
 }
 _TIMED = _MARKS | {headers.SERVER_TIMING: "Where the time of a finished request went, in milliseconds."}
-_AGAIN = {"Location": "Where to ask again.", "Retry-After": "Seconds to wait before."}
+_AGAIN = {
+    "Location": "Where to ask again.",
+    "Retry-After": "Seconds to wait before.",
+    headers.ETA: "How many seconds there are until the result, where that is known: `p50=4.2, p90=9.8`.",
+}
 _REPLIES = [
     Reply(status=200, description="The function's answer.", media="*/*", headers=_TIMED),
     Reply(

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from api import limits
+from broker.estimates import Estimate
 from broker.functions import Change, Definition, ModelChange
 from broker.model import (
     Health,
@@ -183,6 +184,12 @@ def present(
         run_timeout=f"PT{version.run_timeout_s:.15g}S" if version.run_timeout_s else None,
     )
     return shown.model_copy(update=dict.fromkeys(_OWNERS_ONLY)) if foreign else shown
+
+
+def eta(estimate: Estimate | None) -> wire.Eta | None:
+    if estimate is None:
+        return None
+    return wire.Eta(p50_seconds=round(estimate.p50_s, 3), p90_seconds=round(estimate.p90_s, 3))
 
 
 def instant(unix_s: float) -> datetime:

@@ -19,6 +19,7 @@ from broker.errors import Overloaded, TryLater
 from broker.events import Places
 from broker.functions import CallableVersions
 from broker.limits import RateLimiter
+from broker.outlooks import Outlooks
 from broker.ports import Broker
 from broker.registries import Registry, recognized
 from broker.settings import ApiSettings
@@ -45,6 +46,7 @@ class Front:
     bodies: Bodies
     health: Health
     places: Places
+    outlooks: Outlooks
     listeners: Listeners
     registries: Sequence[Registry]
 
@@ -73,6 +75,7 @@ class Front:
             bodies=Bodies(settings),
             health=Health(broker),
             places=Places(broker.results, calls.spawn),
+            outlooks=Outlooks(broker, calls.spawn),
             listeners=Listeners(settings.max_event_streams),
             registries=recognized(settings.recognized_registries, settings.custom_registries),
         )

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from multidict import MultiMapping
 
 from broker.errors import BadRequest
+from broker.estimates import Estimate
 from broker.model import EVENT_STREAM, Quota
 
 REQUEST_ID = "NVCF-REQID"
 STATUS = "NVCF-STATUS"
 PERCENT_COMPLETE = "NVCF-PERCENT-COMPLETE"
+ETA = "NVCF-ETA"
 POLL_SECONDS = "NVCF-POLL-SECONDS"
 INPUT_ASSETS = "NVCF-INPUT-ASSET-REFERENCES"
 QUEUE_TIMEOUT = "NVCF-QUEUE-TIMEOUT-SECONDS"
@@ -40,6 +42,7 @@ EXPOSED = (
     REQUEST_ID.lower(),
     STATUS.lower(),
     PERCENT_COMPLETE.lower(),
+    ETA.lower(),
     RATE_LIMIT.lower(),
     RATE_LIMIT_POLICY.lower(),
     PREFERENCE_APPLIED.lower(),
@@ -296,6 +299,15 @@ def bearer(headers: MultiMapping[str]) -> str | None:
 def retry_after(seconds: float) -> str:
     """Whole seconds, at least 1, rounded up."""
     return str(max(1, math.ceil(seconds)))
+
+
+def eta(estimate: Estimate) -> str:
+    """Seconds until the result, as a dictionary of decimals (RFC 9651)."""
+    return f"p50={_decimal(estimate.p50_s)}, p90={_decimal(estimate.p90_s)}"
+
+
+def _decimal(number: float) -> str:
+    return f"{number:.3f}".rstrip("0").rstrip(".")
 
 
 def server_timing(phases: Mapping[str, float]) -> str:

@@ -586,7 +586,8 @@ class Record:
     `queue_deadline_at` is until when its first attempt must start, `run_timeout_s` how long each may take; 0 is no
     limit but that of `deadline_at`. `attempts` are in order, the newest MOST_ATTEMPTS_KEPT of those that came to
     nothing, and then the one that runs or ended the request. `cause` is a DeadCause of one that is dead, "" of others
-    and of one that an older release ended; `redriven_as` is the request that was made of it.
+    and of one that an older release ended; `redriven_as` is the request that was made of it. `rank` is its place among
+    those that wait, as `Position` tells it, known only to whoever has just made it; else 0.
     """
 
     id: str
@@ -612,6 +613,7 @@ class Record:
     unread: bool = False
     cause: str = ""
     redriven_as: str = ""
+    rank: int = field(default=0, compare=False)
 
     @property
     def due_at(self) -> float:
@@ -826,6 +828,17 @@ class Load:
     queued: int
     running: int
     oldest_age_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Who waits for a version, as it was `at` this time of the store's. `landmarks` are some of them, the first and the
+    last included, as rank (from 1) and when they were accepted, in order; `running` are claimed and unfinished."""
+
+    at: float
+    queued: int
+    running: int
+    landmarks: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

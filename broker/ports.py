@@ -37,6 +37,7 @@ from broker.model import (
     Job,
     Key,
     Lease,
+    Line,
     Load,
     Login,
     Outcome,
@@ -144,6 +145,7 @@ PAGE_SCAN = 1000
 MOST_UPDATES = 256
 # The last place in a queue that is told exactly.
 FURTHEST = 1000
+LANDMARKS = 33
 
 
 class Watch(Protocol):
@@ -264,6 +266,9 @@ class Results(Protocol):
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         """One Load per version, in the order asked."""
+
+    async def line(self, version_id: str) -> Line:
+        """Who waits for the version, with LANDMARKS of them at most, evenly spread."""
 
     async def activity(self, version_ids: Sequence[str], *, minutes: int) -> list[tuple[Minute, ...]]:
         """What ended in the last `minutes` (1 to KEPT_MINUTES) of each version, in the order asked: a Minute for each,

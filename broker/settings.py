@@ -379,6 +379,13 @@ class ApiSettings(SecretSettings):
         ge=0,
         description="Callers that may listen to the events of their requests at once; one more is answered 503.",
     )
+    max_poll_pause_s: float = Field(
+        30,
+        ge=1,
+        le=3600,
+        description="The most seconds that `Retry-After` of a 202 asks for. It is the time by which one request in ten "
+        "would have its result; 1 where that is not known.",
+    )
     asset_url_ttl_s: float = Field(3600, ge=60, le=7 * 86_400, description="Seconds an asset's upload URL works.")
     result_url_ttl_s: float = Field(
         86_400, ge=60, le=7 * 86_400, description="Seconds a large result's download URL works."

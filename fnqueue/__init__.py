@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fnqueue.blocking import Client, Function, Handle
     from fnqueue.client import AsyncClient, AsyncFunction, AsyncHandle, Upload
     from fnqueue.errors import FnqueueError
-    from fnqueue.events import Done, Queued, Running, StreamEvent
+    from fnqueue.events import Done, Eta, Queued, Running, StreamEvent
     from fnqueue.inputs import File
     from fnqueue.mapping import Mapped
     from fnqueue.results import Result
@@ -26,6 +26,7 @@ __all__ = [
     "AsyncHandle",
     "Client",
     "Done",
+    "Eta",
     "File",
     "FnqueueError",
     "Function",
@@ -43,7 +44,7 @@ _HOMES = {
     "fnqueue.blocking": ("Client", "Function", "Handle"),
     "fnqueue.client": ("AsyncClient", "AsyncFunction", "AsyncHandle", "Upload"),
     "fnqueue.errors": ("FnqueueError",),
-    "fnqueue.events": ("Done", "Queued", "Running", "StreamEvent"),
+    "fnqueue.events": ("Done", "Eta", "Queued", "Running", "StreamEvent"),
     "fnqueue.inputs": ("File",),
     "fnqueue.mapping": ("Mapped",),
     "fnqueue.results": ("Result",),

@@ -96,11 +96,23 @@ def follow(handle: Handle, line: Line, timeout_s: float) -> None:
 
 def described(event: Queued | Running | Done) -> str:
     if isinstance(event, Queued):
-        return f"queued, {event.position} of {event.length}" if event.position else "queued"
+        place = f", {event.position} of {event.length}" if event.position else ""
+        return f"queued{place}" + (f", {expected(event.eta.p50_s, event.eta.p90_s)}" if event.eta else "")
     if isinstance(event, Running):
         again = f", attempt {event.attempt}" if event.attempt > 1 else ""
         return f"running{again}" + ("" if event.percent is None else f", {event.percent} %")
     return event.status
+
+
+def expected(p50_s: float, p90_s: float) -> str:
+    return f"done in about {_time(p50_s)} (9 in 10: {_time(p90_s)})"
+
+
+def _time(seconds: float) -> str:
+    """As exact as an estimate deserves."""
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 7200 else f"{round(seconds / 3600)} h"
 
 
 def _answer(

@@ -11,7 +11,7 @@ import click
 from fnqueue import wire
 from fnqueue.blocking import Handle
 from fnqueue.errors import Refused
-from fnqueue.invoke import follow
+from fnqueue.invoke import expected, follow
 from fnqueue.terminal import Line, calling, server_options, table
 
 
@@ -60,6 +60,7 @@ def _described(receipt: wire.RequestReceipt, place: str) -> str:
         "Request": receipt.request_id,
         "Status": receipt.status + (f" ({receipt.status_code})" if receipt.status_code else ""),
         "Position": place,
+        "Expected": expected(receipt.eta.p50_seconds, receipt.eta.p90_seconds) if receipt.eta else "",
         "Reason": receipt.reason,
         "Cause": receipt.cause,
         "Function": receipt.function_id,

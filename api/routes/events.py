@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 import orjson
 from aiohttp import web
 
 from api import answers, auth, headers
 from api import events as sse
+from api.definitions import eta
 from api.front import Front
 from api.routes.invocations import status_url
 from broker import events, invocations
 from broker.accounts import INVOKE
+from broker.estimates import Estimate
 from broker.events import Event, Kind, Seen
 from broker.model import EVENT_STREAM, Principal, Progress, Record
 from broker.ports import FURTHEST
@@ -43,16 +46,21 @@ async def _events(front: Front, request: web.Request, record: Record, seen: Seen
     async with aclosing(events.follow(front.broker.results, front.places, record, seen)) as found:
         async for event in found:
             await auth.still(front, request, INVOKE)
-            yield _encoded(front, request, event) if event is not None else sse.KEEP_ALIVE
+            yield await _encoded(front, request, event) if event is not None else sse.KEEP_ALIVE
 
 
-def _encoded(front: Front, request: web.Request, event: Event) -> bytes:
+async def _encoded(front: Front, request: web.Request, event: Event) -> bytes:
     """A place in the queue has no ID: it is told anew to whoever comes back."""
     event_id = "" if event.kind is Kind.QUEUED else str(event.seen)
-    return sse.encode(event.kind, _data(front, request, event).to_json(), event_id=event_id)
+    estimate = None
+    if event.kind in (Kind.QUEUED, Kind.STARTED):
+        estimate = await front.outlooks.estimate(
+            replace(event.record, rank=event.position.rank if event.position else 0)
+        )
+    return sse.encode(event.kind, _data(front, request, event, estimate).to_json(), event_id=event_id)
 
 
-def _data(front: Front, request: web.Request, event: Event) -> wire.RequestEvent:
+def _data(front: Front, request: web.Request, event: Event, estimate: Estimate | None) -> wire.RequestEvent:
     record, place = event.record, event.position
     progress, done = event.progress or Progress(percent=0), event.kind is Kind.DONE
     location = status_url(front, request, record.id)
@@ -62,6 +70,7 @@ def _data(front: Front, request: web.Request, event: Event) -> wire.RequestEvent
         status=answer.headers[headers.STATUS],
         position_in_queue=min(place.rank, FURTHEST) if place else None,
         queue_length=place.length if place else None,
+        eta=eta(estimate),
         attempt=record.attempt if event.kind in (Kind.STARTED, Kind.PROGRESS) else None,
         percent_complete=progress.percent if event.progress else None,
         partial_response=orjson.loads(progress.partial),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from aiohttp import web
 
 from api import answers, auth, headers, streams
-from api.answers import Answer, Speaker
+from api.answers import Answer, Pending, Speaker
 from api.bodies import Body
 from api.calls import Accepting, Interrupted
 from api.front import Front
@@ -257,7 +257,13 @@ async def _answer(front: Front, request: web.Request, record: Record, manner: Ma
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
     where = status_url(front, request, record.id, manner)
-    answer = answers.answer(record, status_url=where, download_url=download_url, speaker=manner.speaker)
+    pending = answers.NOT_KNOWN
+    if not record.state.terminal:
+        estimate = await front.outlooks.estimate(record)
+        pending = Pending(estimate=estimate, longest_pause_s=settings.max_poll_pause_s)
+    answer = answers.answer(
+        record, status_url=where, download_url=download_url, speaker=manner.speaker, pending=pending
+    )
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
     return answer

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from aiohttp import web
 
 from api import headers, payloads, queries
-from api.definitions import instant
+from api.definitions import eta, instant
 from api.front import Front
 from api.routes import functions as function_routes
 from broker import invocations
@@ -49,6 +50,7 @@ async def position(front: Front, request: web.Request, principal: Principal) -> 
             function_version_id=record.version_id,
             position_in_queue=min(found.rank, FURTHEST),
             queue_length=found.length,
+            eta=eta(await front.outlooks.estimate(replace(record, rank=found.rank))),
         )
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from api import answers, cursors, headers, payloads, queries
-from api.definitions import instant
+from api.definitions import eta, instant
 from api.front import Front
 from broker import invocations
 from broker.model import Attempt, Principal, Record, RequestFilter, RequestState
@@ -54,6 +54,7 @@ async def get(front: Front, request: web.Request, principal: Principal) -> web.R
             run_timeout_seconds=record.run_timeout_s or None,
             attempts=[_attempt(each) for each in record.attempts],
             timings=_timings(record),
+            eta=eta(await front.outlooks.estimate(record)),
         )
     )
     answer.headers[headers.REQUEST_ID] = record.id

@@ -120,7 +120,7 @@ from fnqueue.wire.keys import (
 from fnqueue.wire.limits import RateLimitModel, SetRateLimit
 from fnqueue.wire.llm import LlmConfig, LlmConfigUpdate, LlmInvocationConfig, ModelUpdate, Priority
 from fnqueue.wire.problems import Problem
-from fnqueue.wire.queues import Activity, ActivityMinute, Position, QueueDepth, Queues, Times
+from fnqueue.wire.queues import Activity, ActivityMinute, Eta, Position, QueueDepth, Queues, Times
 from fnqueue.wire.registries import (
     CreateRegistryCredential,
     RecognizedRegistries,
@@ -203,6 +203,7 @@ __all__ = [
     "EnvelopeAnswer",
     "EnvelopeHeader",
     "EnvironmentVariable",
+    "Eta",
     "ExtraKubernetesType",
     "Function",
     "FunctionAnswer",

@@ -23,13 +23,23 @@ class Queues(Wire):
     queues: list[QueueDepth]
 
 
+class Eta(Wire):
+    """How many seconds there are until the result, as it is likely by what the version did lately: half of the requests
+    that were told this take `p50_seconds` at most, nine in ten `p90_seconds`."""
+
+    p50_seconds: float
+    p90_seconds: float
+
+
 class Position(Wire):
-    """`position_in_queue` is 1 for the next, 0 once started, and 1000 for all further back."""
+    """`position_in_queue` is 1 for the next, 0 once started, and 1000 for all further back. `eta` is there where enough
+    is known of the version."""
 
     function_id: str
     function_version_id: str
     position_in_queue: int
     queue_length: int | None = None
+    eta: Eta | None = None
 
 
 class Times(Wire):

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from fnqueue.wire.fields import Wire
+from fnqueue.wire.queues import Eta
 
 
 class Cancelled(Wire):
@@ -65,27 +66,29 @@ class RequestTimings(Wire):
 
 class RequestReceipt(RequestSummary):
     """All that is known of one request. `queueDeadlineAt` is until when its first attempt had to begin,
-    `runTimeoutSeconds` how long each may take; `timings` come with its end."""
+    `runTimeoutSeconds` how long each may take; `timings` come with its end, `eta` before it, where it is known."""
 
     deadline_at: datetime
     queue_deadline_at: datetime | None = None
     run_timeout_seconds: float | None = None
     attempts: list[RequestAttempt]
     timings: RequestTimings | None = None
+    eta: Eta | None = None
 
 
 class RequestEvent(Wire):
     """Data of one event of a request: `queued`, `started`, `progress` or `done`.
 
     `status` is as in `NVCF-STATUS`. `queued` has a place as in `Position`, unless it is not known; `started` and
-    `progress` the number of the attempt; `done` the HTTP status under which `location` has the result, and in `detail`
-    why there is none.
+    `progress` the number of the attempt; `queued` and `started` an `eta`, where it is known; `done` the HTTP status
+    under which `location` has the result, and in `detail` why there is none.
     """
 
     request_id: str
     status: str
     position_in_queue: int | None = None
     queue_length: int | None = None
+    eta: Eta | None = None
     attempt: int | None = None
     percent_complete: int | None = None
     partial_response: dict[str, Any] | None = None

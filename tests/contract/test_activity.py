@@ -16,7 +16,7 @@ from broker.backends.redis import keys
 from broker.backends.redis.connection import Connection
 from broker.backends.redis.store import open_store
 from broker.model import Draft, Job, Lease, Outcome, RequestState, Timings
-from broker.ports import Results, Upkeep
+from broker.ports import LANDMARKS, Results, Upkeep
 from broker.settings import Settings
 from infra.local.servers import Redis
 from tests.eventually import eventually
@@ -194,6 +194,39 @@ async def test_a_request_that_was_set_aside_counts_when_it_ends(store: Store, ve
     for _ in range(2):
         await store.results.cancel(cancelled.id, reason="why")
     assert (await lately(store.results, version_id)).ends == {RequestState.FULFILLED: 1, RequestState.CANCELLED: 1}
+
+
+async def test_a_line_has_its_ends_and_landmarks_between(store: Store, version_id: str) -> None:
+    assert (await store.results.line(version_id)).landmarks == ()
+    jobs = [await accept(store.results, version_id) for _ in range(3 * LANDMARKS)]
+    await granted(store.results, jobs[0])
+    line = await store.results.line(version_id)
+    assert (line.queued, line.running, len(line.landmarks)) == (3 * LANDMARKS - 1, 1, LANDMARKS)
+    assert [line.landmarks[0][0], line.landmarks[-1][0]] == [1, line.queued]
+    for rank, accepted_at in line.landmarks:
+        assert accepted_at == pytest.approx(jobs[rank].created_at, abs=5)
+    assert line.at >= jobs[-1].created_at
+
+
+async def test_one_alone_in_a_line_is_its_landmark(store: Store, version_id: str) -> None:
+    await accept(store.results, version_id)
+    [(rank, _)] = (await store.results.line(version_id)).landmarks
+    assert rank == 1
+
+
+async def test_a_new_request_knows_its_rank(store: Store, version_id: str) -> None:
+    made = [
+        await store.results.create(
+            Draft(id=name, account="acme", function_id="f", version_id=version_id, digest="d", deadline_s=60.0),
+            queue_limit=100,
+            watch=False,
+        )
+        for name in map(str, (uuid.uuid4(), uuid.uuid4()))
+    ]
+    assert [record.rank for record in made] == [1, 2]
+    found = await store.results.read(made[1].id)
+    assert found is not None
+    assert found.rank == 0
 
 
 async def test_a_minute_is_kept_for_a_day(version_id: str) -> None:

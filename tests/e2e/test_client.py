@@ -57,7 +57,9 @@ async def test_a_request_tells_how_it_goes_and_is_found_again_by_its_id(
     request_id = (await fnq.function(recorder.id).spawn(order)).id
     handle = fnq.handle(request_id)
     found = handle.events(timeout_s=LIMIT_S)
-    assert await anext(found) == Queued(position=1, length=1)
+    first = await anext(found)
+    assert isinstance(first, Queued)
+    assert (first.position, first.length) == (1, 1)
     (tmp_path / "before").touch()
     seen = []
     async for event in found:

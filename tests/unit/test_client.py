@@ -25,7 +25,7 @@ from fnqueue.errors import (
     TimedOut,
     UnknownFunction,
 )
-from fnqueue.events import Done, Queued, Running
+from fnqueue.events import Done, Eta, Queued, Running
 from fnqueue.inputs import File
 from tests.unit.service import (
     ASSET_ID,
@@ -423,7 +423,7 @@ async def test_events_go_on_behind_the_last_one_when_the_connection_breaks(
     service: Service, client: AsyncClient
 ) -> None:
     service.tells = True
-    queued = event("queued", positionInQueue=2, queueLength=5)
+    queued = event("queued", positionInQueue=2, queueLength=5, eta={"p50Seconds": 4.5, "p90Seconds": 9})
     service.will(
         events("retry: 1500\n\n", queued, event("started", "1.0", attempt=1), cut=True),
         problem(503, **{"Retry-After": "9"}),
@@ -432,7 +432,7 @@ async def test_events_go_on_behind_the_last_one_when_the_connection_breaks(
     )
     found = [each async for each in client.handle(REQUEST_ID).events()]
     assert found == [
-        Queued(position=2, length=5),
+        Queued(position=2, length=5, eta=Eta(p50_s=4.5, p90_s=9.0)),
         Running(attempt=1),
         Running(attempt=1, percent=40, partial={"text": "so"}),
         Done(status="fulfilled", status_code=200),

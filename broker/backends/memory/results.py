@@ -34,6 +34,7 @@ from broker.model import (
     Interest,
     Job,
     Lease,
+    Line,
     Load,
     Outcome,
     Position,
@@ -45,7 +46,7 @@ from broker.model import (
     Timings,
     Verdict,
 )
-from broker.ports import MOST_UPDATES, PAGE_SCAN
+from broker.ports import LANDMARKS, MOST_UPDATES, PAGE_SCAN
 from broker.settings import Settings
 
 OVERDUE = "not finished before its deadline"
@@ -218,7 +219,8 @@ class MemoryResults:
             if met := self._met(of, whose, draft.size_bytes):
                 raise limit_met(of, met, self._settings, queue_limit)
         now = int(self._now() * 1000) / 1000  # what is told in milliseconds can be asked for again
-        return self._add(draft, created_at=now, deadline_at=now + draft.deadline_s).record()
+        made = self._add(draft, created_at=now, deadline_at=now + draft.deadline_s).record()
+        return replace(made, rank=len(self._waiting[draft.version_id]))
 
     def _met(self, of: str, whose: str, size_bytes: int) -> str:
         """The limit that one more would exceed, "" if there is room."""
@@ -457,6 +459,17 @@ class MemoryResults:
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         return [self._load(version_id) for version_id in version_ids]
+
+    async def line(self, version_id: str) -> Line:
+        waiting = self._waiting.get(version_id, [])
+        marks = min(len(waiting), LANDMARKS)
+        ranks = [(len(waiting) - 1) * mark // max(1, marks - 1) for mark in range(marks)]
+        return Line(
+            at=self._now(),
+            queued=len(waiting),
+            running=len(self._running.get(version_id, ())),
+            landmarks=tuple((rank + 1, self._entries[waiting[rank][1]].created_at) for rank in ranks),
+        )
 
     async def activity(self, version_ids: Sequence[str], *, minutes: int) -> list[tuple[Minute, ...]]:
         return [self._activity.minutes(version_id, minutes) for version_id in version_ids]

@@ -42,6 +42,7 @@ from broker.model import (
     Interest,
     Job,
     Lease,
+    Line,
     Load,
     Outcome,
     Position,
@@ -53,7 +54,7 @@ from broker.model import (
     Timings,
     Verdict,
 )
-from broker.ports import FURTHEST, MOST_UPDATES, PAGE_SCAN
+from broker.ports import FURTHEST, LANDMARKS, MOST_UPDATES, PAGE_SCAN
 from broker.settings import Settings, SidecarSettings
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class RedisResults:
         with reading(draft.id):
             if int(made[0]) < 0:
                 raise limit_met(_text(made[2]), _text(made[1]), self._settings, queue_limit)
-            _, state, created, deadline, function_id, version_id, queue_deadline, run_ms = made
+            _, state, created, deadline, function_id, version_id, queue_deadline, run_ms, rank = made
             return Record(
                 id=draft.id,
                 account=draft.account,
@@ -142,6 +143,7 @@ class RedisResults:
                 deadline_at=int(deadline) / 1000,
                 queue_deadline_at=int(queue_deadline) / 1000,
                 run_timeout_s=int(run_ms) / 1000,
+                rank=int(rank),
             )
 
     def _creating(self, draft: Draft, nonce: str, queue_limit: int, channel: str) -> Command:
@@ -316,6 +318,20 @@ class RedisResults:
             Load(queued=int(queued), running=int(running), oldest_age_s=int(age) / 1000)
             for queued, running, age in replies
         ]
+
+    async def line(self, version_id: str) -> Line:
+        places = (_waiting(version_id), _running(version_id))
+        [[now, queued, running, *landmarks]] = await self._connection.run(scripts.LINE.call(places, LANDMARKS))
+        with reading("who waits"):
+            return Line(
+                at=int(now) / 1000,
+                queued=int(queued),
+                running=int(running),
+                landmarks=tuple(
+                    (int(rank), float(score) / 1_000_000)
+                    for rank, score in zip(landmarks[::2], landmarks[1::2], strict=True)
+                ),
+            )
 
     async def activity(self, version_ids: Sequence[str], *, minutes: int) -> list[tuple[Minute, ...]]:
         if not version_ids:

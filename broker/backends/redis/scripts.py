@@ -264,7 +264,7 @@ end
 # KEYS record waiting due version's-ledger list account's-ledger
 # ARGV id member nonce channel account function version deadline_ms retention_ms queue_ms run_ms bytes queue_limit
 #   list's: limit ttl_ms · version's: most_requests most_bytes · account's: the same, 0: any number; none if it has none
-# returns {1 if made now, state, created, deadline, function, version, queue_deadline, run_ms}
+# returns {1 if made now, state, created, deadline, function, version, queue_deadline, run_ms, rank if made now or 0}
 #   or {-1, the limit that is met: queued, requests or bytes, version or account}; nothing was written then
 CREATE = Script(
     _NOW
@@ -298,7 +298,7 @@ if made then
   if queue ~= '0' then redis.call('HSET', r, 'Q', queue) end
   if run ~= '0' then redis.call('HSET', r, 'U', run) end
   redis.call('PEXPIRE', r, ARGV[8] + ARGV[9])
-  return {1, 'queued', created, deadline, ARGV[6], ARGV[7], queue, run}
+  return {1, 'queued', created, deadline, ARGV[6], ARGV[7], queue, run, redis.call('ZCARD', KEYS[2])}
 end
 local mine = 0
 if f[2] == ARGV[3] then
@@ -308,7 +308,7 @@ else
   redis.call('HINCRBY', r, 'p', 1)
 end
 f = redis.call('HMGET', r, 's', 'c', 'd', 'f', 'v', 'Q', 'U')
-return {mine, f[1], f[2], f[3], f[4], f[5], f[6] or '0', f[7] or '0'}
+return {mine, f[1], f[2], f[3], f[4], f[5], f[6] or '0', f[7] or '0', 0}
 """
 )
 
@@ -991,6 +991,24 @@ LOAD = Script(
 local oldest = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
 local age = oldest[2] and math.max(0, now - math.floor(oldest[2] / 1000)) or 0
 return {redis.call('ZCARD', KEYS[1]), redis.call('ZCARD', KEYS[2]), age}
+"""
+)
+
+# KEYS waiting running · ARGV most landmarks
+# returns {now in ms, queued, running, then of each landmark: rank, score}
+LINE = Script(
+    _NOW
+    + """
+local queued = redis.call('ZCARD', KEYS[1])
+local answer = {now, queued, redis.call('ZCARD', KEYS[2])}
+local marks = math.min(queued, tonumber(ARGV[1]))
+for mark = 1, marks do
+  local rank = marks > 1 and math.floor((mark - 1) * (queued - 1) / (marks - 1)) or 0
+  local found = redis.call('ZRANGE', KEYS[1], rank, rank, 'WITHSCORES')
+  answer[#answer + 1] = rank + 1
+  answer[#answer + 1] = found[2]
+end
+return answer
 """
 )
 
