@@ -143,6 +143,17 @@ class Settings(BaseSettings):
         ge=1,
         description="Dead requests that are kept with their inputs for one account; the oldest make way.",
     )
+    webhook_ttl_s: float = Field(
+        7 * 86_400,
+        ge=2 * 86_400,
+        le=30 * 86_400,
+        description="Seconds for which a webhook's delivery and its log are kept; tries go on for 18 hours of them.",
+    )
+    webhooks_kept: int = Field(
+        10_000,
+        ge=1,
+        description="Deliveries that are kept of one account, delivered or not; the oldest make way.",
+    )
     lease_s: float = Field(
         15, ge=1, le=300, description="Seconds after which a silent worker's attempt may be run again."
     )
@@ -260,6 +271,20 @@ class SecretSettings(Settings):
         description="Keys that sign messages in the queue, spelled the same: the first signs, all are good, and so is "
         "one made of `secret_key`, which is the only one where this is empty. The same on every front end and "
         "controller; a controller with neither starts sidecars that check nothing.",
+    )
+
+    webhook_networks: str = Field(
+        "",
+        description="Networks that webhooks may reach though they are not public, such as `10.1.0.0/16,fd00:1::/64`. "
+        "Addresses that are private, loopback, link-local, of a cloud's metadata or otherwise special are refused, "
+        "whatever name leads to them.",
+    )
+    webhook_ports: str = Field(
+        "443,8443",
+        description="Ports that webhooks may use: `443,8443,9000-9099`.",
+    )
+    webhook_http: bool = Field(
+        False, description="Whether webhooks may go to `http://` too: then anybody on the way can read them."
     )
 
     queue_management_url: SecretStr = Field(
@@ -581,6 +606,15 @@ class ControllerSettings(SecretSettings):
         gt=0,
         le=30 * 86_400,
         description="Seconds without a request after which a version is left with its minimum of instances.",
+    )
+    webhook_timeout_s: float = Field(
+        15, ge=1, le=30, description="Seconds that a webhook's receiver may take to answer, with its name looked up."
+    )
+    webhook_calls: int = Field(
+        64,
+        ge=4,
+        le=1024,
+        description="Webhooks that are sent at once, a quarter of them of one account and four of them to one host.",
     )
     error_ttl_s: float = Field(
         7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."

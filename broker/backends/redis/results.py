@@ -19,6 +19,7 @@ from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection, TooFewReplicas
+from broker.backends.redis.keys import WEBHOOKS
 from broker.backends.redis.keys import account as _account
 from broker.backends.redis.keys import body as _body
 from broker.backends.redis.keys import due as _due
@@ -34,6 +35,7 @@ from broker.model import (
     NO_TIMINGS,
     Attempt,
     AttemptEnd,
+    Callback,
     Claim,
     Draft,
     Epoch,
@@ -64,6 +66,8 @@ _CROWDED_S = 1.0
 _MOST_CROWDED = 1000
 _EPOCH = re.compile(rb"(\d{1,3}):(\d{1,15})")
 _STRAY_AFTER_S = 60.0
+# Its record is there by then: one exchange makes both.
+_FIRST_LOOK_S = 60.0
 _PAGE_BATCH = 250
 # A record is made some time before its entry in the account's list, and unfinished it lives this much longer than
 # its deadline and retention.
@@ -115,7 +119,7 @@ class RedisResults:
         await self._look_before(draft, queue_limit)
         commands = self._creating(draft, nonce, queue_limit, self.channel if watch else "")
         try:
-            met, made, met_by_account = await self._connection.run(*commands, durable=True)
+            *_, met, made, met_by_account = await self._connection.run(*commands, durable=True)
         except TooFewReplicas:
             with suppress(StoreUnavailable):
                 await self._discard(draft, nonce)
@@ -177,9 +181,12 @@ class RedisResults:
         self._crowded[_ledger(whose)] = asyncio.get_running_loop().time() + _CROWDED_S
         return limit_met(of, what, self._settings, queue_limit)
 
-    def _creating(self, draft: Draft, nonce: str, queue_limit: int, channel: str) -> tuple[Command, Command, Command]:
+    def _creating(self, draft: Draft, nonce: str, queue_limit: int, channel: str) -> tuple[Command, ...]:
         settings, queue_ms = self._settings, int(draft.queue_timeout_s * 1000)
+        # First, so that there is no record with a callback that nobody looks at.
+        expected = (_expecting(draft.id),) if draft.callback else ()
         return (
+            *expected,
             scripts.ENQUEUE.call(
                 (_waiting(draft.version_id), _due(draft.version_id), _ledger(draft.version_id)),
                 draft.id,
@@ -202,6 +209,7 @@ class RedisResults:
                 channel,
                 queue_ms,
                 int(draft.run_timeout_s * 1000),
+                pack_callback(draft.callback, self._settings),
             ),
             self._index(
                 draft.account,
@@ -232,16 +240,16 @@ class RedisResults:
         return bool(abandoned)
 
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
-        before, [version_id, account] = await self._connection.run(
+        before, [version_id, account, callback] = await self._connection.run(
             scripts.CANCEL.call((_record(request_id), _body(request_id)), reason, self._retention_ms),
-            ("HMGET", _record(request_id), "v", "a"),
+            ("HMGET", _record(request_id), "v", "a", "C"),
             durable=True,
         )
         if before is None:
             return None
         with reading(request_id):
             state, version = RequestState(_text(before)), _text(version_id)
-            await self._leave(account, version, request_id)
+            await self._leave(account, version, request_id, announced=callback is not None)
             return state
 
     # -- readers ----------------------------------------------------------------------------------
@@ -382,7 +390,7 @@ class RedisResults:
                 int(lease_s * 1000),
                 max_attempts,
                 self._retention_ms,
-                *job_arguments(job),
+                *job_arguments(job, self._settings),
                 self._settings.max_worker_deaths,
             ),
             scripts.MOVE.call((_waiting(job.version_id), _running(job.version_id)), job.id),
@@ -392,7 +400,7 @@ class RedisResults:
             verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
             attempt, wait_s, lost = int(claimed[2]), int(claimed[3]) / 1000, _lost(claimed)
         if verdict is Verdict.SETTLED:
-            await self._leave(job.account, job.version_id, job.id)
+            await self._leave(job.account, job.version_id, job.id, announced=job.callback is not None)
         elif state is RequestState.QUEUED:
             await self._back_in_line(job.version_id, job.id)
         elif verdict is Verdict.GRANTED and (int(claimed[5]) or not placed):  # lost, or set aside
@@ -424,12 +432,14 @@ class RedisResults:
         [righted] = await self._connection.run(scripts.HEAL.call(family, how_much))
         return bool(righted)
 
-    def entering(self, job: Job) -> tuple[Command, Command]:
-        """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
+    def entering(self, job: Job) -> tuple[Command, ...]:
+        """Puts an accepted request back on its ledgers, among those of its account and, if it has a callback, those
+        that are looked at, whatever the limits."""
         size_bytes, deadline_s = job.size_bytes, job.deadline_at - job.created_at
         return (
             scripts.ENTER.call((_ledger(job.version_id),), _member(job.id), size_bytes, job.account),
             self._index(job.account, job.id, deadline_s, size_bytes, accepted=_order(job.created_at)),
+            *([("ZADD", WEBHOOKS, "NX", 0, _member(job.id))] if job.callback else ()),
         )
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
@@ -444,9 +454,9 @@ class RedisResults:
         return RequestState.RUNNING
 
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
-        state, account = RequestState.QUEUED, ""
+        state, account, callback = RequestState.QUEUED, "", None
         with suppress(RecordDamaged):
-            reply, raw = await self._connection.run(
+            reply, [raw, callback] = await self._connection.run(
                 scripts.RELEASE.call(
                     (_record(lease.request_id), _body(lease.request_id)),
                     lease.token,
@@ -454,12 +464,12 @@ class RedisResults:
                     self._retention_ms,
                     lease.attempt,
                 ),
-                ("HGET", _record(lease.request_id), "a"),
+                ("HMGET", _record(lease.request_id), "a", "C"),
             )
             with reading(lease.request_id):
                 state, account = RequestState(_text(reply)), _text(raw or "")
         if state.terminal:
-            await self._leave(account, lease.version_id, lease.request_id)
+            await self._leave(account, lease.version_id, lease.request_id, announced=callback is not None)
         if state is RequestState.QUEUED:
             await self._back_in_line(lease.version_id, lease.request_id)
         return state
@@ -499,9 +509,9 @@ class RedisResults:
                 pack_outcome(outcome),
                 _numbers(outcome, timings),
                 self._retention_ms,
-                *job_arguments(job),
+                *job_arguments(job, self._settings),
             ),
-            *leaving(job.account, job.version_id, job.id),
+            *leaving(job.account, job.version_id, job.id, announced=job.callback is not None),
             durable=True,
         )
         with reading(job.id):
@@ -536,7 +546,7 @@ class RedisResults:
     async def _end(self, job: Job, state: RequestState, *, reason: str, cause: str) -> Claim:
         keys = (_record(job.id), _body(job.id))
         [ended] = await self._connection.run(
-            scripts.END.call(keys, state, reason, self._retention_ms, *job_arguments(job), cause),
+            scripts.END.call(keys, state, reason, self._retention_ms, *job_arguments(job, self._settings), cause),
             durable=True,
         )
         with reading(job.id):
@@ -544,7 +554,7 @@ class RedisResults:
                 verdict=Verdict(_text(ended[0])), state=RequestState(_text(ended[1])), wait_s=int(ended[2]) / 1000
             )
         if claim.verdict is Verdict.SETTLED:
-            await self._leave(job.account, job.version_id, job.id)
+            await self._leave(job.account, job.version_id, job.id, announced=job.callback is not None)
         return claim
 
     async def sweep(self, version_id: str, *, limit: int) -> int:
@@ -683,7 +693,7 @@ class RedisResults:
             command
             for record, reply in zip(records, replies, strict=True)
             if isinstance(record, Record) and int(reply[12])
-            for command in leaving(record.account, record.version_id, record.id)
+            for command in leaving(record.account, record.version_id, record.id, announced=int(reply[12]) > 1)
         ]
         if left:
             await self._connection.run(*left)
@@ -709,8 +719,10 @@ class RedisResults:
         keys = (_account(account), _ledger(account))
         return scripts.INDEX.call(keys, _member(request_id), accepted, limit, ttl_ms, size_bytes, *most)
 
-    async def _leave(self, account: bytes | str | None, version_id: str, request_id: str) -> None:
-        await self._connection.run(*leaving(_text(account or ""), version_id, request_id))
+    async def _leave(
+        self, account: bytes | str | None, version_id: str, request_id: str, *, announced: bool = False
+    ) -> None:
+        await self._connection.run(*leaving(_text(account or ""), version_id, request_id, announced=announced))
 
 
 @contextmanager
@@ -746,7 +758,7 @@ def _read_record(request_id: str, reply: Sequence[Any]) -> Record:
     attempts = tuple([_attempt(*each) for each in orjson.loads(reply[15])]) if reply[15] else ()
     if worker:
         attempts += (_attempt(attempt, worker, started, ended, state.value),)
-    status_code, timings = _parse_numbers(reply[16])
+    status_code, timings = parse_numbers(reply[16])
     return Record(
         id=request_id,
         account=account,
@@ -783,7 +795,7 @@ def _numbers(outcome: Outcome, timings: Timings) -> str:
     return " ".join(str(number) for number in (outcome.status, *(int(part * 1000) for part in parts)))
 
 
-def _parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
+def parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
     if not raw:
         return 0, None
     status, cold_start, inputs, container, upload = (int(part) for part in raw.split())
@@ -808,7 +820,7 @@ def _progress(packed: bytes) -> Progress:
     return Progress(number=int(number), percent=int(percent), partial=partial)
 
 
-def job_arguments(job: Job) -> tuple[str | int, ...]:
+def job_arguments(job: Job, settings: Settings) -> tuple[str | int, ...]:
     """What scripts rebuild a lost record from."""
     return (
         job.account,
@@ -818,7 +830,19 @@ def job_arguments(job: Job) -> tuple[str | int, ...]:
         int(job.deadline_at * 1000),
         round(job.queue_deadline_at * 1000),
         round(job.run_timeout_s * 1000),
+        pack_callback(job.callback, settings),
     )
+
+
+def pack_callback(callback: Callback | None, settings: Settings) -> str:
+    """As `scripts` has it in the field C."""
+    if callback is None:
+        return ""
+    return f"{int(settings.webhook_ttl_s * 1000)} {','.join(callback.events) or '*'} {callback.url}"
+
+
+def _expecting(request_id: str) -> Command:
+    return scripts.WEBHOOK_EXPECT.call((WEBHOOKS,), _member(request_id), int(_FIRST_LOOK_S * 1000))
 
 
 def _member(request_id: str) -> bytes:
@@ -840,14 +864,18 @@ def _order(seconds: float) -> int:
     return int(seconds * 1_000_000)
 
 
-def leaving(account: str, version_id: str, request_id: str, *, places: bool = True) -> tuple[Command, Command]:
+def leaving(
+    account: str, version_id: str, request_id: str, *, places: bool = True, announced: bool = False
+) -> tuple[Command, ...]:
     """Takes a request off its ledgers and, with `places`, out of the orders of its version. The account's ledger first:
-    what a crash leaves behind, the sweep finds in the version's."""
+    what a crash leaves behind, the sweep finds in the version's. If its end was `announced`, the delivery is due; a
+    crash before that makes it late, for it is looked at anyway."""
     member = _member(request_id)
     orders = (_waiting(version_id), _running(version_id), _due(version_id)) if places else ()
     return (
         scripts.LEAVE.call((_ledger(account),), member, request_id),
         scripts.LEAVE.call((_ledger(version_id), *orders), member, request_id),
+        *([("ZADD", WEBHOOKS, 0, member)] if announced else ()),
     )
 
 

@@ -5,6 +5,7 @@ Keys of one request share a hash tag, so that they live in one slot of a Redis C
     fnq:{<id>}:s   stream, the latest of a streamed body: entry <attempt>-<offset behind it>, fields d data · k kind
                    (0 bytes, 1 event) · c the container's ID of the event
     fnq:{<id>}:l   hash, what is kept of a dead request to start it again
+    fnq:{<id>}:h   hash, what is to be told to its callback, from its end on
     fnq:{<id>}:p   list of the attempt's last updates: "<number> <percent> <partial>", oldest first, without gaps
 A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
@@ -15,12 +16,16 @@ An account's requests are another one, bounded, and mended by whoever reads it:
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
                         behind in either is found in the version's
     fnq:{<account>}:g   the same of its dead letters, by when they died
+    fnq:{<account>}:o   the same of its webhook deliveries, by when they were first taken
+Those requests that have a callback and are not done with it:
+    fnq:{webhooks}:w    sorted set of ids, as 16 bytes, by when to look at them in milliseconds; 0: now
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
 Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
 D numbers of the attempts whose worker died, space separated: its lease ran out, and it did not come back to say no
+C its callback: "<ms to keep the delivery> <states, separated by commas, or *> <url>"
 K why it is dead · L its dead letter was made · V the request that it was started again as
 G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
@@ -87,11 +92,27 @@ end
 # be held by them as good as for ever.
 _BOUNDS = "local longest_lease, longest_life = 3600000, 5184000000\n"
 
+# announce(): what is to be told to a callback. Its fields: C a f v s c b e m I as in the record · u its attempts
+# d state of the delivery · x when it is due · k tries · j tries of this series · L the last of them, as JSON: [[number,
+# at, took, status, error], …]
+_ANNOUNCE = """
+local function announce(r, state, reason)
+  local f = redis.call('HMGET', r, 'C', 'a', 'f', 'v', 'c', 'b', 'I', 'n')
+  local ttl, states = string.match(f[1], '^(%d+) (%S+) %S+$')
+  if not ttl or (states ~= '*' and not string.find(',' .. states .. ',', ',' .. state .. ',', 1, true)) then return end
+  local h = string.sub(r, 1, -2) .. 'h'
+  redis.call('HSET', h, 'C', f[1], 'a', f[2], 'f', f[3], 'v', f[4], 's', state, 'c', f[5], 'b', f[6] or 0, 'e', now,
+    'm', reason, 'I', f[7] or '', 'u', f[8] or 0, 'd', 'pending', 'x', now)
+  redis.call('PEXPIRE', h, ttl)
+end
+"""
+
 # finish(): the only place where a record becomes terminal. The record outlives every copy of its message. The key of
 # the stream is made here, because few requests have one; it is in the record's slot.
 _FINISH = (
     _CLOSE
     + _BOUNDS
+    + _ANNOUNCE
     + """
 local terminal = {fulfilled=1, errored=1, expired=1, ['timed-out']=1, cancelled=1, dead=1, abandoned=1}
 local function held(lease)
@@ -99,7 +120,7 @@ local function held(lease)
   return ends and ends > now and ends <= now + longest_lease
 end
 local function finish(r, b, state, reason, retention, body)
-  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn')
+  local old = redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn', 'C')
   if old[4] == 'running' and not body and not held(old[5]) then close(r, 'lost', tonumber(old[5]) or now) end
   local id = string.match(r, '{(.-)}')
   local life = math.min(longest_life, math.floor(tonumber(old[1]) or now) - now)
@@ -110,6 +131,7 @@ local function finish(r, b, state, reason, retention, body)
   if old[8] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
   if body then redis.call('SET', b, body, 'PX', ttl) elseif old[6] then redis.call('DEL', b) end
   if old[9] then redis.call('PEXPIRE', updates(r), 300000) end
+  if old[10] and state ~= 'abandoned' then announce(r, state, reason) end
   tell(old[2], id)
   tell(old[7], id .. '/r')
   if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
@@ -142,18 +164,19 @@ _CUT = f"local cut = '{STREAM_CUT}'\n"
 _REBUILD = (
     _FINISH
     + """
-local function rebuild(r, retention, account, fn, version, created, deadline, queue_deadline, run)
+local function rebuild(r, retention, account, fn, version, created, deadline, queue_deadline, run, callback)
   if redis.call('EXISTS', r) == 1 then return 0 end
   redis.call('HSET', r, 's', 'queued', 'a', account, 'f', fn, 'v', version, 'c', created, 'd', deadline, 'n', 0, 'p', 1)
   if queue_deadline ~= '0' then redis.call('HSET', r, 'Q', queue_deadline) end
   if run ~= '0' then redis.call('HSET', r, 'U', run) end
+  if callback ~= '' then redis.call('HSET', r, 'C', callback) end
   redis.call('PEXPIRE', r, math.max(1, deadline - now) + retention)
   return 1
 end
 """
 )
 
-# KEYS record · ARGV account function version deadline_ms retention_ms nonce channel queue_ms run_ms
+# KEYS record · ARGV account function version deadline_ms retention_ms nonce channel queue_ms run_ms callback('': none)
 # returns {1 if made now, state, created, deadline, function, version, queue_deadline, run_ms}
 CREATE = Script(
     _NOW
@@ -171,6 +194,7 @@ if not f[1] then
   if queue ~= '0' then add('Q', queue) end
   if run ~= '0' then add('U', run) end
   if ARGV[7] ~= '' then add('h', ARGV[7]) end
+  if ARGV[10] ~= '' then add('C', ARGV[10]) end
   redis.call('HSET', r, unpack(fields))
   redis.call('PEXPIRE', r, ARGV[4] + ARGV[5])
   return {1, 'queued', tostring(now), tostring(deadline), ARGV[2], ARGV[3], tostring(queue), run}
@@ -221,8 +245,9 @@ return 1
 
 # KEYS record body · ARGV retention_ms channel whole poll steps
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
-#   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result,
-#   head of a stream that is not terminal, an update or '', 1 if no other poll was given it, cause, redriven as}
+#   body if whole, 1 if it expired just now and 2 if it has a callback, queue_deadline, run_ms, past attempts,
+#   numbers of the result, head of a stream that is not terminal, an update or '', 1 if no other poll was given it,
+#   cause, redriven as}
 # A `poll` is a nonce, '' for none, and takes an update; with `steps` (0|1) the channel is told of every step.
 READ = Script(
     _FINISH
@@ -263,7 +288,8 @@ if not terminal[f[1]] and ARGV[5] == '1' then
   end
 end
 return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
-  f[10] or '', f[11] or '', body, expired and 1 or 0, f[13] or '0', f[14] or '0', f[15] or '', f[16] or '',
+  f[10] or '', f[11] or '', body, expired and 1 + redis.call('HEXISTS', KEYS[1], 'C') or 0,
+  f[13] or '0', f[14] or '0', f[15] or '', f[16] or '',
   not terminal[f[1]] and f[17] or '', progress, unread, f[19] or '', f[20] or ''}
 """
 )
@@ -271,7 +297,7 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 # An attempt that began to stream is the last one: its reader cannot be given the same again.
 # KEYS record body
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
-#   queue_deadline run_ms max_deaths
+#   queue_deadline run_ms callback max_deaths
 # returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt; then of the
 #   attempt that this claim found lost: worker started ended}
 # What POSTPONE kept goes when the next attempt starts.
@@ -281,7 +307,8 @@ CLAIM = Script(
     + _CUT
     + """
 local r = KEYS[1]
-local rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
+local rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13],
+  ARGV[14])
 overdue(r, KEYS[2], ARGV[6] + 0)
 local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D')
 local n = tonumber(f[2])
@@ -306,7 +333,7 @@ if f[1] == 'running' then
 end
 for _ in string.gmatch(died, '%d+') do deaths = deaths + 1 end
 local function ended(n) return {'settled', 'dead', n, 0, 0, 0, lost[1] or '', lost[2] or 0, lost[3] or 0} end
-if deaths >= tonumber(ARGV[14]) then
+if deaths >= tonumber(ARGV[15]) then
   redis.call('HSET', r, 'K', 'worker-deaths')
   finish(r, KEYS[2], 'dead', 'the worker died in ' .. deaths .. ' attempts: it may be what kills them', ARGV[6] + 0)
   return ended(n)
@@ -332,12 +359,13 @@ return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt, lost[1] or '', lost
 """
 )
 
-# KEYS record body · ARGV retention_ms account function version created deadline queue_deadline run_ms
+# KEYS record body · ARGV retention_ms account function version created deadline queue_deadline run_ms callback
 # returns {1 if the record was rebuilt, state}
 RESTORE = Script(
     _REBUILD
     + """
-local rebuilt = rebuild(KEYS[1], ARGV[1] + 0, ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] + 0, ARGV[7], ARGV[8])
+local rebuilt = rebuild(KEYS[1], ARGV[1] + 0, ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] + 0, ARGV[7], ARGV[8],
+  ARGV[9])
 overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
 return {rebuilt, redis.call('HGET', KEYS[1], 's')}
 """
@@ -440,13 +468,14 @@ return redis.call('LRANGE', KEYS[1], at, at + ARGV[2] - 1)
 
 # KEYS record body
 # ARGV token attempt state outcome numbers retention_ms account function version created deadline queue_deadline run_ms
+#   callback
 # returns the state that stands
 SETTLE = Script(
     _REBUILD
     + """
 local r = KEYS[1]
 if redis.call('EXISTS', r) == 0 then
-  rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
+  rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13], ARGV[14])
   redis.call('HSET', r, 's', 'running', 'n', ARGV[2], 't', ARGV[1])
 end
 local f = redis.call('HMGET', r, 's', 't')
@@ -459,17 +488,18 @@ return f[1]
 )
 
 # KEYS record body
-# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms cause('' for none)
+# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms callback
+#   cause('' for none)
 # returns {verdict, state, wait_ms}
 END = Script(
     _REBUILD
     + """
 local r = KEYS[1]
-rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9], ARGV[10])
+rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9], ARGV[10], ARGV[11])
 local f = redis.call('HMGET', r, 's', 'l')
 if terminal[f[1]] then return {'settled', f[1], 0} end
 if f[1] == 'running' and held(f[2]) then return {'held', f[1], tonumber(f[2]) - now} end
-if ARGV[11] ~= '' then redis.call('HSET', r, 'K', ARGV[11]) end
+if ARGV[12] ~= '' then redis.call('HSET', r, 'K', ARGV[12]) end
 return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0}
 """
 )
@@ -677,6 +707,71 @@ LETTER_REDRIVEN = Script(
     + """
 if redis.call('HGET', KEYS[1], 'r') == ARGV[1] then redis.call('HSETNX', KEYS[1], 'R', now) end
 if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'V', ARGV[1]) end
+return 1
+"""
+)
+
+# -- webhooks ------------------------------------------------------------------------------------------------------
+
+# KEYS webhooks · ARGV id wait_ms · looks at a request some time after it was accepted, unless it is looked at anyway
+WEBHOOK_EXPECT = Script(
+    _NOW
+    + """
+return redis.call('ZADD', KEYS[1], 'NX', now + ARGV[2], ARGV[1])
+"""
+)
+
+# KEYS webhooks · ARGV limit lease_ms · returns {now, lease, id...}; the lease is the place that the ids have meanwhile
+WEBHOOK_TAKE = Script(
+    _NOW
+    + """
+local ids = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+local lease = now + ARGV[2]
+for _, id in ipairs(ids) do redis.call('ZADD', KEYS[1], 'XX', lease, id) end
+return {now, lease, unpack(ids)}
+"""
+)
+
+# KEYS webhooks · ARGV lease, then for each: id wait_ms('' when done with it)
+# Whoever asked for a look meanwhile has given it another place, and it keeps that.
+WEBHOOK_RETURN = Script(
+    _NOW
+    + """
+for at = 2, #ARGV, 2 do
+  if tonumber(redis.call('ZSCORE', KEYS[1], ARGV[at]) or -1) == tonumber(ARGV[1]) then
+    if ARGV[at + 1] == '' then
+      redis.call('ZREM', KEYS[1], ARGV[at])
+    else
+      redis.call('ZADD', KEYS[1], 'XX', now + ARGV[at + 1], ARGV[at])
+    end
+  end
+end
+return 1
+"""
+)
+
+# KEYS delivery · ARGV tries_before took_ms status error state wait_ms most_kept · returns 1 if it was noted
+WEBHOOK_NOTE = Script(
+    _NOW
+    + """
+local f = redis.call('HMGET', KEYS[1], 'd', 'k', 'j', 'L')
+local before = tonumber(f[2] or 0)
+if f[1] ~= 'pending' or before ~= tonumber(ARGV[1]) then return 0 end
+local tries = f[4] and cjson.decode(f[4]) or {}
+tries[#tries + 1] = {before + 1, now - ARGV[2], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]}
+if #tries > tonumber(ARGV[7]) then table.remove(tries, 1) end
+redis.call('HSET', KEYS[1], 'd', ARGV[5], 'k', before + 1, 'j', (f[3] or 0) + 1, 'x', now + ARGV[6],
+  'L', cjson.encode(tries))
+return 1
+"""
+)
+
+# KEYS delivery · returns 1 if there is one, which is due now
+WEBHOOK_AGAIN = Script(
+    _NOW
+    + """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], 'd', 'pending', 'j', 0, 'x', now)
 return 1
 """
 )
