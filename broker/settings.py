@@ -273,6 +273,11 @@ class SecretSettings(Settings):
         "controller; a controller with neither starts sidecars that check nothing.",
     )
 
+    public_url: str = Field(
+        "",
+        description="How clients reach the front ends, for URLs that are handed out; empty: from the request, and in "
+        "webhooks only the path.",
+    )
     webhook_networks: str = Field(
         "",
         description="Networks that webhooks may reach though they are not public, such as `10.1.0.0/16,fd00:1::/64`. "
@@ -317,9 +322,6 @@ class ApiSettings(SecretSettings):
         "",
         validation_alias=_either("region", "NVCF_REGION"),
         description="Where this server accepts requests; containers are told as `NVCF-INVOCATION-REGION`.",
-    )
-    public_url: str = Field(
-        "", description="How clients reach this server, for URLs it hands out; empty: from the request."
     )
     max_body_bytes: int = Field(
         5 * MIB, ge=1024, le=128 * MIB, description="Largest request body; larger ones are answered 413."
