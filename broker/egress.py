@@ -29,8 +29,11 @@ _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 # What is read as an IPv4 address, in whatever way it is written (WHATWG URL, "ends in a number").
 _NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?", re.ASCII)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-# Public by its number, and inside every machine of Azure: it hands out what the machine may know.
-_METADATA: Sequence[IpNetwork] = (ipaddress.ip_network("168.63.129.16/32"),)
+# Not public, though the standard library says so, at least in some of its versions: protocol assignments, among them
+# the metadata of Oracle's cloud; relays of 6to4; and what hands out metadata in Azure.
+_SPECIAL: Sequence[IpNetwork] = tuple(
+    ipaddress.ip_network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")
+)
 _UNICAST_6 = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
@@ -100,7 +103,7 @@ def host_of(url: str) -> str:
 
 
 def _is_public(address: IpAddress) -> bool:
-    if any(address in network for network in _METADATA):
+    if any(address in network for network in _SPECIAL):
         return False
     if isinstance(address, ipaddress.IPv6Address) and address not in _UNICAST_6:
         return address in _NAT64  # what is in it is looked at, too

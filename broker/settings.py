@@ -614,7 +614,7 @@ class ControllerSettings(SecretSettings):
     )
     webhook_calls: int = Field(
         64,
-        ge=4,
+        ge=32,
         le=1024,
         description="Webhooks that are sent at once, a quarter of them of one account and four of them to one host.",
     )
