@@ -48,7 +48,6 @@ UNKNOWN = "no such webhook delivery"
 UNKNOWN_SECRET = "no such webhook secret"  # noqa: S105  a sentence
 # All sign each message, in one header.
 MAX_SECRETS = 5
-LONGEST_OVERLAP_S = 30 * 86_400.0
 
 # After the first, at once: Standard Webhooks' proposal, but for its last days.
 RETRIES_S = (5.0, 60.0, 300.0, 1800.0, 7200.0, 18_000.0, 36_000.0)
@@ -85,20 +84,24 @@ def default(version: Version, account: str) -> Callback | None:
 
 async def get_default(broker: Broker, principal: Principal, function_id: str) -> Callback | None:
     """Raises NotFound, Forbidden."""
-    return inherited(await find_function(broker, principal, function_id, changing=False))
-
-
-async def set_default(broker: Broker, principal: Principal, function_id: str, wanted: Callback | None) -> None:
-    """For all versions of the caller's function, and those that it will have. Idempotent: a call that failed half-way
-    is repeated. Raises NotFound, Forbidden, StateConflict: it is public."""
-    family = await find_function(broker, principal, function_id)
-    for version in family.versions:
-        await edit(broker.catalog.versions, version.id, lambda stored: replace(stored, callback=wanted))
-
-
-def inherited(family: Family) -> Callback | None:
-    """That of the newest version."""
+    family = await find_function(broker, principal, function_id, changing=False)
     return max(family.versions, key=lambda version: version.created_at).callback
+
+
+async def set_default(
+    broker: Broker, egress: Egress, principal: Principal, function_id: str, *, url: str, events: Sequence[str]
+) -> Callback:
+    """For all versions of the caller's function, and those that it will have. Idempotent: a call that failed half-way
+    is repeated. Raises NotFound, Forbidden, StateConflict: it is public; and as `callback`."""
+    family = await find_function(broker, principal, function_id)
+    wanted = await callback(broker, egress, principal.account, url, events, field="url")
+    await _give(broker, family, wanted)
+    return wanted
+
+
+async def clear_default(broker: Broker, principal: Principal, function_id: str) -> None:
+    """Raises NotFound, Forbidden, StateConflict: it is public."""
+    await _give(broker, await find_function(broker, principal, function_id), None)
 
 
 # -- secrets -----------------------------------------------------------------------------------
@@ -256,6 +259,11 @@ async def redeliver(broker: Broker, principal: Principal, request_id: str) -> We
     if again is None:
         raise NotFound(UNKNOWN)
     return again
+
+
+async def _give(broker: Broker, family: Family, wanted: Callback | None) -> None:
+    for version in family.versions:
+        await edit(broker.catalog.versions, version.id, lambda stored: replace(stored, callback=wanted))
 
 
 def _good(stored: WebhookSecrets, now: float) -> list[WebhookSecret]:

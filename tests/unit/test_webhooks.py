@@ -236,12 +236,17 @@ async def test_a_functions_default_is_for_its_own_account_and_for_versions_to_co
     definition = Definition(name="f", inference_url="/", container_image="i")
     me = replace(ME, resources=frozenset({"account-functions/*"}))
     version = await functions.create(broker, me, definition)
-    await webhooks.set_default(broker, me, version.function_id, HERE)
+    with pytest.raises(BadRequest, match="secret"):
+        await webhooks.set_default(broker, STRICT, me, version.function_id, url=HERE.url, events=())
+    await webhooks.create_secret(broker, ME)
+    await webhooks.set_default(broker, STRICT, me, version.function_id, url=HERE.url, events=())
     added = await functions.add_version(broker, me, version.function_id, definition)
     assert webhooks.default(added, "acme") == HERE
     assert webhooks.default(added, "other") is None
     assert await webhooks.get_default(broker, me, version.function_id) == HERE
-    await webhooks.set_default(broker, me, version.function_id, None)
+    await webhooks.clear_default(broker, me, version.function_id)
     assert await webhooks.get_default(broker, me, version.function_id) is None
     with pytest.raises(NotFound):
-        await webhooks.set_default(broker, OTHER, version.function_id, HERE)
+        await webhooks.set_default(broker, STRICT, OTHER, version.function_id, url=HERE.url, events=())
+    with pytest.raises(NotFound):
+        await webhooks.clear_default(broker, OTHER, version.function_id)
