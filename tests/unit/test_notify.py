@@ -35,11 +35,12 @@ from broker.webhooks import RETRIES_S, Answer
 from tests.eventually import eventually
 from tests.receiver import verify
 from workers.controller import notify
-from workers.controller.notify import LEASE_S, PER_HOST, Notifier
+from workers.controller.notify import NOTE_S, PER_HOST, Notifier
 
 T = TypeVar("T")
 
 SETTINGS = ControllerSettings(webhook_calls=32)
+LEASE_S = SETTINGS.webhook_timeout_s + NOTE_S
 OK = Answer(status=204)
 VAIN = Answer(status=500, error="answered 500")
 

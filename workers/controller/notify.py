@@ -29,9 +29,8 @@ from workers.loops import Fault, every, guard, insist
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-# What it takes to note a try, on top of the try itself; the longest of those is 30 s.
-_NOTE_S = 30.0
-LEASE_S = 90.0
+# How long a loan lasts behind the try itself, to note what came of that.
+NOTE_S = 10.0
 _MOST_AT_ONCE = 256
 PER_HOST = 4
 # Of a host that has failed so often in a row, one at a time is sent.
@@ -73,6 +72,7 @@ class Notifier:
         self._post = post
         self._group = group
         self._now = now
+        self._lease_s = settings.webhook_timeout_s + NOTE_S
         self._calls = 0
         self._hosts: Counter[str] = Counter()
         self._accounts: Counter[str] = Counter()
@@ -86,7 +86,7 @@ class Notifier:
             while (room := self._settings.webhook_calls - self._calls) <= 0:
                 self._freed.clear()
                 await self._freed.wait()
-            loans, more = await self._broker.webhooks.take(limit=min(room, _MOST_AT_ONCE), lease_s=LEASE_S)
+            loans, more = await self._broker.webhooks.take(limit=min(room, _MOST_AT_ONCE), lease_s=self._lease_s)
             for loan in loans:
                 if (wait_s := self._full(loan)) is not None:
                     await self._broker.webhooks.put_back(loan, wait_s=wait_s)
@@ -129,7 +129,7 @@ class Notifier:
             state, wait_s = webhooks.judge(answer, delivery.series)
             tried = WebhookTry(took_s=time.monotonic() - began, status=answer.status, error=answer.error)
             note = partial(self._broker.webhooks.note, loan, tried, state=state, wait_s=wait_s)
-            async with asyncio.timeout(_NOTE_S):
+            async with asyncio.timeout(NOTE_S):
                 noted = await insist(note, on=StoreUnavailable, name="webhooks")
             if noted and state is not DeliveryState.PENDING:
                 event = "webhook_delivered" if state is DeliveryState.DELIVERED else "webhook_failed"
