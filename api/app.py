@@ -32,14 +32,17 @@ from api.routes import (
     secrets,
     tokens,
     transparent,
+    webhooks,
 )
 from api.routes.blobs import BlobRoutes
 from broker.accounts import ADMIN, INVOKE
 from broker.activity import KEPT_MINUTES
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
+from broker.egress import LONGEST_URL
 from broker.model import EVENT_STREAM
 from broker.registries import ARTIFACT_TYPES, PROVISIONERS
+from broker.webhooks import EVENTS as CALLBACK_EVENTS
 from fnqueue import wire
 
 NVCF = "/v2/nvcf"
@@ -266,6 +269,7 @@ def _management(front: Front) -> list[Operation]:
         polls.get(f"{NVCF}/queues/{REQUEST}/position", queues.position, "Place of a request", gives=wire.Position),
         *_requests(front),
         *_dead_letters(front),
+        *_webhooks(front),
     ]
 
 
@@ -322,6 +326,52 @@ def _dead_letters(front: Front) -> list[Operation]:
             "Start a dead request again",
             takes=wire.RedriveDeadLetter,
             gives=wire.DeadLetterRedriven,
+            status=202,
+        ),
+    ]
+
+
+def _webhooks(front: Front) -> list[Operation]:
+    looks, hides = scoped(front, INVOKE), scoped(front, "update_secrets")
+    lists, updates = scoped(front, "list_functions", "list_functions_details"), scoped(front, "update_function")
+    at, of_function, default = f"{NVCF}/webhooks", f"{NVCF}{FUNCTION}/webhook", wire.FunctionWebhook
+    return [
+        hides.get(f"{at}/secrets", webhooks.list_secrets, "List webhook secrets", gives=wire.WebhookSecretList),
+        hides.post(
+            f"{at}/secrets",
+            webhooks.create_secret,
+            "Make a webhook secret",
+            takes=wire.CreateWebhookSecret,
+            gives=wire.WebhookSecretCreated,
+        ),
+        hides.delete(f"{at}/secrets/{{secret_id:[^/]+}}", webhooks.delete_secret, "Delete a webhook secret"),
+        lists.get(of_function, webhooks.get_default, "Where the ends of a function's requests are told", gives=default),
+        updates.put(
+            of_function,
+            webhooks.set_default,
+            "Tell the ends of a function's requests",
+            takes=wire.SetFunctionWebhook,
+            gives=default,
+        ),
+        updates.delete(of_function, webhooks.clear_default, "Tell the ends of a function's requests no more"),
+        looks.get(
+            f"{at}/deliveries",
+            webhooks.list_deliveries,
+            "List webhook deliveries",
+            gives=wire.WebhookDeliveryList,
+            parameters=[WHICH_REQUESTS[0], _DELIVERY_STATE, *PAGE],
+        ),
+        looks.get(
+            f"{at}/deliveries/{REQUEST}",
+            webhooks.get_delivery,
+            "Get a webhook delivery with its log",
+            gives=wire.WebhookDeliveryDetail,
+        ),
+        looks.post(
+            f"{at}/deliveries/{REQUEST}/redeliver",
+            webhooks.redeliver,
+            "Send a webhook again",
+            gives=wire.WebhookDelivery,
             status=202,
         ),
     ]
@@ -602,6 +652,12 @@ WHICH_DEAD_LETTERS = [
         schema={"type": "boolean"},
     ),
 ]
+_DELIVERY_STATE = Parameter(
+    name="state",
+    where="query",
+    description="Those in any of these. Absent: all.",
+    schema={"type": "array", "items": {"type": "string", "enum": list(webhooks.STATES)}},
+)
 OF_ACCOUNT = Parameter(
     name="nca_id", where="query", description="Whose keys. Absent: the caller's account's.", schema={"type": "string"}
 )
@@ -663,6 +719,19 @@ _SUBMIT = [
         description="Seconds after which a running attempt is cut off, and the request ends, `timed-out`. "
         "Absent: the function's `runTimeout`.",
         schema={"type": "integer", "minimum": 1},
+    ),
+    Parameter(
+        name=headers.CALLBACK_URL,
+        where="header",
+        description="Where the end of the request is told, signed by the account's webhook secrets; `none`: nowhere. "
+        "Absent: where the function says.",
+        schema={"type": "string", "maxLength": LONGEST_URL, "examples": ["https://example.com/hooks/fnqueue"]},
+    ),
+    Parameter(
+        name=headers.CALLBACK_EVENTS,
+        where="header",
+        description=f"Which ends, separated by commas, of {', '.join(CALLBACK_EVENTS)}. Absent: all.",
+        schema={"type": "string", "examples": ["errored, timed-out, dead"]},
     ),
     Parameter(
         name=headers.ENABLE_GATEWAY_TIMEOUT,

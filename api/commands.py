@@ -15,7 +15,7 @@ import click
 
 from api import embedded, open_files
 from api.server import serving
-from broker import accounts, garbage, registries
+from broker import accounts, garbage, registries, webhooks
 from broker import secrets as function_secrets
 from broker.connect import open_broker
 from broker.errors import BadRequest, ConfigurationError, FnqueueError
@@ -258,7 +258,7 @@ def _set_suspended(key_id: str, suspended: bool) -> None:
 
 @click.group()
 def secrets() -> None:
-    """Secrets and registry credentials of the store that FNQUEUE_STORE_URL names."""
+    """Secrets, of webhooks too, and registry credentials of the store that FNQUEUE_STORE_URL names."""
 
 
 @secrets.command("rotate")
@@ -270,7 +270,8 @@ def rotate_secrets() -> None:
     """
 
     async def rotate(broker: Broker) -> Rotation:
-        return await function_secrets.rotate(broker) + await registries.rotate(broker)
+        sealed = await function_secrets.rotate(broker) + await registries.rotate(broker)
+        return sealed + await webhooks.rotate(broker)
 
     done = _with_store(rotate, SecretSettings, needs=("encryption_keys",))
     click.echo(f"{done.resealed} sealed again, {done.current} were already")

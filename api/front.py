@@ -15,6 +15,7 @@ from api.connections import Connections
 from api.limits import Pace
 from api.open_files import allowed
 from broker.accounts import Authenticator
+from broker.egress import Egress
 from broker.errors import Overloaded, TryLater
 from broker.events import Places
 from broker.functions import CallableVersions
@@ -49,6 +50,7 @@ class Front:
     outlooks: Outlooks
     listeners: Listeners
     registries: Sequence[Registry]
+    egress: Egress
 
     @property
     def metrics(self) -> Metrics:
@@ -56,7 +58,7 @@ class Front:
 
     @classmethod
     def over(cls, broker: Broker, settings: ApiSettings) -> Front:
-        """Raises ConfigurationError: the list of registries cannot be read."""
+        """Raises ConfigurationError: the list of registries cannot be read, or where webhooks may go."""
         calls = Calls(most_per_account=settings.account_calls)
         return cls(
             broker=broker,
@@ -78,6 +80,7 @@ class Front:
             outlooks=Outlooks(broker, calls.spawn),
             listeners=Listeners(settings.max_event_streams),
             registries=recognized(settings.recognized_registries, settings.custom_registries),
+            egress=Egress.of(settings),
         )
 
 

@@ -24,6 +24,8 @@ POLL_SECONDS = "NVCF-POLL-SECONDS"
 INPUT_ASSETS = "NVCF-INPUT-ASSET-REFERENCES"
 QUEUE_TIMEOUT = "NVCF-QUEUE-TIMEOUT-SECONDS"
 RUN_TIMEOUT = "NVCF-RUN-TIMEOUT-SECONDS"
+CALLBACK_URL = "NVCF-CALLBACK-URL"
+CALLBACK_EVENTS = "NVCF-CALLBACK-EVENTS"
 ENABLE_GATEWAY_TIMEOUT = "nvcf-feature-enable-gateway-timeout"
 DISABLE_COMPATIBILITY = "nvcf-feature-disable-worker-compatibility"
 STREAM_FULL_REQUEST = "nvcf-feature-enable-only-stream-full-request"
@@ -49,6 +51,9 @@ EXPOSED = (
     "retry-after",
     "location",
 )
+
+NO_CALLBACK = "none"
+"""In the place of a URL: not even where the function has one."""
 
 POLL_DEFAULT_S = 60
 POLL_STREAM_S = 1200
@@ -105,6 +110,8 @@ _OURS = frozenset(
         "nvcf-poll-seconds",
         "nvcf-queue-timeout-seconds",
         "nvcf-run-timeout-seconds",
+        "nvcf-callback-url",
+        "nvcf-callback-events",
     }
 )
 _NEVER_FORWARDED = HOP_BY_HOP | _WORKER_OWNED | _OURS
@@ -219,6 +226,21 @@ def idempotency_key(headers: MultiMapping[str]) -> str:
             field=IDEMPOTENCY_KEY,
         )
     return key
+
+
+def callback(headers: MultiMapping[str]) -> tuple[str, tuple[str, ...]] | None:
+    """`NVCF-CALLBACK-URL`, which is still to be checked, and the words of `NVCF-CALLBACK-EVENTS`; None without both.
+
+    Raises:
+        BadRequest: several URLs, or events without one.
+    """
+    if CALLBACK_URL not in headers and CALLBACK_EVENTS not in headers:
+        return None
+    urls = headers.getall(CALLBACK_URL, [])
+    if len(urls) != 1:
+        raise BadRequest(f"{CALLBACK_URL} must be given once", field=CALLBACK_URL)
+    words = (word.strip().lower() for value in headers.getall(CALLBACK_EVENTS, []) for word in value.split(","))
+    return urls[0], tuple(word for word in words if word)
 
 
 def passthrough(headers: MultiMapping[str]) -> bool:

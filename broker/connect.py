@@ -17,6 +17,7 @@ from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
 from broker.backends.memory.upkeep import MemoryUpkeep
+from broker.backends.memory.webhooks import MemoryWebhooks
 from broker.backends.rabbitmq import queue as rabbitmq
 from broker.backends.rabbitmq.users import VersionUsers
 from broker.backends.redis import store as redis
@@ -58,6 +59,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
             counters=store.counters,
             upkeep=store.upkeep,
             dead_letters=store.dead_letters,
+            webhooks=store.webhooks,
             blobs=blobs,
             settings=settings,
             keyring=keyring,
@@ -75,8 +77,8 @@ async def _memory_queue(url: str, settings: Settings, signatures: Signatures) ->
 async def _memory_store(url: str, settings: Settings) -> AsyncIterator[Store]:
     results = MemoryResults(settings)
     streams = MemoryStreams(results, settings)
-    letters = MemoryDeadLetters(results, settings)
-    yield Store(results, MemoryCatalog(), MemoryCounters(), streams, MemoryUpkeep(results), letters)
+    letters, webhooks = MemoryDeadLetters(results, settings), MemoryWebhooks(results, settings)
+    yield Store(results, MemoryCatalog(), MemoryCounters(), streams, MemoryUpkeep(results), letters, webhooks)
 
 
 QUEUES: Mapping[str, QueueOpener] = {

@@ -227,6 +227,7 @@ async def _start(broker: Broker, letter: DeadLetter, request_id: str, version: V
         queue_timeout_s=max(0.0, job.queue_deadline_at - job.created_at) if job.queue_deadline_at else 0.0,
         run_timeout_s=job.run_timeout_s,
         size_bytes=letter.size_bytes,
+        callback=job.callback,
     )
     try:
         record = await broker.results.create(draft, queue_limit=broker.settings.queue_limit, watch=False)

@@ -15,6 +15,7 @@ from broker import rollouts
 from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
 from broker.model import (
     EVERYONE,
+    Callback,
     Deployment,
     FunctionStatus,
     Health,
@@ -130,7 +131,8 @@ async def add_version(broker: Broker, principal: Principal, function_id: str, de
     family = await find_function(broker, principal, function_id)
     if any((sibling.function_type == LLM) != (definition.function_type == LLM) for sibling in family.versions):
         raise BadRequest("functionType: all versions of a function are LLM, or none is", field="functionType")
-    return await _store(broker, principal, function_id, definition)
+    newest = max(family.versions, key=lambda sibling: sibling.created_at)
+    return await _store(broker, principal, function_id, definition, callback=newest.callback)
 
 
 async def get(broker: Broker, principal: Principal, function_id: str, version_id: str) -> Version:
@@ -256,7 +258,14 @@ class CallableVersions:
             del self._found[next(iter(self._found))]
 
 
-async def _store(broker: Broker, principal: Principal, function_id: str, definition: Definition) -> Version:
+async def _store(
+    broker: Broker,
+    principal: Principal,
+    function_id: str,
+    definition: Definition,
+    *,
+    callback: Callback | None = None,
+) -> Version:
     version = Version(
         id=str(uuid.uuid4()),
         function_id=function_id,
@@ -282,6 +291,7 @@ async def _store(broker: Broker, principal: Principal, function_id: str, definit
         priority=definition.priority,
         queue_timeout_s=definition.queue_timeout_s,
         run_timeout_s=definition.run_timeout_s,
+        callback=callback,
     )
     # First, so that no version is ever seen without the secrets it was made with.
     await begin_secrets(broker, version, definition.secrets)

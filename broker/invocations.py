@@ -30,6 +30,7 @@ from broker.errors import (
     Unavailable,
 )
 from broker.model import (
+    Callback,
     Channel,
     Draft,
     Interest,
@@ -74,7 +75,7 @@ class Submission:
     """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
     filtered; `passthrough` asks for the container's answers as they are, `streaming` for them while they come.
     `method` and `target` are those of the Job. `queue_timeout_s` and `run_timeout_s` 0 leave those limits to the
-    version; `region` is where it is accepted."""
+    version; `region` is where it is accepted. `callback` is told of its end."""
 
     principal: Principal
     function_id: str
@@ -92,6 +93,7 @@ class Submission:
     method: str = "POST"
     target: str = ""
     channel: Channel | None = None
+    callback: Callback | None = None
 
 
 async def invoke(broker: Broker, submission: Submission, version: Version, *, wait_s: float, spawn: Spawn) -> Record:
@@ -144,6 +146,7 @@ async def submit(broker: Broker, submission: Submission, version: Version, reque
         queue_timeout_s=submission.queue_timeout_s or version.queue_timeout_s,
         run_timeout_s=submission.run_timeout_s or version.run_timeout_s,
         size_bytes=_size_bytes(submission.body),
+        callback=submission.callback,
     )
     try:
         record = await _create(broker, draft, submission, watch=watch)
@@ -285,6 +288,7 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         method=submission.method,
         target=submission.target,
         channel=submission.channel,
+        callback=submission.callback,
     )
     try:
         await publish(broker, job)

@@ -9,6 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
+# -- webhooks, as they are asked for -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Callback:
+    """Where it is told that a request ended, and of which ends: states of requests, () for all. No blanks in it."""
+
+    url: str
+    events: tuple[str, ...] = ()
+
+
 # -- functions ---------------------------------------------------------------------------------
 
 
@@ -116,7 +127,7 @@ class Telemetries:
 class Version:
     """One immutable definition of a function. After creation only `status`, `tags`, `rate_limit`, `priority`, the
     token limits and routing of `models` change, and `weight`: its per cent of the calls that name the function only,
-    None for an even part of what the others leave.
+    None for an even part of what the others leave, and `callback`, for requests of its own account that bring none.
 
     `queue_timeout_s` and `run_timeout_s` hold for requests that bring no limit of their own; 0 is none.
     """
@@ -147,6 +158,7 @@ class Version:
     queue_timeout_s: float = 0.0
     run_timeout_s: float = 0.0
     weight: float | None = None
+    callback: Callback | None = None
 
 
 EVERYONE = "*"
@@ -479,6 +491,7 @@ class Job:
     channel: Channel | None = None
     body_sha256: str = ""
     blob_bytes: int = 0
+    callback: Callback | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -766,6 +779,7 @@ class Draft:
     queue_timeout_s: float = 0.0
     run_timeout_s: float = 0.0
     size_bytes: int = 0
+    callback: Callback | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -904,6 +918,111 @@ class Excerpt:
     written: int
     head: Outcome | None = None
     chunks: tuple[Chunk, ...] = ()
+
+
+# -- webhooks ----------------------------------------------------------------------------------
+
+
+class DeliveryState(StrEnum):
+    """FAILED was given up: the receiver said so, or every try was in vain."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookTry:
+    """One POST to a receiver. `status` is that of its answer, 0 without one; `error` says what was wrong, "" if
+    nothing."""
+
+    took_s: float
+    status: int = 0
+    error: str = ""
+    number: int = 0
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookDelivery:
+    """What is to be told of the end of one request, and what became of that.
+
+    `request_state` to `timings` are as in Record. `tried` counts all tries, of which `tries` are the latest; `series`
+    those since it was last asked for. A pending one is due at `next_at`.
+    """
+
+    request_id: str
+    account: str
+    function_id: str
+    version_id: str
+    callback: Callback
+    request_state: RequestState
+    created_at: float
+    started_at: float
+    finished_at: float
+    attempts: int = 0
+    reason: str = ""
+    status_code: int = 0
+    timings: Timings | None = None
+    state: DeliveryState = DeliveryState.PENDING
+    next_at: float = 0.0
+    tried: int = 0
+    series: int = 0
+    tries: tuple[WebhookTry, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """By which a receiver knows it again: the same for each try."""
+        return f"msg_{self.request_id.replace('-', '')}"
+
+    @property
+    def event(self) -> str:
+        return f"request.{self.request_state}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookLoan:
+    """A delivery that is due, on loan to one controller; `lease` is how the store knows that it still is."""
+
+    delivery: WebhookDelivery
+    lease: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookFilter:
+    """Which deliveries of an account; what is left empty leaves nothing out."""
+
+    function_id: str = ""
+    states: frozenset[DeliveryState] = frozenset()
+
+    def keeps(self, delivery: WebhookDelivery) -> bool:
+        return self.function_id in ("", delivery.function_id) and (not self.states or delivery.state in self.states)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookPage:
+    """The latest first. `after` is where the next page begins; 0 when there is none."""
+
+    deliveries: tuple[WebhookDelivery, ...]
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookSecret:
+    """Signs deliveries until `expires_at`; 0: for good. `sealed` is bound to its account and ID."""
+
+    id: str
+    sealed: str
+    created_at: float
+    expires_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookSecrets:
+    """All those of one account, the newest last."""
+
+    account: str
+    secrets: tuple[WebhookSecret, ...]
 
 
 # -- secrets -----------------------------------------------------------------------------------

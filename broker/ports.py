@@ -25,6 +25,7 @@ from broker.model import (
     DeadLetter,
     DeadLetterFilter,
     DeadLetterPage,
+    DeliveryState,
     Deployment,
     Draft,
     Epoch,
@@ -56,6 +57,12 @@ from broker.model import (
     Tally,
     Timings,
     Version,
+    WebhookDelivery,
+    WebhookFilter,
+    WebhookLoan,
+    WebhookPage,
+    WebhookSecrets,
+    WebhookTry,
     Window,
 )
 from broker.settings import Settings
@@ -328,6 +335,45 @@ class DeadLetters(Protocol):
         """Remove a letter, and return it without its job; None if there is none. It is not kept again."""
 
 
+# -- Webhooks ----------------------------------------------------------------------------------
+
+
+# Of one delivery, the latest that its log holds.
+MOST_TRIES = 20
+
+
+class Webhooks(Protocol):
+    """What is to be told to the callbacks of requests that ended, for `webhook_ttl_s`, and of each account the latest
+    `webhooks_kept`.
+
+    One is there from the moment in which its request's record becomes terminal, by the same change. That it is due is
+    seen at once, or, when the process that ended the request died just then, some minutes later at most. All methods
+    raise StoreUnavailable.
+    """
+
+    async def take(self, *, limit: int, lease_s: float) -> tuple[list[WebhookLoan], bool]:
+        """Deliveries that are due, of at most `limit` looked at, and whether there may be more. Nobody else is given
+        them before `lease_s` have passed."""
+
+    async def note(self, loan: WebhookLoan, tried: WebhookTry, *, state: DeliveryState, wait_s: float = 0.0) -> bool:
+        """End the loan with what became of it, durably: a PENDING one is due again after `wait_s`. False when somebody
+        else has noted this try before, or the delivery is gone; then nothing was changed."""
+
+    async def put_back(self, loan: WebhookLoan, *, wait_s: float) -> None:
+        """End the loan without a try. The delivery is due again after `wait_s`."""
+
+    async def read(self, request_id: str) -> WebhookDelivery | None: ...
+
+    async def page(self, account: str, wanted: WebhookFilter, *, limit: int, after: int = 0) -> WebhookPage:
+        """The account's latest ones that `wanted` keeps, at most `limit`, by when they were first taken.
+
+        At most PAGE_SCAN are looked at, so that a page may be short, or empty, and still have a next one."""
+
+    async def again(self, request_id: str) -> WebhookDelivery | None:
+        """Make one due now, whatever became of it, and begin its tries anew; as it then stands, None if there is
+        none."""
+
+
 # -- Upkeep ------------------------------------------------------------------------------------
 
 
@@ -473,6 +519,10 @@ class Catalog(Protocol):
 
     @property
     def registry_credentials(self) -> Table[RegistryCredentials]:
+        """Key: account."""
+
+    @property
+    def webhook_secrets(self) -> Table[WebhookSecrets]:
         """Key: account."""
 
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
@@ -758,6 +808,7 @@ class Store(NamedTuple):
     streams: Streams
     upkeep: Upkeep
     dead_letters: DeadLetters
+    webhooks: Webhooks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -772,6 +823,7 @@ class Broker:
     counters: Counters
     upkeep: Upkeep
     dead_letters: DeadLetters
+    webhooks: Webhooks
     blobs: Blobs
     settings: Settings
     keyring: Keyring

@@ -148,6 +148,17 @@ class Settings(BaseSettings):
         ge=1,
         description="Dead requests that are kept with their inputs for one account; the oldest make way.",
     )
+    webhook_ttl_s: float = Field(
+        7 * 86_400,
+        ge=2 * 86_400,
+        le=30 * 86_400,
+        description="Seconds for which a webhook's delivery and its log are kept; tries go on for 18 hours of them.",
+    )
+    webhooks_kept: int = Field(
+        10_000,
+        ge=1,
+        description="Deliveries that are kept of one account, delivered or not; the oldest make way.",
+    )
     lease_s: float = Field(
         15, ge=1, le=300, description="Seconds after which a silent worker's attempt may be run again."
     )
@@ -267,6 +278,25 @@ class SecretSettings(Settings):
         "controller; a controller with neither starts sidecars that check nothing.",
     )
 
+    public_url: str = Field(
+        "",
+        description="How clients reach the front ends, for URLs that are handed out; empty: from the request, and in "
+        "webhooks only the path.",
+    )
+    webhook_networks: str = Field(
+        "",
+        description="Networks that webhooks may reach though they are not public, such as `10.1.0.0/16,fd00:1::/64`. "
+        "Addresses that are private, loopback, link-local, of a cloud's metadata or otherwise special are refused, "
+        "whatever name leads to them.",
+    )
+    webhook_ports: str = Field(
+        "443,8443",
+        description="Ports that webhooks may use: `443,8443,9000-9099`.",
+    )
+    webhook_http: bool = Field(
+        False, description="Whether webhooks may go to `http://` too: then anybody on the way can read them."
+    )
+
     queue_management_url: SecretStr = Field(
         SecretStr(""),
         description="RabbitMQ's management API, `http://user:password@host:15672`, of a user with the tag "
@@ -297,9 +327,6 @@ class ApiSettings(SecretSettings):
         "",
         validation_alias=_either("region", "NVCF_REGION"),
         description="Where this server accepts requests; containers are told as `NVCF-INVOCATION-REGION`.",
-    )
-    public_url: str = Field(
-        "", description="How clients reach this server, for URLs it hands out; empty: from the request."
     )
     max_body_bytes: int = Field(
         5 * MIB, ge=1024, le=128 * MIB, description="Largest request body; larger ones are answered 413."
@@ -600,6 +627,15 @@ class ControllerSettings(SecretSettings):
         gt=0,
         le=30 * 86_400,
         description="Seconds without a request after which a version is left with its minimum of instances.",
+    )
+    webhook_timeout_s: float = Field(
+        15, ge=1, le=30, description="Seconds that a webhook's receiver may take to answer, with its name looked up."
+    )
+    webhook_calls: int = Field(
+        64,
+        ge=32,
+        le=1024,
+        description="Webhooks that are sent at once, a quarter of them of one account and four of them to one host.",
     )
     error_ttl_s: float = Field(
         7 * 86_400, ge=60, description="Seconds after which a deployment in ERROR that nobody changed is undeployed."

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from broker.errors import Forbidden, NotFound, StateConflict
-from broker.model import ALL_RESOURCES, EVERYONE, DeadLetter, Principal, Record, Sharing, Tally, Version
+from broker.model import (
+    ALL_RESOURCES,
+    EVERYONE,
+    DeadLetter,
+    Principal,
+    Record,
+    Sharing,
+    Tally,
+    Version,
+    WebhookDelivery,
+)
 from broker.ports import Broker
 
 UNKNOWN_FUNCTION = "no such function"
@@ -22,6 +32,9 @@ NOT_COVERED = "the key's resources do not cover the function"
 PUBLIC_FUNCTION = "the function is public: only a super-admin may do this"
 
 OWN, SHARED = ALL_RESOURCES
+
+
+OfRequest = Record | DeadLetter | Tally | WebhookDelivery
 
 
 class Visibility(StrEnum):
@@ -137,7 +150,7 @@ def refuse_public(principal: Principal, family: Family) -> None:
         raise StateConflict(PUBLIC_FUNCTION)
 
 
-async def check_request(broker: Broker, principal: Principal, record: Record | DeadLetter | Tally) -> None:
+async def check_request(broker: Broker, principal: Principal, record: OfRequest) -> None:
     """Return if the caller's key covers the function of its account's request. Raises Forbidden.
 
     A function that is gone belongs to nobody any more: then any key that covers functions at large is good enough.
@@ -153,7 +166,7 @@ async def check_request(broker: Broker, principal: Principal, record: Record | D
     raise Forbidden(NOT_COVERED)
 
 
-async def is_covered(broker: Broker, principal: Principal, record: Record | DeadLetter | Tally) -> bool:
+async def is_covered(broker: Broker, principal: Principal, record: OfRequest) -> bool:
     """Whether `check_request` would return."""
     try:
         await check_request(broker, principal, record)

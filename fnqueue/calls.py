@@ -58,6 +58,9 @@ class Server:
         body = json.dumps(content).encode()
         return self._call("POST", path, body, {"Content-Type": "application/json", **headers})
 
+    def put(self, path: str, content: Any) -> Answer:
+        return self._call("PUT", path, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
     def delete(self, path: str) -> Answer:
         return self._call("DELETE", path, None, {})
 

@@ -27,6 +27,7 @@ CLIENT_COMMANDS = {
     "invoke": "fnqueue.invoke",
     "queue": "fnqueue.queues",
     "status": "fnqueue.requests",
+    "webhooks": "fnqueue.webhooks",
 }
 INTERRUPTED = 130
 

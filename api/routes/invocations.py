@@ -14,10 +14,11 @@ from api.bodies import Body
 from api.calls import Accepting, Interrupted
 from api.front import Front
 from api.middleware import RECORD, TAKEN
+from api.routes.webhooks import callback
 from broker import invocations, limits
 from broker.errors import Overloaded, StoreUnavailable
 from broker.invocations import BodyFile, Submission
-from broker.model import Principal, Record, RequestState, Version
+from broker.model import Callback, Principal, Record, RequestState, Version
 from broker.streams import gathered
 
 SCOPE = "invoke_function"
@@ -43,6 +44,7 @@ class Call:
     region: str
     method: str = "POST"
     target: str = ""
+    callback: Callback | None = None
 
     def submission(self, body: bytes | BodyFile) -> Submission:
         return Submission(
@@ -61,6 +63,7 @@ class Call:
             region=self.region,
             method=self.method,
             target=self.target,
+            callback=self.callback,
         )
 
 
@@ -200,6 +203,7 @@ async def admit(front: Front, request: web.Request) -> Call:
         queue_timeout_s=headers.timeout_s(arrived, headers.QUEUE_TIMEOUT, longest_s=front.settings.request_deadline_s),
         run_timeout_s=headers.timeout_s(arrived, headers.RUN_TIMEOUT, longest_s=front.settings.request_deadline_s),
         region=front.settings.region,
+        callback=await callback(front, principal, version, arrived),
     )
     await take(front, request, call)
     return call

@@ -22,6 +22,7 @@ from api.front import Front
 from api.middleware import INVOKES, answer_errors
 from api.routes.channels import converse, is_websocket
 from api.routes.invocations import SCOPE, Call, Manner, origin, respond, run, take
+from api.routes.webhooks import callback
 from broker.accounts import require
 from broker.errors import BadRequest
 
@@ -132,6 +133,7 @@ async def _admit(front: Front, request: web.Request, address: Address) -> Call:
         method=request.method,
         target=address.target,
         streaming=True,
+        callback=await callback(front, principal, version, arrived),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import orjson
 
-from broker.model import Channel, Job, Outcome
+from broker.model import Callback, Channel, Job, Outcome
 
 T = TypeVar("T")
 
@@ -27,6 +27,7 @@ _NEVER = 1e11
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 # What may be a part of a key.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_WORD = re.compile(r"[!-~]{1,4096}")
 
 
 class Unreadable(ValueError):
@@ -64,6 +65,8 @@ def unpack_job(envelope: bytes | str, body: bytes) -> Job:
         fields["assets"] = tuple([str(asset) for asset in fields["assets"]])
         if fields.get("channel") is not None:
             fields["channel"] = _build(Channel, fields["channel"])
+        if fields.get("callback") is not None:
+            fields["callback"] = _build(Callback, fields["callback"])
         job = Job(body=body, **{name: fields[name] for name in _JOB_FIELDS if name in fields})
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise Unreadable("not a job") from exc
@@ -82,6 +85,7 @@ def _possible(job: Job) -> bool:
         all(0 <= moment < _NEVER for moment in times)
         and all(_UUID.fullmatch(each) for each in ids)
         and bool(_NAME.fullmatch(job.account) and _NAME.fullmatch(job.version_id))
+        and (job.callback is None or all(_WORD.fullmatch(each) for each in (job.callback.url, *job.callback.events)))
         and (not job.body_key or (folder == f"inputs/{job.account}" and bool(_NAME.fullmatch(name))))
     )
 
@@ -132,6 +136,7 @@ _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "streaming": bool,
     "channel": (Channel, types.NoneType),
     "blob_bytes": int,
+    "callback": (Callback, types.NoneType),
 }
 
 _JOB_KINDS = tuple(_JOB_TYPES.values())

@@ -25,9 +25,9 @@ METERING = "fnqueue.metering"
 _OWN = len(vars(logging.makeLogRecord({})))
 _ADDED = frozenset({"message", "asctime"})  # by a formatter that had the record before
 
-# The password of a URL, what a URL is signed with, and bearer tokens.
+# The password of a URL, what a URL is signed with, bearer tokens, and secrets of webhooks.
 _CREDENTIAL = re.compile(
-    r"(?P<before>://[^/\s:@\"]*:(?=[^/\s@\"]+@)|X-Amz-(?:Signature|Credential|Security-Token)=|Bearer |nvapi-)"
+    r"(?P<before>://[^/\s:@\"]*:(?=[^/\s@\"]+@)|X-Amz-(?:Signature|Credential|Security-Token)=|Bearer |nvapi-|whsec_)"
     r"[^/\s@&\"'\\]+",
     re.IGNORECASE,
 )

@@ -143,6 +143,18 @@ from fnqueue.wire.requests import (
 from fnqueue.wire.rollouts import SetWeights, VersionShare, VersionWeight, Weights
 from fnqueue.wire.secrets import PutSecrets, Secret
 from fnqueue.wire.tokens import CreateToken, CreateTokenForFunctions, InvocationToken, NamedFunction
+from fnqueue.wire.webhooks import (
+    CreateWebhookSecret,
+    FunctionWebhook,
+    SetFunctionWebhook,
+    WebhookDelivery,
+    WebhookDeliveryDetail,
+    WebhookDeliveryList,
+    WebhookSecret,
+    WebhookSecretCreated,
+    WebhookSecretList,
+    WebhookTry,
+)
 
 __all__ = [
     "Account",
@@ -184,6 +196,7 @@ __all__ = [
     "CreateRegistryCredential",
     "CreateToken",
     "CreateTokenForFunctions",
+    "CreateWebhookSecret",
     "Credentials",
     "DeadLetter",
     "DeadLetterCause",
@@ -211,6 +224,7 @@ __all__ = [
     "FunctionIds",
     "FunctionList",
     "FunctionModel",
+    "FunctionWebhook",
     "GpuCount",
     "GpuPlacement",
     "GpuSpecification",
@@ -272,6 +286,7 @@ __all__ = [
     "Scaling",
     "Secret",
     "SelectDeadLetters",
+    "SetFunctionWebhook",
     "SetRateLimit",
     "SetWeights",
     "Snake",
@@ -292,6 +307,13 @@ __all__ = [
     "VersionShare",
     "VersionWeight",
     "Wanted",
+    "WebhookDelivery",
+    "WebhookDeliveryDetail",
+    "WebhookDeliveryList",
+    "WebhookSecret",
+    "WebhookSecretCreated",
+    "WebhookSecretList",
+    "WebhookTry",
     "Weights",
     "Wire",
     "seconds",

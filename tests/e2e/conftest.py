@@ -91,6 +91,10 @@ def settings_for(folder: Path) -> dict[str, str]:
         "FNQUEUE_DRAIN_S": "3",
         "FNQUEUE_SWEEP_S": "1",
         "FNQUEUE_REGION": "here",
+        # Receivers of the tests are here, and speak plain HTTP.
+        "FNQUEUE_WEBHOOK_NETWORKS": "127.0.0.0/8",
+        "FNQUEUE_WEBHOOK_PORTS": "1024-65535",
+        "FNQUEUE_WEBHOOK_HTTP": "true",
     }
 
 

@@ -15,6 +15,7 @@ import aiohttp
 import psutil
 import pytest
 import redis
+from aiohttp import web
 from pydantic import SecretStr
 from redis.asyncio import Redis as RedisClient
 
@@ -25,6 +26,7 @@ from fnqueue import AsyncClient, Done
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests.eventually import eventually
 from tests.house import RECORDER, Caller, Function, House, users
+from tests.receiver import receiving
 from tests.sse import Listening, listening
 
 T = TypeVar("T")
@@ -628,4 +630,37 @@ async def test_progress_of_an_attempt_whose_worker_died_is_gone_with_it(
             answer.open()
             told += [event.data.get("percentComplete") for event in await found.rest()]
         assert told[-2:] == [5, None]
+        assert (await caller.result(request_id)).status == 200
+
+
+async def test_a_controller_killed_between_taking_a_webhook_and_its_answer_is_replaced_by_another(
+    make_house: Callable[..., House],
+) -> None:
+    """It takes as long as a loan: 13 s, by which nobody but another controller can end it."""
+    local = {"networks": "127.0.0.0/8", "ports": "1024-65535", "http": "true", "timeout_s": "3"}
+    house = await make(make_house, **{f"FNQUEUE_WEBHOOK_{name.upper()}": value for name, value in local.items()})
+    house.add_controller()
+    async with house.caller() as caller, receiving() as receiver:
+        secret = (await caller.call("POST", "/v2/nvcf/webhooks/secrets", data={})).json["secret"]
+        function = await caller.deploy(RECORDER)
+        arrived, killed = asyncio.Event(), asyncio.Event()
+
+        async def held(request: web.Request) -> web.StreamResponse:
+            arrived.set()
+            await asyncio.wait_for(killed.wait(), 60)
+            return web.Response(status=204)
+
+        receiver.answers.append(held)
+        request_id = await caller.submit(function.id, headers={"NVCF-CALLBACK-URL": receiver.url})
+        await asyncio.wait_for(arrived.wait(), 60)
+        await asyncio.to_thread(house.controller.kill)
+        killed.set()
+        await asyncio.to_thread(house.controllers[1].start)
+        delivery = await eventually(
+            lambda: caller.call("GET", f"/v2/nvcf/webhooks/deliveries/{request_id}"),
+            lambda reply: reply.status == 200 and reply.json["state"] == "delivered",
+        )
+        assert delivery.json["tries"] >= 1
+        assert [payload["data"]["requestId"] for payload in receiver.payloads(secret)] == [request_id] * 2
+        assert len({came.headers["webhook-id"] for came in receiver.came}) == 1
         assert (await caller.result(request_id)).status == 200

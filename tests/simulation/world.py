@@ -25,6 +25,7 @@ from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import Entry, MemoryResults
 from broker.backends.memory.streams import MemoryStreams
 from broker.backends.memory.upkeep import MemoryUpkeep
+from broker.backends.memory.webhooks import MemoryWebhooks
 from broker.errors import AlreadyFinished, FnqueueError, NotFound, StoreUnavailable, TryLater, Unavailable
 from broker.invocations import Submission
 from broker.keyring import Keyring
@@ -207,6 +208,7 @@ class World:
             counters=MemoryCounters(),
             upkeep=MemoryUpkeep(self.store),
             dead_letters=MemoryDeadLetters(self.store, settings),
+            webhooks=MemoryWebhooks(self.store, settings),
             blobs=await self._blobs.__aenter__(),
             settings=settings,
             keyring=Keyring({}),

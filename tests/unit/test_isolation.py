@@ -12,6 +12,7 @@ import pytest
 from api.app import operations
 from api.front import Front
 from api.operations import Operation
+from broker.model import WebhookSecret, WebhookSecrets
 from tests.unit.test_server import NOBODYS
 from tests.unit.test_tenants import DEFINITION, PARTIES, PARTNER, RATE_LIMIT, RIGHTS, SPECIFICATIONS, Tenants, ask
 from tests.unit.test_tenants import tenants as _tenants
@@ -43,6 +44,8 @@ BODIES: dict[str, Any] = {
     "authorizations_remove": PARTNER,
     "authorizations_remove_of_version": PARTNER,
     "dead_letters_redrive": {},
+    "webhooks_redeliver": {},
+    "webhooks_set_default": {"url": "https://example.com/"},
     "keys_authorize": RIGHTS,
     "keys_set_status": {"status": "SUSPENDED"},
 }
@@ -67,7 +70,9 @@ async def test_foreign_is_as_random_to_the_byte_and_malformed_is_the_same_for_al
     [deployment] = await tenants.house.broker.catalog.deployments.list()
     item = deployment.item
     theirs = {name: tenants.ids[short] for name, short in IDS.items()}
-    theirs |= {"deployment_id": item.id, "gpu_specification_id": item.specifications[0].id}
+    secret = WebhookSecret(id=str(uuid.uuid4()), sealed="", created_at=0.0)
+    await tenants.house.broker.catalog.webhook_secrets.put(WebhookSecrets(account=item.account, secrets=(secret,)))
+    theirs |= {"secret_id": secret.id, "deployment_id": item.id, "gpu_specification_id": item.specifications[0].id}
     answers = []
     for ids in (theirs, {name: str(uuid.uuid4()) for name in theirs}):
         status, told, said = await ask(tenants.foreign, operation.method, template.format(**ids), body)

@@ -29,6 +29,7 @@ from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
 from broker.backends.memory.upkeep import MemoryUpkeep
+from broker.backends.memory.webhooks import MemoryWebhooks
 from broker.errors import ConfigurationError, StoreUnavailable
 from broker.keyring import Keyring
 from broker.model import (
@@ -130,6 +131,7 @@ class Rig:
             counters=MemoryCounters(),
             upkeep=MemoryUpkeep(self.results),
             dead_letters=MemoryDeadLetters(self.results, self.settings),
+            webhooks=MemoryWebhooks(self.results, self.settings),
             blobs=self.blobs,
             settings=self.settings,
             keyring=Keyring({}),

@@ -1,6 +1,6 @@
 """Keeps what is deployed running: the loops of `fnqueue controller`, also run inside `fnqueue dev`.
 
-Several controllers may run; the one that holds the lease acts, the others wait for it to lapse.
+Several controllers may run; the one that holds the lease acts, the others wait for it to lapse. All send webhooks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from broker.errors import FnqueueError
 from broker.ports import Broker, Fleet, Launcher
 from broker.secrets import sweep as sweep_secrets
 from broker.settings import ControllerSettings
-from workers.controller import undertaker
+from workers.controller import notify, undertaker
 from workers.controller.auditor import Auditor
 from workers.controller.chores import Chores
 from workers.controller.fleets import FleetReconciler
@@ -57,6 +57,7 @@ async def serve(
         beside(
             every(RENEW_S, leadership.renew, name="leadership"),
             _lead(broker, settings, launcher, leadership, status, offered or asyncio.Event()),
+            notify.serve(broker, settings),
         ),
     ):
         await stop.wait()

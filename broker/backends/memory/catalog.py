@@ -20,6 +20,7 @@ from broker.model import (
     Secrets,
     Sharing,
     Version,
+    WebhookSecrets,
 )
 from broker.ports import CRASHES_KEPT_S, Row
 
@@ -65,6 +66,7 @@ class MemoryCatalog:
         self.sharing: MemoryTable[Sharing] = MemoryTable(lambda sharing: sharing.function_id, ("shared_with",))
         self.secrets: MemoryTable[Secrets] = MemoryTable(lambda secrets: secrets.version_id, ())
         self.registry_credentials: MemoryTable[RegistryCredentials] = MemoryTable(lambda item: item.account, ())
+        self.webhook_secrets: MemoryTable[WebhookSecrets] = MemoryTable(lambda item: item.account, ())
         self._instances: dict[tuple[str, str], tuple[Instance, float]] = {}
         self._crashes: dict[tuple[str, str], tuple[frozenset[Crash], float]] = {}
         self._gpus: tuple[list[Gpu], float] = ([], 0.0)

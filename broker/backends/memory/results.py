@@ -26,6 +26,7 @@ from broker.model import (
     STREAM_CUT,
     Attempt,
     AttemptEnd,
+    Callback,
     Chunk,
     Claim,
     DeadCause,
@@ -106,6 +107,7 @@ class Entry:
     given: int = 0
     aside: bool = False
     size_bytes: int = 0
+    callback: Callback | None = None
 
     def lost(self) -> Attempt | None:
         """The attempt of a worker that fell silent, if one runs at all by the books."""
@@ -186,6 +188,8 @@ class MemoryResults:
         self._held_bytes: dict[tuple[str, str], int] = {}
         self._orders = 0
         self._activity = MemoryActivity(now)
+        # Those that ended and are to be told to their callbacks, until MemoryWebhooks takes them.
+        self.announced: deque[Entry] = deque()
 
     async def remember_key(self, account: str, key: str, *, request_id: str, digest: str) -> str:
         bound_id, bound_digest, until = self._keys.get((account, key), ("", "", 0.0))
@@ -544,6 +548,7 @@ class MemoryResults:
             queue_deadline_at=created_at + draft.queue_timeout_s if draft.queue_timeout_s else 0.0,
             run_timeout_s=draft.run_timeout_s,
             size_bytes=draft.size_bytes,
+            callback=draft.callback,
         )
         self._entries[entry.id] = entry
         self._waiting.setdefault(entry.version_id, []).append((entry.order, entry.id))
@@ -574,6 +579,7 @@ class MemoryResults:
             queue_timeout_s=max(0.0, job.queue_deadline_at - job.created_at),
             run_timeout_s=job.run_timeout_s,
             size_bytes=job.size_bytes,
+            callback=job.callback,
         )
         return self._add(draft, created_at=job.created_at, deadline_at=job.deadline_at)
 
@@ -609,6 +615,9 @@ class MemoryResults:
             self._activity.ended(entry.version_id, state, attempts=entry.attempt, **times_s)
         entry.reason, entry.outcome, entry.finished_at = reason, outcome, self._now()
         self._finished.append((entry.finished_at, entry.id))
+        called_back = entry.callback is not None and (not entry.callback.events or state in entry.callback.events)
+        if called_back and state is not RequestState.ABANDONED:
+            self.announced.append(entry)
         if entry.updates:
             self._fading.append((entry.finished_at, entry.id))
         self.hints.tell(entry.id)

@@ -35,11 +35,12 @@ SIDECAR = " ".join(
         "(+publish &fnq:h:* &fnq:w:*)",
         "(+evalsha +type ~fnq:{*}:[rbpsqxdna] ~fnq:i:{*} ~fnq:i:{*}:*)",
         "(+del +exists +get +set +pexpire +pttl +hdel +hexists +hget +hincrby +hmget +hset +lindex +llen +lpop +rpush"
-        " +xadd +xtrim ~fnq:{*}:[rbps])",
+        " +xadd +xtrim ~fnq:{*}:[rbpsh])",
         "(+del +zadd +zrem +zscore ~fnq:{*}:[qxd])",
         "(+del +hincrby +pexpire ~fnq:{*}:m:*)",
         "(+del +hdel +hexists +hget +hincrby +hlen +hset +pexpire +pttl ~fnq:{*}:n)",
         "(+del +zadd +zcount +pexpire +zremrangebyrank +zremrangebyscore ~fnq:{*}:a)",
+        "(+zadd ~fnq:{webhooks}:w)",
         "(+hset +hdel +hgetall +pexpire ~fnq:i:{*})",
         "(+del +sadd +smembers +pexpire ~fnq:i:{*}:*)",
         "(+get %R~fnq:epoch)",

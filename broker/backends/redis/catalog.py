@@ -22,6 +22,7 @@ from broker.model import (
     Secrets,
     Sharing,
     Version,
+    WebhookSecrets,
 )
 from broker.ports import CRASHES_KEPT_S, Row
 
@@ -105,6 +106,7 @@ class RedisCatalog:
         self.registry_credentials = RedisTable(
             connection, "registry_credentials", RegistryCredentials, lambda item: item.account, ()
         )
+        self.webhook_secrets = RedisTable(connection, "webhook_secrets", WebhookSecrets, lambda item: item.account, ())
 
     async def beat(self, instance: Instance, *, ttl_s: float) -> None:
         await self._connection.run(

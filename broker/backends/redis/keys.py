@@ -49,13 +49,28 @@ def letters(account_name: str) -> str:
     return f"fnq:{{{account_name}}}:g"
 
 
+def delivery(request_id: str) -> str:
+    return f"fnq:{{{request_id}}}:h"
+
+
+def deliveries(account_name: str) -> str:
+    return f"fnq:{{{account_name}}}:o"
+
+
+WEBHOOKS = "fnq:{webhooks}:w"
+
+
 def account(name: str) -> str:
     return f"fnq:{{{name}}}:a"
 
 
 # What MEND does about a key, by how its name ends or begins. None is the only place of anything: sweeps and claims fill
-# them again; but for the list of dead letters of an account, which are then to be had by ID alone.
-_MENDED_BY_END = {":q": "zset", ":x": "zset", ":d": "zset", ":a": "zset", ":g": "zset", ":n": "ledger"}
+# them again, and the auditor that of webhooks that are due; but for the lists of dead letters and of deliveries of an
+# account, which are then to be had by ID alone.
+_MENDED_BY_END = {
+    **dict.fromkeys((":q", ":x", ":d", ":a", ":g", ":o", ":w"), "zset"),
+    ":n": "ledger",
+}
 _MENDED_BY_BEGIN = {
     "fnq:l:": "numbers",
     "fnq:i:": "hash",

@@ -21,6 +21,7 @@ from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import activity, scripts
 from broker.backends.redis.connection import Connection, TooFewReplicas
+from broker.backends.redis.keys import WEBHOOKS
 from broker.backends.redis.keys import account as _account
 from broker.backends.redis.keys import body as _body
 from broker.backends.redis.keys import due as _due
@@ -36,6 +37,7 @@ from broker.model import (
     NO_TIMINGS,
     Attempt,
     AttemptEnd,
+    Callback,
     Claim,
     Draft,
     Epoch,
@@ -66,6 +68,8 @@ End = tuple[str | int, ...]
 _EPOCH_REFRESH_S = 2.0
 _EPOCH = re.compile(rb"(\d{1,3}):(\d{1,15})")
 _STRAY_AFTER_S = 60.0
+# Its record is there by then: one exchange makes both.
+_FIRST_LOOK_S = 60.0
 _PAGE_BATCH = 250
 # A record is made some time before its entry in the account's list, and unfinished it lives this much longer than
 # its deadline and retention.
@@ -123,8 +127,10 @@ class RedisResults:
     async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
         nonce = secrets.token_hex(4)
         command = self._creating(draft, nonce, queue_limit, self.channel if watch else "")
+        # First, so that there is no record with a callback that nobody looks at.
+        expected = (_expecting(draft.id),) if draft.callback else ()
         try:
-            [made] = await self._connection.run(command, durable=True)
+            *_, made = await self._connection.run(*expected, command, durable=True)
         except TooFewReplicas:
             with suppress(StoreUnavailable):
                 await self._discard(draft, nonce)
@@ -176,6 +182,7 @@ class RedisResults:
             deadline_ms + self._retention_ms + _FINISHED_LIVES_MS,
             settings.version_requests,
             settings.version_bytes,
+            pack_callback(draft.callback, settings),
             *self._account_most,
         )
 
@@ -199,17 +206,17 @@ class RedisResults:
         return bool(abandoned)
 
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
-        before, [version_id, account, attempts] = await self._connection.run(
+        before, [version_id, account, attempts, callback] = await self._connection.run(
             scripts.CANCEL.call((_record(request_id), _body(request_id)), reason, self._retention_ms),
-            ("HMGET", _record(request_id), "v", "a", "n"),
+            ("HMGET", _record(request_id), "v", "a", "n", "C"),
             durable=True,
         )
         if before is None:
             return None
         with reading(request_id):
             stood, version = RequestState(_text(before)), _text(version_id)
-            state = stood if stood.terminal else RequestState.CANCELLED
-            await self._leave(account, version, request_id, state, attempts=int(attempts))
+            state, announced = stood if stood.terminal else RequestState.CANCELLED, callback is not None
+            await self._leave(account, version, request_id, state, attempts=int(attempts), announced=announced)
             return stood
 
     # -- readers ----------------------------------------------------------------------------------
@@ -374,7 +381,7 @@ class RedisResults:
                 int(lease_s * 1000),
                 max_attempts,
                 self._retention_ms,
-                *job_arguments(job),
+                *job_arguments(job, self._settings),
                 self._settings.max_worker_deaths,
             ),
             durable=True,
@@ -384,7 +391,8 @@ class RedisResults:
             attempt, wait_s, lost = int(claimed[2]), int(claimed[3]) / 1000, _lost(claimed)
             started_at = int(claimed[9]) / 1000 if verdict is Verdict.GRANTED else 0.0
         if verdict is Verdict.SETTLED:
-            await self._leave(job.account, job.version_id, job.id, state, attempts=attempt)
+            announced = job.callback is not None
+            await self._leave(job.account, job.version_id, job.id, state, attempts=attempt, announced=announced)
         elif state is RequestState.QUEUED:
             await self._back_in_line(job.version_id, job.id)
         elif verdict is Verdict.GRANTED and int(claimed[5]):  # lost, or set aside
@@ -416,8 +424,9 @@ class RedisResults:
         [righted] = await self._connection.run(scripts.HEAL.call(family, how_much))
         return bool(righted)
 
-    def entering(self, job: Job) -> tuple[Command, Command]:
-        """Puts an accepted request back on its ledgers and among those of its account, whatever the limits."""
+    def entering(self, job: Job) -> tuple[Command, ...]:
+        """Puts an accepted request back on its ledgers, among those of its account and, if it has a callback, those
+        that are looked at, whatever the limits."""
         member, size_bytes = _member(job.id), job.size_bytes
         ttl_ms = int((job.deadline_at - job.created_at) * 1000) + self._retention_ms + _FINISHED_LIVES_MS
         return (
@@ -430,6 +439,7 @@ class RedisResults:
                 ttl_ms,
                 size_bytes,
             ),
+            *([("ZADD", WEBHOOKS, "NX", 0, member)] if job.callback else ()),
         )
 
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
@@ -444,9 +454,9 @@ class RedisResults:
         return RequestState.RUNNING
 
     async def release(self, lease: Lease, *, refund: bool) -> RequestState:
-        state, account = RequestState.QUEUED, ""
+        state, account, callback = RequestState.QUEUED, "", None
         with suppress(RecordDamaged):
-            reply, raw = await self._connection.run(
+            reply, [raw, callback] = await self._connection.run(
                 scripts.RELEASE.call(
                     (_record(lease.request_id), _body(lease.request_id)),
                     lease.token,
@@ -454,12 +464,14 @@ class RedisResults:
                     self._retention_ms,
                     lease.attempt,
                 ),
-                ("HGET", _record(lease.request_id), "a"),
+                ("HMGET", _record(lease.request_id), "a", "C"),
             )
             with reading(lease.request_id):
                 state, account = RequestState(_text(reply)), _text(raw or "")
         if state.terminal:
-            await self._leave(account, lease.version_id, lease.request_id, state, attempts=lease.attempt)
+            version_id, request_id, attempts = lease.version_id, lease.request_id, lease.attempt
+            announced = callback is not None
+            await self._leave(account, version_id, request_id, state, attempts=attempts, announced=announced)
         if state is RequestState.QUEUED:
             await self._back_in_line(lease.version_id, lease.request_id)
         return state
@@ -492,7 +504,7 @@ class RedisResults:
     ) -> RequestState:
         version = job.version_id
         orders = (_waiting(version), _running(version), _due(version))
-        [reply] = await self._connection.run(
+        reply, *_ = await self._connection.run(
             scripts.SETTLE.call(
                 (_record(job.id), _body(job.id), _ledger(job.account), _ledger(version), *orders),
                 lease.token,
@@ -501,11 +513,12 @@ class RedisResults:
                 pack_outcome(outcome),
                 _numbers(outcome, timings),
                 self._retention_ms,
-                *job_arguments(job),
+                *job_arguments(job, self._settings),
                 job.id,
                 _member(job.id),
                 *_times_ms(lease, job, timings),
             ),
+            *([_due_now(job.id)] if job.callback else ()),
             durable=True,
         )
         with reading(job.id):
@@ -534,7 +547,7 @@ class RedisResults:
     async def _end(self, job: Job, state: RequestState, *, reason: str, cause: str) -> Claim:
         keys = (_record(job.id), _body(job.id))
         [ended] = await self._connection.run(
-            scripts.END.call(keys, state, reason, self._retention_ms, *job_arguments(job), cause),
+            scripts.END.call(keys, state, reason, self._retention_ms, *job_arguments(job, self._settings), cause),
             durable=True,
         )
         with reading(job.id):
@@ -542,7 +555,8 @@ class RedisResults:
                 verdict=Verdict(_text(ended[0])), state=RequestState(_text(ended[1])), wait_s=int(ended[2]) / 1000
             )
         if claim.verdict is Verdict.SETTLED:
-            await self._leave(job.account, job.version_id, job.id, claim.state, attempts=int(ended[3]))
+            attempts, announced = int(ended[3]), job.callback is not None
+            await self._leave(job.account, job.version_id, job.id, claim.state, attempts=attempts, announced=announced)
         return claim
 
     async def sweep(self, version_id: str, *, limit: int) -> int:
@@ -716,7 +730,13 @@ class RedisResults:
             command
             for record, reply in zip(records, replies, strict=True)
             if isinstance(record, Record) and int(reply[12])
-            for command in leaving(record.account, record.version_id, record.id, noted(record.state, record.attempt))
+            for command in leaving(
+                record.account,
+                record.version_id,
+                record.id,
+                noted(record.state, record.attempt),
+                announced=int(reply[12]) > 1,
+            )
         ]
         if left:
             await self._connection.run(*left)
@@ -733,10 +753,11 @@ class RedisResults:
         state: RequestState | None,
         *,
         attempts: int = 0,
+        announced: bool = False,
     ) -> None:
         """`state` is how it ended; None where that cannot be known, or is no end."""
         end = noted(state, attempts) if state is not None else ()
-        await self._connection.run(*leaving(_text(account or ""), version_id, request_id, end))
+        await self._connection.run(*leaving(_text(account or ""), version_id, request_id, end, announced=announced))
 
 
 @contextmanager
@@ -772,7 +793,7 @@ def _read_record(request_id: str, reply: Sequence[Any]) -> Record:
     attempts = tuple([_attempt(*each) for each in orjson.loads(reply[15])]) if reply[15] else ()
     if worker:
         attempts += (_attempt(attempt, worker, started, ended, state.value),)
-    status_code, timings = _parse_numbers(reply[16])
+    status_code, timings = parse_numbers(reply[16])
     return Record(
         id=request_id,
         account=account,
@@ -809,7 +830,7 @@ def _numbers(outcome: Outcome, timings: Timings) -> str:
     return " ".join(str(number) for number in (outcome.status, *(int(part * 1000) for part in parts)))
 
 
-def _parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
+def parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
     if not raw:
         return 0, None
     status, cold_start, inputs, container, upload = (int(part) for part in raw.split())
@@ -834,7 +855,7 @@ def _progress(packed: bytes) -> Progress:
     return Progress(number=int(number), percent=int(percent), partial=partial)
 
 
-def job_arguments(job: Job) -> tuple[str | int, ...]:
+def job_arguments(job: Job, settings: Settings) -> tuple[str | int, ...]:
     """What scripts rebuild a lost record from."""
     return (
         job.account,
@@ -844,7 +865,19 @@ def job_arguments(job: Job) -> tuple[str | int, ...]:
         int(job.deadline_at * 1000),
         round(job.queue_deadline_at * 1000),
         round(job.run_timeout_s * 1000),
+        pack_callback(job.callback, settings),
     )
+
+
+def pack_callback(callback: Callback | None, settings: Settings) -> str:
+    """As `scripts` has it in the field C."""
+    if callback is None:
+        return ""
+    return f"{int(settings.webhook_ttl_s * 1000)} {','.join(callback.events) or '*'} {callback.url}"
+
+
+def _expecting(request_id: str) -> Command:
+    return scripts.WEBHOOK_EXPECT.call((WEBHOOKS,), _member(request_id), int(_FIRST_LOOK_S * 1000))
 
 
 def _member(request_id: str) -> bytes:
@@ -877,16 +910,29 @@ def _times_ms(lease: Lease, job: Job, timings: Timings) -> tuple[int, ...]:
     return tuple(round(time * 1000) for time in times)
 
 
+def _due_now(request_id: str) -> Command:
+    """Its delivery."""
+    return ("ZADD", WEBHOOKS, 0, _member(request_id))
+
+
 def leaving(
-    account: str, version_id: str, request_id: str, end: End = (), *, places: bool = True
-) -> tuple[Command, Command]:
+    account: str,
+    version_id: str,
+    request_id: str,
+    end: End = (),
+    *,
+    places: bool = True,
+    announced: bool = False,
+) -> tuple[Command, ...]:
     """Takes a request off its ledgers and, with `places`, out of the orders of its version, whose activity it adds
-    `end` to. The account's ledger first: what a crash leaves behind, the sweep finds in the version's."""
+    `end` to. The account's ledger first: what a crash leaves behind, the sweep finds in the version's. If its end was
+    `announced`, the delivery is due; a crash before that makes it late, for it is looked at anyway."""
     member = _member(request_id)
     orders = (_waiting(version_id), _running(version_id), _due(version_id)) if places else ()
     return (
         scripts.LEAVE.call((_ledger(account),), member, request_id),
         scripts.LEAVE.call((_ledger(version_id), *orders), member, request_id, *end),
+        *([_due_now(request_id)] if announced else ()),
     )
 
 

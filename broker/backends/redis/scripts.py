@@ -6,6 +6,7 @@ what ends it, changes all three at once: Redis has to be one that holds all keys
     fnq:{<id>}:s   stream, the latest of a streamed body: entry <attempt>-<offset behind it>, fields d data · k kind
                    (0 bytes, 1 event) · c the container's ID of the event
     fnq:{<id>}:l   hash, what is kept of a dead request to start it again
+    fnq:{<id>}:h   hash, what is to be told to its callback, from its end on
     fnq:{<id>}:p   list of the attempt's last updates: "<number> <percent> <partial>", oldest first, without gaps
 A version's order is rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
@@ -17,12 +18,16 @@ An account's requests are bounded, and mended by whoever reads them:
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
                         behind in either is found in the version's
     fnq:{<account>}:g   the same of its dead letters, by when they died
+    fnq:{<account>}:o   the same of its webhook deliveries, by when they were first taken
+Those requests that have a callback and are not done with it:
+    fnq:{webhooks}:w    sorted set of ids, as 16 bytes, by when to look at them in milliseconds; 0: now
 
 Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
 o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
 Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
 D numbers of the attempts whose worker died, space separated: its lease ran out, and it did not come back to say no
+C its callback: "<ms to keep the delivery> <states, separated by commas, or *> <url>"
 K why it is dead · L its dead letter was made · V the request that it was started again as
 G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
@@ -90,18 +95,34 @@ end
 # be held by them as good as for ever.
 _BOUNDS = "local longest_lease, longest_life = 3600000, 5184000000\n"
 
+# announce(): what is to be told to a callback. Its fields: C a f v s c b e m I as in the record · u its attempts
+# d state of the delivery · x when it is due · k tries · j tries of this series · L the last of them, as JSON: [[number,
+# at, took, status, error], …]
+_ANNOUNCE = """
+local function announce(r, state, reason)
+  local f = redis.call('HMGET', r, 'C', 'a', 'f', 'v', 'c', 'b', 'I', 'n')
+  local ttl, states = string.match(f[1], '^(%d+) (%S+) %S+$')
+  if not ttl or (states ~= '*' and not string.find(',' .. states .. ',', ',' .. state .. ',', 1, true)) then return end
+  local h = string.sub(r, 1, -2) .. 'h'
+  redis.call('HSET', h, 'C', f[1], 'a', f[2], 'f', f[3], 'v', f[4], 's', state, 'c', f[5], 'b', f[6] or 0, 'e', now,
+    'm', reason, 'I', f[7] or '', 'u', f[8] or 0, 'd', 'pending', 'x', now)
+  redis.call('PEXPIRE', h, ttl)
+end
+"""
+
 # finish(): the only place where a record becomes terminal. The record outlives every copy of its message. The key of
 # the stream is made here, because few requests have one; it is in the record's slot.
 _FINISH = (
     _CLOSE
     + _BOUNDS
+    + _ANNOUNCE
     + """
 local terminal = {fulfilled=1, errored=1, expired=1, ['timed-out']=1, cancelled=1, dead=1, abandoned=1}
 local function held(lease)
   local ends = tonumber(lease or 0)
   return ends and ends > now and ends <= now + longest_lease
 end
-local function open_fields(r) return redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn', 't') end
+local function open_fields(r) return redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn', 't', 'C') end
 local function finish(r, b, state, reason, retention, body, old, numbers)
   old = old or open_fields(r)
   if old[4] == 'running' and not body and not held(old[5]) then close(r, 'lost', tonumber(old[5]) or now) end
@@ -119,6 +140,7 @@ local function finish(r, b, state, reason, retention, body, old, numbers)
   if old[8] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
   if body then redis.call('SET', b, body, 'PX', ttl) elseif old[6] then redis.call('DEL', b) end
   if old[9] then redis.call('PEXPIRE', updates(r), 300000) end
+  if old[11] and state ~= 'abandoned' then announce(r, state, reason) end
   tell(old[2], id)
   tell(old[7], id .. '/r')
   if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
@@ -250,11 +272,12 @@ _CUT = f"local cut = '{STREAM_CUT}'\n"
 _REBUILD = (
     _FINISH
     + """
-local function rebuild(r, retention, account, fn, version, created, deadline, queue_deadline, run)
+local function rebuild(r, retention, account, fn, version, created, deadline, queue_deadline, run, callback)
   if redis.call('EXISTS', r) == 1 then return 0 end
   redis.call('HSET', r, 's', 'queued', 'a', account, 'f', fn, 'v', version, 'c', created, 'd', deadline, 'n', 0, 'p', 1)
   if queue_deadline ~= '0' then redis.call('HSET', r, 'Q', queue_deadline) end
   if run ~= '0' then redis.call('HSET', r, 'U', run) end
+  if callback ~= '' then redis.call('HSET', r, 'C', callback) end
   redis.call('PEXPIRE', r, math.max(1, deadline - now) + retention)
   return 1
 end
@@ -263,7 +286,8 @@ end
 
 # KEYS record waiting due version's-ledger list account's-ledger
 # ARGV id member nonce channel account function version deadline_ms retention_ms queue_ms run_ms bytes queue_limit
-#   list's: limit ttl_ms · version's: most_requests most_bytes · account's: the same, 0: any number; none if it has none
+#   list's: limit ttl_ms · version's: most_requests most_bytes · callback('': none)
+#   account's: most_requests most_bytes, 0: any number; none if it has none
 # returns {1 if made now, state, created, deadline, function, version, queue_deadline, run_ms, rank if made now or 0}
 #   or {-1, the limit that is met: queued, requests or bytes, version or account}; nothing was written then
 CREATE = Script(
@@ -277,7 +301,7 @@ local made = f[1] == false
 if made or (f[1] == 'queued' and f[3] == ARGV[7]) then
   local met, sum = fits(KEYS[4], member, bytes, ARGV[16] + 0, ARGV[17] + 0, KEYS[2], tonumber(ARGV[13]))
   local met_too, sum_too = '', nil
-  if ARGV[18] then met_too, sum_too = fits(KEYS[6], member, bytes, ARGV[18] + 0, ARGV[19] + 0) end
+  if ARGV[19] then met_too, sum_too = fits(KEYS[6], member, bytes, ARGV[19] + 0, ARGV[20] + 0) end
   if met == '' and met_too == '' then
     local at, ttl = string.format('%.0f', time[1] * 1000000 + time[2]), ARGV[15] + 0
     enter(KEYS[4], member, ARGV[12] .. ' ' .. ARGV[5], sum)
@@ -297,6 +321,7 @@ if made then
     'p', '1', 'o', ARGV[3], 'h', ARGV[4])
   if queue ~= '0' then redis.call('HSET', r, 'Q', queue) end
   if run ~= '0' then redis.call('HSET', r, 'U', run) end
+  if ARGV[18] ~= '' then redis.call('HSET', r, 'C', ARGV[18]) end
   redis.call('PEXPIRE', r, ARGV[8] + ARGV[9])
   return {1, 'queued', created, deadline, ARGV[6], ARGV[7], queue, run, redis.call('ZCARD', KEYS[2])}
 end
@@ -346,8 +371,9 @@ return 1
 
 # KEYS record body · ARGV retention_ms channel whole poll steps
 # returns nil, or {state, account, function, version, created, deadline, attempt, started, ended, worker, reason,
-#   body if whole, 1 if it expired just now, queue_deadline, run_ms, past attempts, numbers of the result,
-#   head of a stream that is not terminal, an update or '', 1 if no other poll was given it, cause, redriven as}
+#   body if whole, 1 if it expired just now and 2 if it has a callback, queue_deadline, run_ms, past attempts,
+#   numbers of the result, head of a stream that is not terminal, an update or '', 1 if no other poll was given it,
+#   cause, redriven as}
 # A `poll` is a nonce, '' for none, and takes an update; with `steps` (0|1) the channel is told of every step.
 READ = Script(
     _FINISH
@@ -391,7 +417,8 @@ if not terminal[f[1]] and ARGV[5] == '1' then
   end
 end
 return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7] or '0', f[8] or '0', f[9] or '0',
-  f[10] or '', f[11] or '', body, expired and 1 or 0, f[13] or '0', f[14] or '0', f[15] or '', f[16] or '',
+  f[10] or '', f[11] or '', body, expired and 1 + redis.call('HEXISTS', KEYS[1], 'C') or 0,
+  f[13] or '0', f[14] or '0', f[15] or '', f[16] or '',
   not terminal[f[1]] and f[17] or '', progress, unread, f[19] or '', f[20] or ''}
 """
 )
@@ -399,7 +426,7 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 # An attempt that began to stream is the last one: its reader cannot be given the same again.
 # KEYS record body waiting running
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
-#   queue_deadline run_ms max_deaths
+#   queue_deadline run_ms callback max_deaths
 # returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt or had no place;
 #   then of the attempt that this claim found lost: worker started ended; and since when the granted attempt runs}
 # What runs is among what runs of its version afterwards.
@@ -414,7 +441,8 @@ local r = KEYS[1]
 local function fields() return redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D', 'Q', 'b') end
 local rebuilt, f = 0, fields()
 if not f[1] then
-  rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
+  rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13],
+    ARGV[14])
   f = fields()
 end
 local due = tonumber(f[5])
@@ -446,7 +474,7 @@ if f[1] == 'running' then
 end
 for _ in string.gmatch(died, '%d+') do deaths = deaths + 1 end
 local function ended(n) return {'settled', 'dead', n, 0, 0, 0, lost[1] or '', lost[2] or 0, lost[3] or 0} end
-if deaths >= tonumber(ARGV[14]) then
+if deaths >= tonumber(ARGV[15]) then
   redis.call('HSET', r, 'K', 'worker-deaths')
   finish(r, KEYS[2], 'dead', 'the worker died in ' .. deaths .. ' attempts: it may be what kills them', ARGV[6] + 0)
   return ended(n)
@@ -473,12 +501,13 @@ return {'granted', 'running', n + 1, 0, f[5] - now, math.max(rebuilt, place()), 
 """
 )
 
-# KEYS record body · ARGV retention_ms account function version created deadline queue_deadline run_ms
+# KEYS record body · ARGV retention_ms account function version created deadline queue_deadline run_ms callback
 # returns {1 if the record was rebuilt, state}
 RESTORE = Script(
     _REBUILD
     + """
-local rebuilt = rebuild(KEYS[1], ARGV[1] + 0, ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] + 0, ARGV[7], ARGV[8])
+local rebuilt = rebuild(KEYS[1], ARGV[1] + 0, ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] + 0, ARGV[7], ARGV[8],
+  ARGV[9])
 overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
 return {rebuilt, redis.call('HGET', KEYS[1], 's')}
 """
@@ -581,7 +610,7 @@ return redis.call('LRANGE', KEYS[1], at, at + ARGV[2] - 1)
 
 # KEYS record body account's-ledger version's-ledger order...
 # ARGV token attempt state outcome numbers retention_ms account function version created deadline queue_deadline run_ms
-#   id member accepted_ms started_ms cold_start_ms
+#   callback id member accepted_ms started_ms cold_start_ms
 # returns the state that stands; what is over has left its ledgers and the orders of its version as by LEAVE
 SETTLE = Script(
     _REBUILD
@@ -590,7 +619,8 @@ SETTLE = Script(
     + """
 local r = KEYS[1]
 local f = open_fields(r)
-if not f[4] and rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13]) == 1 then
+if not f[4] and rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13],
+  ARGV[14]) == 1 then
   redis.call('HSET', r, 's', 'running', 'n', ARGV[2], 't', ARGV[1])
   f = open_fields(r)
 end
@@ -599,28 +629,29 @@ if state == 'running' and f[10] == ARGV[1] then
   state = finish(r, KEYS[2], ARGV[3], '', ARGV[6] + 0, ARGV[4], f, ARGV[5])
 end
 if terminal[state] then
-  leave(KEYS[3], ARGV[15])
-  local held, placed = leave(KEYS[4], ARGV[15]), 0
-  for i = 5, #KEYS do placed = redis.call('ZREM', KEYS[i], ARGV[14]) end
-  if state ~= 'abandoned' and held + placed > 0 then note(KEYS[4], state, ARGV[2], ARGV[16], ARGV[17], ARGV[18]) end
+  leave(KEYS[3], ARGV[16])
+  local held, placed = leave(KEYS[4], ARGV[16]), 0
+  for i = 5, #KEYS do placed = redis.call('ZREM', KEYS[i], ARGV[15]) end
+  if state ~= 'abandoned' and held + placed > 0 then note(KEYS[4], state, ARGV[2], ARGV[17], ARGV[18], ARGV[19]) end
 end
 return state
 """
 )
 
 # KEYS record body
-# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms cause('' for none)
+# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms callback
+#   cause('' for none)
 # returns {verdict, state, wait_ms, attempts}
 END = Script(
     _REBUILD
     + """
 local r = KEYS[1]
-rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9], ARGV[10])
+rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9], ARGV[10], ARGV[11])
 local f = redis.call('HMGET', r, 's', 'l', 'n')
 local attempts = tonumber(f[3]) or 0
 if terminal[f[1]] then return {'settled', f[1], 0, attempts} end
 if f[1] == 'running' and held(f[2]) then return {'held', f[1], tonumber(f[2]) - now, attempts} end
-if ARGV[11] ~= '' then redis.call('HSET', r, 'K', ARGV[11]) end
+if ARGV[12] ~= '' then redis.call('HSET', r, 'K', ARGV[12]) end
 return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0, attempts}
 """
 )
@@ -828,6 +859,71 @@ LETTER_REDRIVEN = Script(
     + """
 if redis.call('HGET', KEYS[1], 'r') == ARGV[1] then redis.call('HSETNX', KEYS[1], 'R', now) end
 if redis.call('EXISTS', KEYS[2]) == 1 then redis.call('HSET', KEYS[2], 'V', ARGV[1]) end
+return 1
+"""
+)
+
+# -- webhooks ------------------------------------------------------------------------------------------------------
+
+# KEYS webhooks · ARGV id wait_ms · looks at a request some time after it was accepted, unless it is looked at anyway
+WEBHOOK_EXPECT = Script(
+    _NOW
+    + """
+return redis.call('ZADD', KEYS[1], 'NX', now + ARGV[2], ARGV[1])
+"""
+)
+
+# KEYS webhooks · ARGV limit lease_ms · returns {now, lease, id...}; the lease is the place that the ids have meanwhile
+WEBHOOK_TAKE = Script(
+    _NOW
+    + """
+local ids = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, ARGV[1])
+local lease = now + ARGV[2]
+for _, id in ipairs(ids) do redis.call('ZADD', KEYS[1], 'XX', lease, id) end
+return {now, lease, unpack(ids)}
+"""
+)
+
+# KEYS webhooks · ARGV lease, then for each: id wait_ms('' when done with it)
+# Whoever asked for a look meanwhile has given it another place, and it keeps that.
+WEBHOOK_RETURN = Script(
+    _NOW
+    + """
+for at = 2, #ARGV, 2 do
+  if tonumber(redis.call('ZSCORE', KEYS[1], ARGV[at]) or -1) == tonumber(ARGV[1]) then
+    if ARGV[at + 1] == '' then
+      redis.call('ZREM', KEYS[1], ARGV[at])
+    else
+      redis.call('ZADD', KEYS[1], 'XX', now + ARGV[at + 1], ARGV[at])
+    end
+  end
+end
+return 1
+"""
+)
+
+# KEYS delivery · ARGV tries_before took_ms status error state wait_ms most_kept · returns 1 if it was noted
+WEBHOOK_NOTE = Script(
+    _NOW
+    + """
+local f = redis.call('HMGET', KEYS[1], 'd', 'k', 'j', 'L')
+local before = tonumber(f[2] or 0)
+if f[1] ~= 'pending' or before ~= tonumber(ARGV[1]) then return 0 end
+local tries = f[4] and cjson.decode(f[4]) or {}
+tries[#tries + 1] = {before + 1, now - ARGV[2], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]}
+if #tries > tonumber(ARGV[7]) then table.remove(tries, 1) end
+redis.call('HSET', KEYS[1], 'd', ARGV[5], 'k', before + 1, 'j', (f[3] or 0) + 1, 'x', now + ARGV[6],
+  'L', cjson.encode(tries))
+return 1
+"""
+)
+
+# KEYS delivery · returns 1 if there is one, which is due now
+WEBHOOK_AGAIN = Script(
+    _NOW
+    + """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], 'd', 'pending', 'j', 0, 'x', now)
 return 1
 """
 )

@@ -1,4 +1,4 @@
-"""Opens Results, Streams, Catalog, Counters, Upkeep and DeadLetters over one Redis."""
+"""Opens Results, Streams, Catalog, Counters, Upkeep, DeadLetters and Webhooks over one Redis."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from broker.backends.redis.dead_letters import RedisDeadLetters
 from broker.backends.redis.results import RedisResults
 from broker.backends.redis.streams import RedisStreams
 from broker.backends.redis.upkeep import RedisUpkeep
+from broker.backends.redis.webhooks import RedisWebhooks
 from broker.ports import Store
 from broker.settings import Settings
 
@@ -33,6 +34,7 @@ async def open_store(url: str, settings: Settings) -> AsyncIterator[Store]:
             counters=RedisCounters(connection),
             upkeep=RedisUpkeep(connection, settings, results),
             dead_letters=RedisDeadLetters(connection, settings),
+            webhooks=RedisWebhooks(connection, settings, results),
         )
     finally:
         listening.cancel()

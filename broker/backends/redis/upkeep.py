@@ -12,7 +12,7 @@ from broker.backends.redis.connection import Connection
 from broker.backends.redis.results import RedisResults, job_arguments, leaving, noted, reading
 from broker.backends.redis.wire import Command
 from broker.errors import RecordDamaged
-from broker.model import Job, RequestState, Survey
+from broker.model import DeliveryState, Job, RequestState, Survey
 from broker.settings import Settings
 
 _RECORDS = keys.record("*")
@@ -22,6 +22,7 @@ _STRAY_AFTER_S = 60.0
 _GARBLED = (ValueError, TypeError, AttributeError, OverflowError)
 _QUEUED = RequestState.QUEUED.encode()
 _RUNNING = RequestState.RUNNING.encode()
+_PENDING = DeliveryState.PENDING.encode()
 
 
 class RedisUpkeep:
@@ -29,6 +30,7 @@ class RedisUpkeep:
 
     def __init__(self, connection: Connection, settings: Settings, results: RedisResults) -> None:
         self._connection = connection
+        self._settings = settings
         self._retention_ms = int(settings.result_ttl_s * 1000)
         self._results = results
 
@@ -37,13 +39,16 @@ class RedisUpkeep:
         [[following, found]] = await self._connection.run(scan)
         ids = [key.decode(errors="replace")[5:-3] for key in found]
         (seconds, micros), *records = await self._connection.each(
-            ("TIME",), *(("HMGET", key, "s", "v", "d", "Q", "n", "Z") for key in found)
+            ("TIME",), *(("HMGET", key, "s", "v", "d", "Q", "n", "Z", "C") for key in found)
         )
         states: Counter[RequestState] = Counter()
-        unreadable, live = 0, []
-        for request_id, fields in zip(ids, records, strict=True):
-            if isinstance(fields, RecordDamaged) or all(field is None for field in fields):  # gone since the scan
+        unreadable, live, called_back = 0, [], []
+        for request_id, reply in zip(ids, records, strict=True):
+            if isinstance(reply, RecordDamaged) or all(field is None for field in reply):  # gone since the scan
                 continue
+            *fields, callback = reply
+            if callback is not None:
+                called_back.append((request_id, fields[0]))
             try:
                 state = RequestState(fields[0].decode())
                 if not state.terminal:
@@ -53,6 +58,7 @@ class RedisUpkeep:
                 unreadable += 1
             else:
                 states[state] += 1
+        await self._expect(called_back)
         expired, placed = await self._tend(live, states, now_ms=int(seconds) * 1000 + int(micros) // 1000)
         return Survey(cursor=int(following), states=states, unreadable=unreadable, expired=expired, placed=placed)
 
@@ -88,14 +94,17 @@ class RedisUpkeep:
 
     async def _restore(self, job: Job) -> RequestState:
         [[rebuilt, raw]] = await self._connection.run(
-            scripts.RESTORE.call((keys.record(job.id), keys.body(job.id)), self._retention_ms, *job_arguments(job))
+            scripts.RESTORE.call(
+                (keys.record(job.id), keys.body(job.id)), self._retention_ms, *job_arguments(job, self._settings)
+            )
         )
         with reading(job.id):
             state = RequestState(raw.decode())
         # Not only of a rebuilt one: it may have been set aside, or this was broken off here the last time.
         commands: list[Command] = list(self._results.entering(job)) if rebuilt or not state.terminal else []
         if state.terminal:
-            commands += leaving(job.account, job.version_id, job.id, noted(state, 0))
+            announced = job.callback is not None
+            commands += leaving(job.account, job.version_id, job.id, noted(state, 0), announced=announced)
         elif state is RequestState.RUNNING:
             places = keys.waiting(job.version_id), keys.running(job.version_id)
             commands.append(scripts.MOVE.call(places, job.id))
@@ -157,6 +166,19 @@ class RedisUpkeep:
             )
         return len(ended), len(lost)
 
+    async def _expect(self, called_back: Sequence[tuple[str, bytes | None]]) -> None:
+        """See that those of these requests, which have callbacks, are looked at whose webhooks are not done."""
+        if not called_back:
+            return
+        found = await self._connection.each(*(("HMGET", keys.delivery(each), "d") for each, _ in called_back))
+        open_ones = [
+            each
+            for (each, state), reply in zip(called_back, found, strict=True)
+            if not isinstance(reply, RecordDamaged) and (reply[0] == _PENDING or state in (_QUEUED, _RUNNING))
+        ]
+        if open_ones:
+            await self._connection.run(*(("ZADD", keys.WEBHOOKS, "NX", 0, _member(each)) for each in open_ones))
+
     async def _missing(self, place: Callable[[_Entry], str], entries: Sequence[_Entry]) -> list[_Entry]:
         if not entries:
             return []
@@ -188,6 +210,10 @@ def _other_place(entry: _Entry) -> str:
 
 def _due_place(entry: _Entry) -> str:
     return keys.due(entry.version_id)
+
+
+def _member(request_id: str) -> bytes:
+    return bytes.fromhex(request_id.replace("-", ""))
 
 
 def _members(entries: Sequence[Any]) -> list[tuple[bytes, float]]:
