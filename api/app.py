@@ -34,6 +34,7 @@ from api.routes import (
     transparent,
 )
 from api.routes.blobs import BlobRoutes
+from api.tracing import traced
 from broker.accounts import ADMIN, INVOKE
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
@@ -62,7 +63,8 @@ MIRROR = f"{NVCF}/accounts/{{for_account:[^/]+}}"
 
 def make_app(front: Front) -> web.Application:
     # From the outside in.
-    app = web.Application(middlewares=[observing(front), transparent.addressed(front), sharing(front), answer_errors])
+    inner = [observing(front), transparent.addressed(front), sharing(front), answer_errors]
+    app = web.Application(middlewares=[*traced(front), *inner])
     invoking = [*_invocations(front), *_tokens(front)]
     managing = [*_management(front), *_authorizations(front), *_clusters(front)]
     app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])

@@ -57,6 +57,7 @@ from broker.model import (
     Window,
 )
 from broker.settings import Settings
+from broker.telemetry.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -734,3 +735,4 @@ class Broker:
     settings: Settings
     keyring: Keyring
     users: Users = field(default_factory=NoUsers)
+    tracing: Tracing | None = None

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from fnqueue import config, downloads, errors, events, mapping, wire
+from fnqueue import config, downloads, errors, events, mapping, tracing, wire
 from fnqueue.errors import (
     Conflict,
     ConnectionFailed,
@@ -298,7 +298,8 @@ class AsyncFunction:
             progress=progress,
             give_up_at=self._transport.give_up_at(timeout_s),
         )
-        return await self._submit(order)
+        with tracing.operation(f"spawn {self.name}"):
+            return await self._submit(order)
 
     async def run(
         self,
@@ -324,8 +325,9 @@ class AsyncFunction:
             progress=progress,
             give_up_at=self._transport.give_up_at(timeout_s),
         )
-        handle = await self._submit(order)
-        return await handle.get(timeout_s=order.give_up_at - self._transport.now())
+        with tracing.operation(f"run {self.name}"):
+            handle = await self._submit(order)
+            return await handle.get(timeout_s=order.give_up_at - self._transport.now())
 
     async def stream(
         self, value: Any = None, /, *, timeout_s: float = DAY_S, **options: Any
@@ -456,6 +458,7 @@ class AsyncHandle:
         self._transport = client._transport
         self._first = answer
         self._uploads = list(uploads)
+        self._context = tracing.context()
 
     @classmethod
     def from_id(cls, request_id: str, client: AsyncClient) -> AsyncHandle:
@@ -472,7 +475,8 @@ class AsyncHandle:
         """
         give_up_at = self._transport.give_up_at(timeout_s)
         try:
-            result = await self._result(give_up_at)
+            with tracing.operation("get", self._context):
+                result = await self._result(give_up_at)
         except RequestDead:
             raise  # a dead letter is run again with its files
         except RequestFailed:

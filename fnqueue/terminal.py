@@ -14,6 +14,7 @@ from fnqueue.blocking import Client
 from fnqueue.client import Upload
 from fnqueue.config import KEY_VARIABLES
 from fnqueue.errors import ConfigurationError, FnqueueError, RequestFailed, TimedOut
+from fnqueue.tracing import exporting
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -53,7 +54,7 @@ class Unfinished(click.ClickException):
 def calling(url: str | None, key: str | None, *, retry_for_s: float = 30.0) -> Iterator[Client]:
     """A client whose errors end the command with one line and a status."""
     try:
-        with Client(url, key, retry_for_s=retry_for_s) as client:
+        with exporting("fnqueue-cli"), Client(url, key, retry_for_s=retry_for_s) as client:
             yield client
     except ConfigurationError as exc:
         raise Wrong(str(exc)) from exc

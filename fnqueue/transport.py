@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 
-from fnqueue import __version__, errors, retries
+from fnqueue import __version__, errors, retries, tracing
 from fnqueue.config import Config
 from fnqueue.errors import ClientClosed, ConnectionFailed, FnqueueError, TimedOut
 from fnqueue.retries import Failures
@@ -109,6 +110,7 @@ class Transport:
         self, config: Config, *, max_connections: int, retry_for_s: float, sleep: Sleep = asyncio.sleep
     ) -> None:
         self.url = config.url
+        self._place = urlsplit(config.url)
         self.sleep = sleep
         self._retry_for_s = retry_for_s
         agent = {"User-Agent": f"fnqueue-python/{__version__}", "Accept-Encoding": "identity"}
@@ -194,11 +196,25 @@ class Transport:
         if client.is_closed:
             raise ClientClosed("this client was closed")
         # Waiting for a free connection has no limit of its own: `limited` is around it.
-        timeout = httpx2.Timeout(SILENCE_S + call.hold_s, connect=CONNECT_S, pool=None)
+        patience = httpx2.Timeout(SILENCE_S + call.hold_s, connect=CONNECT_S, pool=None)
         content = call.content() if callable(call.content) else call.content
-        request = client.build_request(
-            call.method, call.path, headers=dict(call.headers), content=content, timeout=timeout
-        )
+        headers = dict(call.headers)
+        if call.signed:  # nobody there is of this trace
+            return await self._exchanged(client, call, headers, content, patience)
+        with tracing.call(call.method, self._place.hostname or "", self._place.port, headers) as called:
+            stream = await self._exchanged(client, call, headers, content, patience)
+            called.answered(stream.status)
+            return stream
+
+    async def _exchanged(
+        self,
+        client: httpx2.AsyncClient,
+        call: Call,
+        headers: Mapping[str, str],
+        content: bytes | AsyncIterator[bytes] | None,
+        patience: httpx2.Timeout,
+    ) -> Stream:
+        request = client.build_request(call.method, call.path, headers=dict(headers), content=content, timeout=patience)
         with _translated(request):
             return Stream(await client.send(request, stream=True))
 
