@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # an optional dependency
     from opentelemetry.context import Context
     from opentelemetry.trace import Span
 
-FLUSH_S = 5.0
+FLUSH_S = 3.0
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-FLUSH_S = 5.0
+FLUSH_S = 3.0
 REPORT_EVERY_S = 60.0
 PROTOCOL = "http/protobuf"
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})

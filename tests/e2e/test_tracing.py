@@ -46,12 +46,13 @@ class Traced:
 
 @pytest.fixture(scope="module")
 async def traced(
-    product_rabbitmq: RabbitMQ, redis: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
+    product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Traced]:
     folder = tmp_path_factory.mktemp("traced")
     async with receiving() as receiver:
         told = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
-        house = House(folder, *users(product_rabbitmq, redis, s3, database=DATABASE), **told)
+        servers = users(product_rabbitmq, redis_server, s3, database=DATABASE)
+        house = House(folder, *servers, fronts=1, **told)
         # Entered in a thread, since starting waits and the receiver has to answer meanwhile.
         stack = running(house)
         await asyncio.to_thread(stack.__enter__)
@@ -134,12 +135,14 @@ async def test_what_is_no_trace_context_is_nobodys(traced: Traced, parent: str) 
 
 async def test_what_its_caller_does_not_sample_is_not_sent(traced: Traced) -> None:
     unsampled, sampled = "5" * 32, "6" * 32
+    ids = []
     for trace_id, flag in ((unsampled, "00"), (sampled, "01")):
         parent = f"00-{trace_id}-00f067aa0ba902b7-{flag}"
         reply = await traced.caller.invoke(traced.recorder.id, headers={"traceparent": parent})
         assert sent_to_container(reply).split("-")[1::2] == [trace_id, flag]
+        ids.append(reply.request_id)
     # The second one's were behind the first one's in every queue.
-    await traced.receiver.trace(traced.route, traced.process, *RUN, messaging__message__id=reply.request_id)
+    await traced.receiver.trace(traced.route, traced.process, *RUN, messaging__message__id=ids[1])
     assert traced.receiver.of(unsampled) == []
 
 
