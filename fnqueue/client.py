@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import re
 import uuid
@@ -164,6 +165,23 @@ class AsyncClient:
         """Requests that name it and have not begun will fail. Raises: NotFound."""
         await self._call("DELETE", f"{NVCF}/assets/{_id(asset_id)}", timeout_s)
 
+    async def ask(
+        self, gives: type[M], method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S
+    ) -> M:
+        """Any other call of the API, and its answer as `gives` reads it. `path` is behind `/v2/nvcf`, `body` is sent as
+        JSON. A POST that may have been heard is not repeated."""
+        return _read(gives, await self._managed(method, path, body, timeout_s))
+
+    async def tell(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S
+    ) -> None:
+        """As `ask`, of a call whose answer says nothing more."""
+        await self._managed(method, path, body, timeout_s)
+
+    async def function_id(self, name: str, *, timeout_s: float = DAY_S) -> str:
+        """By name, or by ID, which is not asked for. Raises: UnknownFunction."""
+        return await self._function_id(name, self._transport.give_up_at(timeout_s))
+
     async def tidy(self, asset_ids: Iterable[str]) -> None:
         """Delete assets that nothing needs any more; what cannot be deleted soon stays until somebody does."""
         with suppress(FnqueueError):
@@ -186,6 +204,12 @@ class AsyncClient:
         return await self._transport.call(
             Call(method=method, path=path), give_up_at=self._transport.give_up_at(timeout_s)
         )
+
+    async def _managed(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Answer:
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        content = None if body is None else json.dumps(body).encode()
+        call = Call(method=method, path=NVCF + path, headers=headers, content=content, once=method == "POST")
+        return await self._transport.call(call, give_up_at=self._transport.give_up_at(timeout_s))
 
     async def _function_id(self, name: str, give_up_at: float) -> str:
         if _UUID.fullmatch(name):
