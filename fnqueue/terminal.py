@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ class Screen:
         if not self._terminal:
             click.echo(text)
             return
-        size = os.get_terminal_size(sys.stdout.fileno())
+        size = shutil.get_terminal_size()
         lines = [line[: size.columns - 1] for line in text.splitlines()[: size.lines - 1]]
         # The first time what was there scrolls away; later each line is written over, so that nothing flickers.
         click.echo("" if self._begun else "\n" * (size.lines - 1), nl=False)
