@@ -17,7 +17,8 @@ from fnqueue.terminal import Screen, calling, server_options, table
 from fnqueue.wire import Function, FunctionAnswer, FunctionList, QueueDepth
 
 _AT_ONCE = 8
-_HEADS = ("FUNCTION", "VERSION", "STATUS", "WAITING", "OLDEST", "RUNNING", "INSTANCES")
+# A narrow terminal cuts off the end.
+_HEADS = ("FUNCTION", "STATUS", "WAITING", "OLDEST", "RUNNING", "INSTANCES", "VERSION")
 _DEPLOYED = frozenset({"ACTIVE", "DEPLOYING", "DEGRADING", "DEGRADED", "ERROR"})
 
 
@@ -93,12 +94,12 @@ def _page(rows: Sequence[_Row]) -> str:
 def _cells(row: _Row) -> tuple[str, ...]:
     return (
         row.version.name,
-        row.version.version_id,
         row.version.status,
         str(_waiting(row)),
         f"{_oldest_s(row):.0f} s" if _waiting(row) else "-",
         str(_running(row)),
         f"{row.up}/{row.instances}",
+        row.version.version_id,
     )
 
 
