@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # an optional dependency
     from opentelemetry.trace import Span
 
 FLUSH_S = 3.0
+PROTOCOL = "http/protobuf"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
@@ -90,32 +91,46 @@ def context() -> Context | None:
 
 @contextmanager
 def exporting(service: str, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Send the spans of this program over OTLP while the body runs, if the environment names where to. What is left at
-    the end is sent within FLUSH_S, or lost."""
-    off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    wanted = environ.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower() == "otlp"
-    if off or not wanted or not any(environ.get(name) for name in ENDPOINTS):
+    """Send the spans of this program over OTLP while the body runs, if the environment says where to; a command works
+    as well without. What is left at the end is sent within FLUSH_S, or lost."""
+    provider = _provider(service, environ) if _wanted(environ) else None
+    if provider is None:
         yield
         return
-    try:
-        sdk = import_module("opentelemetry.sdk.trace")
-        export = import_module("opentelemetry.sdk.trace.export")
-        otlp = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
-        resources = import_module("opentelemetry.sdk.resources")
-    except ImportError:  # the extra `tracing` is not installed, and a command works without it
-        yield
-        return
-    name = environ.get("OTEL_SERVICE_NAME") or service
-    provider = sdk.TracerProvider(
-        resource=resources.Resource.create({"service.name": name, "service.version": __version__}),
-        shutdown_on_exit=False,
-    )
-    provider.add_span_processor(export.BatchSpanProcessor(otlp.OTLPSpanExporter()))
-    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-    import_module("opentelemetry.trace").set_tracer_provider(provider)
     try:
         yield
     finally:
         flushing = threading.Thread(target=provider.shutdown, daemon=True)
         flushing.start()
         flushing.join(FLUSH_S)
+
+
+def _wanted(environ: Mapping[str, str]) -> bool:
+    def says(name: str, usual: str) -> str:
+        return (environ.get(name) or usual).strip().lower()
+
+    protocol = says("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", says("OTEL_EXPORTER_OTLP_PROTOCOL", PROTOCOL))
+    return (
+        any(environ.get(name) for name in ENDPOINTS)
+        and says("OTEL_SDK_DISABLED", "false") != "true"
+        and says("OTEL_TRACES_EXPORTER", "otlp") == "otlp"
+        and protocol == PROTOCOL
+    )
+
+
+def _provider(service: str, environ: Mapping[str, str]) -> Any:
+    """None where the extra `tracing` is not installed, or cannot be set up as the environment has it."""
+    try:
+        sdk = import_module("opentelemetry.sdk.trace")
+        export = import_module("opentelemetry.sdk.trace.export")
+        otlp = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+        resources = import_module("opentelemetry.sdk.resources")
+        name = environ.get("OTEL_SERVICE_NAME") or service
+        resource = resources.Resource.create({"service.name": name, "service.version": __version__})
+        provider = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)
+        provider.add_span_processor(export.BatchSpanProcessor(otlp.OTLPSpanExporter()))
+    except (ImportError, ValueError):
+        return None
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    import_module("opentelemetry.trace").set_tracer_provider(provider)
+    return provider

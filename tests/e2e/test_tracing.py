@@ -182,8 +182,7 @@ async def test_a_run_that_times_out_has_failed(traced: Traced, tmp_path: Path) -
 
 
 async def test_a_receiver_that_hangs_holds_nobody_up(traced: Traced) -> None:
-    """The last one: what the product is stopped with is a receiver that still hangs."""
-    traced.receiver.hanging = asyncio.Event()
+    hanging = traced.receiver.hanging = asyncio.Event()
     posts = traced.receiver.posts
     replies = [await traced.caller.invoke(traced.recorder.id) for _ in range(3)]
 
@@ -193,6 +192,8 @@ async def test_a_receiver_that_hangs_holds_nobody_up(traced: Traced) -> None:
     await eventually(asked, lambda seen: seen > posts, within_s=60)
     replies += [await traced.caller.invoke(traced.recorder.id) for _ in range(3)]
     assert [reply.status for reply in replies] == [200] * 6
+    traced.receiver.hanging = None
+    hanging.set()
 
 
 def sent_to_container(reply: Reply) -> str:

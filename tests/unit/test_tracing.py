@@ -27,6 +27,7 @@ from broker.settings import TracingSettings
 from broker.telemetry import logs, tracing
 from broker.telemetry.queue import TracedQueue
 from broker.telemetry.spans import OpenTelemetry
+from fnqueue.tracing import exporting
 from tests.unit.container import VERSION_ID, a_job, answer
 from tests.unit.service import FUNCTION_ID, pending, serving
 from tests.unit.test_sidecar import Gate, Rig, a_rig, crash, in_turn, never
@@ -375,6 +376,20 @@ async def test_an_exporter_that_hangs_costs_spans_and_no_time(
         exporter.let_go.set()
     [line] = [record for record in caplog.records if record.message == "spans_lost"]
     assert vars(line)["dropped"] == 80
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {ENDPOINT: "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},
+        {ENDPOINT: "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "TRUE"},
+    ],
+)
+def test_a_command_that_is_not_to_send_spans_makes_none(environment: dict[str, str]) -> None:
+    before = trace.get_tracer_provider()
+    with exporting("fnqueue-cli", environment):
+        assert trace.get_tracer_provider() is before
 
 
 # -- the client --------------------------------------------------------------------------------
