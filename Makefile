@@ -68,9 +68,9 @@ format: $(VENV)/.dev ## Format the code and apply the safe fixes
 	$(PY) -m ruff check --fix .
 
 lock: $(TOOLS)/.made ## Write requirements/*.txt anew after pyproject.toml changed; UPGRADE=--upgrade takes what is newest
-	$(COMPILE) pyproject.toml --extra grpc -o requirements/run.txt
-	$(COMPILE) pyproject.toml --extra grpc --extra ocr -c requirements/run.txt -o requirements/ocr.txt
-	$(COMPILE) pyproject.toml --extra grpc --extra ocr --extra dev -c requirements/ocr.txt -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra grpc --extra tracing -o requirements/run.txt
+	$(COMPILE) pyproject.toml --extra grpc --extra tracing --extra ocr -c requirements/run.txt -o requirements/ocr.txt
+	$(COMPILE) pyproject.toml --extra grpc --extra tracing --extra ocr --extra dev -c requirements/ocr.txt -o requirements/dev.txt
 	$(COMPILE) requirements/build.in -o requirements/build.txt
 	$(COMPILE) requirements/tools.in -o requirements/tools.txt
 

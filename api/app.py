@@ -35,6 +35,7 @@ from api.routes import (
     webhooks,
 )
 from api.routes.blobs import BlobRoutes
+from api.tracing import traced
 from broker.accounts import ADMIN, INVOKE
 from broker.activity import KEPT_MINUTES
 from broker.backends.files import ROUTE as BLOBS
@@ -66,7 +67,8 @@ MIRROR = f"{NVCF}/accounts/{{for_account:[^/]+}}"
 
 def make_app(front: Front) -> web.Application:
     # From the outside in.
-    app = web.Application(middlewares=[observing(front), transparent.addressed(front), sharing(front), answer_errors])
+    inner = [observing(front), transparent.addressed(front), sharing(front), answer_errors]
+    app = web.Application(middlewares=[*traced(front), *inner])
     invoking = [*_invocations(front), *_tokens(front)]
     managing = [*_management(front), *_authorizations(front), *_clusters(front)]
     app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from typing import TypeVar
 
 from pydantic import SecretStr
@@ -24,8 +24,10 @@ from broker.backends.redis import store as redis
 from broker.errors import ConfigurationError
 from broker.keyring import Keyring
 from broker.ports import Blobs, Broker, Guarded, NoUsers, Queue, Store, Users
-from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings
+from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings, SidecarSettings
 from broker.signatures import Signatures
+from broker.telemetry import tracing
+from broker.telemetry.queue import TracedQueue
 
 T = TypeVar("T")
 Opener = Callable[[str, Settings], AbstractAsyncContextManager[T]]
@@ -48,11 +50,12 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
     settings = _with_secret(settings)
     keyring = Keyring.parse(_encryption_keys(settings))
     async with AsyncExitStack() as stack:
+        traces = await stack.enter_async_context(_traced(settings))
         queue = await stack.enter_async_context(_open_queue(settings, signatures))
         store = await stack.enter_async_context(_open(STORES, "store_url", settings))
         blobs = await stack.enter_async_context(_open(BLOBS, "blobs_url", settings))
         yield Broker(
-            queue=queue,
+            queue=TracedQueue(queue, traces) if traces else queue,
             results=store.results,
             streams=store.streams,
             catalog=store.catalog,
@@ -65,7 +68,18 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
             keyring=keyring,
             users=users,
             circuits=tuple(each.circuit for each in (queue, store.results, blobs) if isinstance(each, Guarded)),
+            tracing=traces,
         )
+
+
+def _traced(settings: Settings) -> AbstractAsyncContextManager[tracing.Tracing | None]:
+    """Of those that answer callers and those that run jobs; in one process, they are one service."""
+    system = "memory" if settings.queue_url.get_secret_value().startswith("memory:") else "rabbitmq"
+    if isinstance(settings, SidecarSettings):
+        return tracing.opened("fnqueue-sidecar", system=system)
+    if isinstance(settings, ApiSettings):
+        return tracing.opened("fnqueue-api" if system == "rabbitmq" else "fnqueue", system=system)
+    return nullcontext()
 
 
 @asynccontextmanager

@@ -112,8 +112,11 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
     account, streaming = submission.principal.account, submission.streaming
     request_id = await new_id(broker, account)
     async with broker.results.watch(request_id, Interest.PROGRESS) as watch:
-        submitting = spawn(submit(broker, submission, version, request_id, watch=wait_s > 0))
-        del submission
+        work = submit(broker, submission, version, request_id, watch=wait_s > 0)
+        if broker.tracing is not None:
+            work = broker.tracing.accept(work, request_id=request_id, version_id=version.id)
+        submitting = spawn(work)
+        del submission, work
         record = await asyncio.shield(submitting)
         if record.id == request_id:
             return await _until_news(watch, record, wait_s)

@@ -67,6 +67,7 @@ from broker.model import (
 )
 from broker.settings import Settings
 from broker.telemetry.metrics import Metrics
+from broker.telemetry.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -830,3 +831,4 @@ class Broker:
     users: Users = field(default_factory=NoUsers)
     circuits: tuple[Circuit, ...] = ()
     metrics: Metrics = field(default_factory=Metrics)
+    tracing: Tracing | None = None

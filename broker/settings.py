@@ -842,6 +842,34 @@ class SidecarSettings(Settings):
         return self.renew_s or self.lease_s / 4
 
 
+class TracingSettings(BaseSettings):
+    """OpenTelemetry's own variables, as far as it is here that they are read; its SDK reads the others. An endpoint is
+    what turns tracing on."""
+
+    model_config = SettingsConfigDict(env_prefix="OTEL_", env_ignore_empty=True, frozen=True, extra="ignore")
+
+    sdk_disabled: str = ""
+    traces_exporter: str = "otlp"
+    exporter_otlp_endpoint: str = ""
+    exporter_otlp_traces_endpoint: str = ""
+    exporter_otlp_protocol: str = "http/protobuf"
+    exporter_otlp_traces_protocol: str = ""
+    bsp_max_queue_size: str = "2048"
+    service_name: str = ""
+
+    @property
+    def wanted(self) -> bool:
+        return (
+            bool(self.exporter_otlp_traces_endpoint or self.exporter_otlp_endpoint)
+            and self.sdk_disabled.strip().lower() != "true"
+            and self.traces_exporter.strip().lower() == "otlp"
+        )
+
+    @property
+    def protocol(self) -> str:
+        return self.exporter_otlp_traces_protocol or self.exporter_otlp_protocol
+
+
 def refuse_memory(settings: Settings, *names: str) -> None:
     """For a command that is one of several processes. `names` are the settings that must name a server.
 

@@ -28,9 +28,11 @@ from fnqueue.inputs import MAX_BODY_BYTES, File, FileLike
 from fnqueue.mapping import Mapped
 from fnqueue.portal import Portal
 from fnqueue.results import Result
+from fnqueue.wire.fields import Wire
 
 T = TypeVar("T")
 V = TypeVar("V")
+M = TypeVar("M", bound=Wire)
 
 
 class Client:
@@ -97,6 +99,20 @@ class Client:
     def delete_asset(self, asset_id: str, *, timeout_s: float = DAY_S) -> None:
         """As `AsyncClient.delete_asset`."""
         self._portal.call(self._client.delete_asset(asset_id, timeout_s=timeout_s))
+
+    def ask(
+        self, gives: type[M], method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S
+    ) -> M:
+        """Any other call of the API, and its answer as `gives` reads it. As `AsyncClient.ask`."""
+        return self._portal.call(self._client.ask(gives, method, path, body, timeout_s=timeout_s))
+
+    def tell(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S) -> None:
+        """As `AsyncClient.tell`."""
+        self._portal.call(self._client.tell(method, path, body, timeout_s=timeout_s))
+
+    def function_id(self, name: str, *, timeout_s: float = DAY_S) -> str:
+        """By name, or by ID. As `AsyncClient.function_id`."""
+        return self._portal.call(self._client.function_id(name, timeout_s=timeout_s))
 
     def close(self) -> None:
         """Requests go on. Calls that other threads wait for end with ClientClosed."""

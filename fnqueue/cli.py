@@ -2,7 +2,8 @@
 only when it is called for: the client alone stays small.
 
 Every failure is one line on standard error: status 2 for what was typed or set wrong, 3 for a request that ended
-without a result, 4 for one that goes on because its caller would not wait any longer, 1 for all else.
+without a result or a deployment that cannot run, 4 for one that goes on because its caller would not wait any longer,
+130 for an interrupt, 1 for all else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 import click
+from click.shell_completion import CompletionItem
 
 from fnqueue import __version__
 from fnqueue.calls import Failed
@@ -24,9 +26,15 @@ GROUP = "fnqueue.commands"
 CLIENT_COMMANDS = {
     "assets": "fnqueue.assets",
     "cancel": "fnqueue.requests",
+    "completion": "fnqueue.completion",
+    "deploy": "fnqueue.deployments",
+    "functions": "fnqueue.functions",
     "invoke": "fnqueue.invoke",
+    "logs": "fnqueue.deployments",
     "queue": "fnqueue.queues",
     "status": "fnqueue.requests",
+    "top": "fnqueue.top",
+    "undeploy": "fnqueue.deployments",
     "webhooks": "fnqueue.webhooks",
 }
 INTERRUPTED = 130
@@ -45,6 +53,12 @@ class Commands(click.Group):
         own = super().get_command(ctx, cmd_name)
         plugs = entry_points(group=GROUP, name=cmd_name)
         return own if own or not plugs else _loaded(next(iter(plugs)))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names alone: what a command does is not worth the second that loading all of them takes."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [CompletionItem(name) for name in self.list_commands(ctx) if name.startswith(incomplete)]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

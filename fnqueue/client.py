@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import re
 import uuid
@@ -16,7 +17,7 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from fnqueue import config, downloads, errors, events, mapping, wire
+from fnqueue import config, downloads, errors, events, mapping, tracing, wire
 from fnqueue.errors import (
     Conflict,
     ConnectionFailed,
@@ -164,6 +165,23 @@ class AsyncClient:
         """Requests that name it and have not begun will fail. Raises: NotFound."""
         await self._call("DELETE", f"{NVCF}/assets/{_id(asset_id)}", timeout_s)
 
+    async def ask(
+        self, gives: type[M], method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S
+    ) -> M:
+        """Any other call of the API, and its answer as `gives` reads it. `path` is behind `/v2/nvcf`, `body` is sent as
+        JSON. A POST that may have been heard is not repeated."""
+        return _read(gives, await self._managed(method, path, body, timeout_s))
+
+    async def tell(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S
+    ) -> None:
+        """As `ask`, of a call whose answer says nothing more."""
+        await self._managed(method, path, body, timeout_s)
+
+    async def function_id(self, name: str, *, timeout_s: float = DAY_S) -> str:
+        """By name, or by ID, which is not asked for. Raises: UnknownFunction."""
+        return await self._function_id(name, self._transport.give_up_at(timeout_s))
+
     async def tidy(self, asset_ids: Iterable[str]) -> None:
         """Delete assets that nothing needs any more; what cannot be deleted soon stays until somebody does."""
         with suppress(FnqueueError):
@@ -186,6 +204,12 @@ class AsyncClient:
         return await self._transport.call(
             Call(method=method, path=path), give_up_at=self._transport.give_up_at(timeout_s)
         )
+
+    async def _managed(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Answer:
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        content = None if body is None else json.dumps(body).encode()
+        call = Call(method=method, path=NVCF + path, headers=headers, content=content, once=method == "POST")
+        return await self._transport.call(call, give_up_at=self._transport.give_up_at(timeout_s))
 
     async def _function_id(self, name: str, give_up_at: float) -> str:
         if _UUID.fullmatch(name):
@@ -298,7 +322,8 @@ class AsyncFunction:
             progress=progress,
             give_up_at=self._transport.give_up_at(timeout_s),
         )
-        return await self._submit(order)
+        with tracing.operation(f"spawn {self.name}"):
+            return await self._submit(order)
 
     async def run(
         self,
@@ -324,8 +349,9 @@ class AsyncFunction:
             progress=progress,
             give_up_at=self._transport.give_up_at(timeout_s),
         )
-        handle = await self._submit(order)
-        return await handle.get(timeout_s=order.give_up_at - self._transport.now())
+        with tracing.operation(f"run {self.name}"):
+            handle = await self._submit(order)
+            return await handle.get(timeout_s=order.give_up_at - self._transport.now())
 
     async def stream(
         self, value: Any = None, /, *, timeout_s: float = DAY_S, **options: Any
@@ -456,6 +482,7 @@ class AsyncHandle:
         self._transport = client._transport
         self._first = answer
         self._uploads = list(uploads)
+        self._context = tracing.context()
 
     @classmethod
     def from_id(cls, request_id: str, client: AsyncClient) -> AsyncHandle:
@@ -472,7 +499,8 @@ class AsyncHandle:
         """
         give_up_at = self._transport.give_up_at(timeout_s)
         try:
-            result = await self._result(give_up_at)
+            with tracing.operation("get", self._context):
+                result = await self._result(give_up_at)
         except RequestDead:
             raise  # a dead letter is run again with its files
         except RequestFailed:

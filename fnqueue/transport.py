@@ -11,12 +11,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 
-from fnqueue import __version__, errors, retries
+from fnqueue import __version__, errors, retries, tracing
 from fnqueue.config import Config
-from fnqueue.errors import ClientClosed, ConnectionFailed, FnqueueError, TimedOut
+from fnqueue.errors import ClientClosed, ConnectionFailed, FnqueueError, Refused, TimedOut
 from fnqueue.retries import Failures
 
 CONNECT_S = 10.0
@@ -46,13 +47,15 @@ class Answer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """One call: `path` is of the server, or a signed URL as a whole. `hold_s` is how long the server is asked to
-    hold it. `content` as a function is made anew for each attempt."""
+    hold it. `content` as a function is made anew for each attempt. One that is made `once` has an effect each time: it
+    is repeated only where the server said that it had none."""
 
     method: str
     path: str
     headers: Mapping[str, str] = field(default_factory=dict)
     content: Body | None = None
     hold_s: float = 0.0
+    once: bool = False
 
     @property
     def signed(self) -> bool:
@@ -109,6 +112,7 @@ class Transport:
         self, config: Config, *, max_connections: int, retry_for_s: float, sleep: Sleep = asyncio.sleep
     ) -> None:
         self.url = config.url
+        self._place = urlsplit(config.url)
         self.sleep = sleep
         self._retry_for_s = retry_for_s
         agent = {"User-Agent": f"fnqueue-python/{__version__}", "Accept-Encoding": "identity"}
@@ -147,7 +151,7 @@ class Transport:
                 await stream.close()
             return _accepted(answer)
 
-        return await self._repeated(once, give_up_at)
+        return await self._repeated(once, give_up_at, careful=call.once)
 
     @asynccontextmanager
     async def answered(self, call: Call, *, give_up_at: float) -> AsyncIterator[Stream]:
@@ -179,13 +183,15 @@ class Transport:
             raise error
         await self.sleep(max(wait, least_s))
 
-    async def _repeated(self, once: Callable[[], Awaitable[T]], give_up_at: float) -> T:
+    async def _repeated(self, once: Callable[[], Awaitable[T]], give_up_at: float, *, careful: bool = False) -> T:
         failures = Failures()
         while True:
             try:
                 async with limited(give_up_at):
                     return await once()
             except FnqueueError as exc:
+                if careful and not _without_effect(exc):
+                    raise
                 failures = failures.one_more(self.now())
                 await self.wait_after(exc, failures, give_up_at=give_up_at)
 
@@ -194,11 +200,25 @@ class Transport:
         if client.is_closed:
             raise ClientClosed("this client was closed")
         # Waiting for a free connection has no limit of its own: `limited` is around it.
-        timeout = httpx2.Timeout(SILENCE_S + call.hold_s, connect=CONNECT_S, pool=None)
+        patience = httpx2.Timeout(SILENCE_S + call.hold_s, connect=CONNECT_S, pool=None)
         content = call.content() if callable(call.content) else call.content
-        request = client.build_request(
-            call.method, call.path, headers=dict(call.headers), content=content, timeout=timeout
-        )
+        headers = dict(call.headers)
+        if call.signed:  # nobody there is of this trace
+            return await self._exchanged(client, call, headers, content, patience)
+        with tracing.call(call.method, self._place.hostname or "", self._place.port, headers) as called:
+            stream = await self._exchanged(client, call, headers, content, patience)
+            called.answered(stream.status)
+            return stream
+
+    async def _exchanged(
+        self,
+        client: httpx2.AsyncClient,
+        call: Call,
+        headers: Mapping[str, str],
+        content: bytes | AsyncIterator[bytes] | None,
+        patience: httpx2.Timeout,
+    ) -> Stream:
+        request = client.build_request(call.method, call.path, headers=dict(headers), content=content, timeout=patience)
         with _translated(request):
             return Stream(await client.send(request, stream=True))
 
@@ -225,6 +245,10 @@ def _translated(request: httpx2.Request) -> Iterator[None]:
         # The query of a signed URL is as good as a key.
         where = f"{request.url.scheme}://{request.url.netloc.decode()}"
         raise ConnectionFailed(f"{where}: {str(exc) or type(exc).__name__}") from exc
+
+
+def _without_effect(error: FnqueueError) -> bool:
+    return isinstance(error, Refused) and error.status in (429, 503) and not error.outcome_unknown
 
 
 def _accepted(answer: Answer) -> Answer:

@@ -3,16 +3,19 @@ them, a test compares them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from pydantic import AliasChoices, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from broker.settings import ApiSettings, ControllerSettings, Settings, SidecarSettings
 from broker.telemetry.metrics import EVERY, OF_THE_PROCESS, REGISTRY, AnyMetric, Histogram, Process
+from fnqueue.cli import cli
 from infra.dashboards import DASHBOARD, dashboard
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -155,11 +158,93 @@ def prometheus_rule() -> str:
     return RULE + "\n".join(f"  {line}" if line else line for line in groups.splitlines()) + "\n"
 
 
+CLI_HEAD = """\
+# The command line
+
+`pip install fnqueue` brings `fnqueue`, for callers and operators alike. Every command but those of the last section
+calls a server over HTTP:
+
+- **Where and as whom**: `--url` and `--key`, else `FNQUEUE_URL` and `FNQUEUE_API_KEY`, else `url` and `api_key` in
+  `~/.config/fnqueue/config.toml` (`FNQUEUE_CONFIG` names another file).
+- **For programs**: `--json` prints JSON on standard output, and nothing else. Progress and errors go to standard error.
+- **Functions** are given by name or ID, versions and requests by ID.
+- **Completion**: `eval "$(fnqueue completion bash)"` in `~/.bashrc`, the same with `zsh` in `~/.zshrc`, or
+  `fnqueue completion fish | source`.
+
+| Exit status | Means |
+|---|---|
+| 0 | done |
+| 1 | it failed: nothing answers, there is no such thing, or the key does not cover it |
+| 2 | what was typed or set is wrong; the message names the option or the field |
+| 3 | the request ended without a result, or the deployment cannot run |
+| 4 | it is not over, and `--timeout` is; it goes on |
+| 130 | interrupted; what was begun goes on |
+
+From nothing to an answer, on a server such as `fnqueue dev`:
+
+```sh
+fnqueue functions create hello --image fnqueue/echo:latest --inference-url /echo --health-url /health
+fnqueue deploy hello
+fnqueue invoke hello -d '{"message": "hi"}' --watch
+fnqueue top --count 1
+fnqueue undeploy hello
+fnqueue functions delete hello --all
+```
+
+What follows is made from the commands themselves by `make docs`, without `--url`, `--key`, `--json` and `--help`.
+"""
+# What the head of the page tells of all of them.
+_EVERYWHERE = ("--url", "--key", "--json", "-h", "--help")
+# Of a server's own machine or cluster, by its settings.
+SERVER_COMMANDS = ("api", "controller", "dev", "doctor", "keys", "secrets", "sidecar")
+
+
+def cli_page() -> str:
+    root = click.Context(cli, info_name="fnqueue")
+    names = cli.list_commands(root)
+    parts = [CLI_HEAD]
+    for title, chosen in (
+        ("For callers", [name for name in names if name not in SERVER_COMMANDS]),
+        ("For operators", [name for name in names if name in SERVER_COMMANDS]),
+    ):
+        parts.append(f"## {title}\n")
+        for name in chosen:
+            command = cli.get_command(root, name)
+            assert command is not None
+            parts += _commands(command, root, name)
+    return "\n".join(parts)
+
+
+def _commands(command: click.Command, parent: click.Context, name: str) -> Iterator[str]:
+    context = click.Context(command, info_name=name, parent=parent)
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    yield f"### {context.command_path}\n\n    {usage}\n\n{_paragraphs(command.help or '')}\n"
+    options = [each for each in command.get_params(context) if isinstance(each, click.Option)]
+    records = (option.get_help_record(context) for option in options if option.opts[0] not in _EVERYWHERE)
+    rows = [f"| `{_cell(names)}` | {_cell(told)} |" for names, told in filter(None, records)]
+    if rows:
+        yield "\n".join(["| Option | |", "|---|---|", *rows, ""])
+    if isinstance(command, click.Group):
+        for each in command.list_commands(context):
+            found = command.get_command(context, each)
+            assert found is not None
+            yield from _commands(found, context, each)
+
+
+def _paragraphs(text: str) -> str:
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def main() -> None:
     DOCS.joinpath("settings.md").write_text(settings_page())
     DOCS.joinpath("metrics.md").write_text(metrics_page())
     DASHBOARD.write_text(dashboard())
     RULES.write_text(prometheus_rule())
+    DOCS.joinpath("cli.md").write_text(cli_page())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import secrets
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -35,6 +36,7 @@ from broker.model import (
 )
 from broker.ports import Broker, Delivery
 from broker.settings import SidecarSettings
+from broker.telemetry.tracing import Attempt
 from workers import loops
 from workers.channel import ClientLeft, Dialer, Line, converse, stopped
 from workers.figures import Figures
@@ -104,6 +106,7 @@ class _Run:
     upload_s: float = 0.0
     size_bytes: int = 0
     facts: dict[str, object] = field(default_factory=dict)
+    traced: Attempt | None = None
 
     @property
     def job(self) -> Job:
@@ -149,6 +152,7 @@ class Sidecar:
     ) -> None:
         self._queue, self._results, self._streams = broker.queue, broker.results, broker.streams
         self._catalog, self._blobs = broker.catalog, broker.blobs
+        self._tracing = broker.tracing
         self._settings = settings
         self._inference = inference
         self._dialer = dialer
@@ -318,6 +322,7 @@ class Sidecar:
 
     async def _run(self, run: _Run) -> float:
         """Take one job to its end, or return the seconds for which it is postponed."""
+        began_at = time.time() if self._tracing is not None else 0.0
         claim = await self._claim(run)
         if claim.lease is None:
             if claim.state is RequestState.QUEUED:
@@ -325,21 +330,32 @@ class Sidecar:
             await self._decline(run, claim)
             self._discard_body(run.job, claim.state)
             return 0.0
+        if self._tracing is None:
+            return await self._try(run, claim.lease)
+        with self._tracing.attempt(run.job, number=claim.lease.attempt, began_at=began_at) as run.traced:
+            return await self._try(run, claim.lease)
+
+    async def _try(self, run: _Run, lease: Lease) -> float:
+        """As `_run`, of one attempt."""
         try:
             attempt = self._attempt if run.job.channel is None else self._converse
-            state, outcome = await attempt(run, claim.lease)
+            state, outcome = await attempt(run, lease)
         except LeaseLost as lost:
-            await self._deny_death(claim.lease, lost.state)
-            await self._end(run, lost.state, metered=await self._ended_by(run, claim.lease, lost.state))
+            await self._deny_death(lease, lost.state)
+            await self._end(run, lost.state, metered=await self._ended_by(run, lease, lost.state))
             self._discard_body(run.job, lost.state)
         except ContainerLost as lost:
+            if run.traced is not None:
+                run.traced.failed("container_lost", str(lost))
             await self._hand_back(run, lost)
         except ContainerBusy as busy:
-            return await self._postpone(run, claim.lease, busy)
+            if run.traced is not None:
+                run.traced.failed("container_busy", str(busy))
+            return await self._postpone(run, lease, busy)
         except BodyAltered as altered:
-            await self._refuse(run, claim.lease, str(altered))
+            await self._refuse(run, lease, str(altered))
         else:
-            await self._finish(run, claim.lease, state, outcome)
+            await self._finish(run, lease, state, outcome)
         return 0.0
 
     async def _claim(self, run: _Run) -> Claim:
@@ -401,6 +417,8 @@ class Sidecar:
         async with workspace(self._blobs, settings, job, self._clerk) as room:
             run.inputs_s = time.monotonic() - run.started_at
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
+            if run.traced is not None:
+                headers = run.traced.carried(headers)
             if job.streaming:
                 return await self._stream(run, lease, headers, room.body)
             progress = nullcontext() if job.passthrough else self._progress.watching(lease, room.response_name)
@@ -418,6 +436,8 @@ class Sidecar:
             outcome = await collect(self._blobs, settings, job, answer, room, left_s=run.left_s)
             if outcome.blob_key:
                 run.upload_s = time.monotonic() - since
+                if run.traced is not None:
+                    run.traced.uploaded(run.upload_s)
             return outcome
 
     async def _stream(self, run: _Run, lease: Lease, headers: Iterable[tuple[str, str]], body: bytes | Path) -> Outcome:
@@ -468,6 +488,8 @@ class Sidecar:
         async with workspace(self._blobs, settings, run.job, self._clerk) as room:
             await line.open()
             headers = container_headers(run.job, room, self._headers_for_all, run.left_s())
+            if run.traced is not None:
+                headers = run.traced.carried(headers)
             with self._calling(run):
                 try:
                     return await converse(line, self._inference, settings, headers, budget_s=run.left_s())
@@ -490,6 +512,8 @@ class Sidecar:
         finally:
             self._calls -= 1
             run.container_s = time.monotonic() - since
+            if run.traced is not None:
+                run.traced.called(sys.exception())
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:
@@ -555,7 +579,10 @@ class Sidecar:
         async def settle() -> RequestState:
             return await self._results.settle(lease, run.job, state, outcome, run.timings)
 
-        return await loops.insist(settle, on=StoreUnavailable, name="settle")
+        if run.traced is None:
+            return await loops.insist(settle, on=StoreUnavailable, name="settle")
+        with run.traced.settling():
+            return await loops.insist(settle, on=StoreUnavailable, name="settle")
 
     async def _ended_by(self, run: _Run, lease: Lease, state: RequestState) -> bool:
         """Whether the request ended with this attempt, which nobody else may bill then. No other worker could end it
@@ -656,6 +683,8 @@ class Sidecar:
     def _log(self, run: _Run, state: RequestState, outcome: Outcome | None, *, metered: bool) -> None:
         if run.lease is None:
             return
+        if run.traced is not None:
+            run.traced.ended(state, outcome)
         facts: dict[str, object] = {
             "state": state.value,
             "status": outcome.status if outcome else 0,

@@ -22,6 +22,10 @@ def test_the_metrics_page_is_what_the_code_says() -> None:
     assert docs.DOCS.joinpath("metrics.md").read_text() == docs.metrics_page(), "run: make docs"
 
 
+def test_the_page_of_commands_is_what_they_say_themselves() -> None:
+    assert docs.DOCS.joinpath("cli.md").read_text() == docs.cli_page(), "run: make docs"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_links_lead_to_what_is_there(page: Path) -> None:
     for link in _LINK.findall(_CODE.sub("", page.read_text())):

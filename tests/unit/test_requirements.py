@@ -41,9 +41,9 @@ def test_all_that_is_installed_has_a_version_and_hashes(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "requirements"),
     [
-        ("run", wanted("grpc")),
-        ("ocr", wanted("grpc", "ocr")),
-        ("dev", wanted("grpc", "ocr", "dev")),
+        ("run", wanted("grpc", "tracing")),
+        ("ocr", wanted("grpc", "tracing", "ocr")),
+        ("dev", wanted("grpc", "tracing", "ocr", "dev")),
         ("build", [Requirement(text) for text in PROJECT["build-system"]["requires"]]),
     ],
 )

@@ -16,6 +16,7 @@ from broker.errors import ConfigurationError, NoCapacity
 from broker.model import GpuSpecification, Place, Version
 from broker.settings import ControllerSettings, Settings, SidecarSettings, load
 from broker.signatures import Signatures
+from broker.telemetry import tracing
 
 ERROR_BYTES = 4096
 
@@ -93,8 +94,9 @@ def _servers(controller: ControllerSettings, version_id: str) -> dict[str, Any]:
 
 
 def sidecar_variables(settings: SidecarSettings) -> dict[str, str]:
-    """Every setting of the sidecar as an environment variable, and none of anybody else."""
-    return {f"FNQUEUE_{name.upper()}": _as_text(getattr(settings, name)) for name in SidecarSettings.model_fields}
+    """Every setting of the sidecar as an environment variable, and none of anybody else; and how it is traced."""
+    own = {f"FNQUEUE_{name.upper()}": _as_text(getattr(settings, name)) for name in SidecarSettings.model_fields}
+    return own | tracing.inherited()
 
 
 def container_variables(version: Version, settings: SidecarSettings) -> dict[str, str]:

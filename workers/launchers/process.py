@@ -110,7 +110,8 @@ async def start_sidecar_process(settings: SidecarSettings, *, log: Path) -> Chil
 def sidecar_environment(settings: SidecarSettings) -> dict[str, str]:
     """This process's environment, with every setting of the sidecar in it and no other word for any of them; nothing
     else of our settings, which may be keys."""
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("FNQUEUE_")}
+    left_out = ("FNQUEUE_", "OTEL_")
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(left_out)}
     for name, field in SidecarSettings.model_fields.items():
         spellings = field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else ()
         words = {name.upper(), *(str(spelling).upper() for spelling in spellings)} if spellings else set()

@@ -950,11 +950,13 @@ return 0
 """
 )
 
-# KEYS order · ARGV id at_us limit ttl_ms
+# KEYS order · ARGV id at_us(0: now) limit ttl_ms
 FILE = Script(
-    _FILE
+    _NOW
+    + _FILE
     + """
-file(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0)
+local at = ARGV[2] ~= '0' and ARGV[2] or string.format('%.0f', time[1] * 1000000 + time[2])
+file(KEYS[1], ARGV[1], at, ARGV[3] + 0, ARGV[4] + 0)
 return 1
 """
 )

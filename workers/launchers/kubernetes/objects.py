@@ -23,6 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, T
 from broker.errors import ConfigurationError
 from broker.model import GpuSpecification, Login, Version
 from broker.settings import ControllerSettings, SidecarSettings
+from broker.telemetry import tracing
 from workers.launchers.cards import CPU, card_count, instance_type
 from workers.launchers.instances import artifacts, container_arguments, container_variables, sidecar_settings
 
@@ -332,7 +333,9 @@ class _Rendering:
     def _hidden_settings(self) -> dict[str, bytes]:
         settings = self._sidecar_settings()
         values: dict[str, SecretStr] = {name: getattr(settings, name) for name in sorted(_HIDDEN)}
-        return {f"FNQUEUE_{name.upper()}": value.get_secret_value().encode() for name, value in values.items()}
+        hidden = {f"FNQUEUE_{name.upper()}": value.get_secret_value().encode() for name, value in values.items()}
+        # The headers of an exporter are often a key.
+        return hidden | {name: value.encode() for name, value in tracing.inherited().items()}
 
     @property
     def _health_port(self) -> int:
