@@ -6,11 +6,13 @@ import errno
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from aiohttp import web
 
 from api import figures
 from api.front import Front
+from api.routes import health
 from broker.errors import ConfigurationError
 from broker.telemetry.exposition import CONTENT_TYPE, Exposition
 
@@ -56,15 +58,14 @@ def _app(front: Front, exposition: Exposition) -> web.Application:
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=await exposition.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def live(_: web.Request) -> web.Response:
-        return web.json_response({"status": "OK"})
-
-    async def ready(_: web.Request) -> web.Response:
-        away = await front.health.away()
-        return web.json_response({"status": "OK", "away": away}, status=503 if away else 200)
-
     app = web.Application()
-    app.add_routes([web.get("/metrics", metrics), web.get("/v1/health/live", live), web.get("/v1/health/ready", ready)])
+    app.add_routes(
+        [
+            web.get("/metrics", metrics),
+            web.get("/v1/health/live", partial(health.live, front)),
+            web.get("/v1/health/ready", partial(health.ready, front)),
+        ]
+    )
     return app
 
 
