@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from multidict import MultiMapping
 
@@ -169,9 +170,9 @@ def timeout_s(headers: MultiMapping[str], name: str, *, longest_s: float) -> flo
     Raises:
         BadRequest: any other value, or several; names the header and its limits.
     """
-    values = headers.getall(name, [])
-    if not values:
+    if name not in headers:
         return 0.0
+    values = headers.getall(name)
     text, longest = values[0], int(longest_s)
     good = len(values) == 1 and text.isascii() and text.isdigit() and len(text) <= 18
     if not good or not 1 <= int(text) <= longest:
@@ -206,9 +207,9 @@ def idempotency_key(headers: MultiMapping[str]) -> str:
     Raises:
         BadRequest: empty, longer than 255, several, or not printable ASCII.
     """
-    values = headers.getall(IDEMPOTENCY_KEY, [])
-    if not values:
+    if IDEMPOTENCY_KEY not in headers:
         return ""
+    values = headers.getall(IDEMPOTENCY_KEY)
     key = values[0]
     if len(values) > 1 or not 0 < len(key) <= IDEMPOTENCY_KEY_MAX or not (key.isascii() and key.isprintable()):
         raise BadRequest(
@@ -225,7 +226,9 @@ def passthrough(headers: MultiMapping[str]) -> bool:
 
 def wants_events(headers: MultiMapping[str]) -> bool:
     """Whether the caller wants the answer while it comes."""
-    accepted = headers.get("Accept", "")
+    accepted = headers.get("Accept")
+    if accepted is None or "event" not in accepted.lower():
+        return False
     return accepted.partition(";")[0].strip().lower() == EVENT_STREAM
 
 
@@ -258,8 +261,9 @@ def forwarded(headers: MultiMapping[str], *, cookies: bool = False) -> tuple[tup
     kept: list[tuple[str, str]] = []
     size_bytes = 0
     for name, value in headers.items():
-        key = name.lower()
-        if key in named or (key.replace("_", "-") in _NEVER_FORWARDED and not (cookies and key == "cookie")):
+        if _never_forwarded(name) and not (cookies and name.lower() == "cookie"):
+            continue
+        if named and name.lower() in named:
             continue
         if not value.isascii() and not _is_text(value):
             raise BadRequest(f"header {name} is not UTF-8", field=name)
@@ -270,6 +274,11 @@ def forwarded(headers: MultiMapping[str], *, cookies: bool = False) -> tuple[tup
             f"more than {FORWARDED_MAX_COUNT} headers or {FORWARDED_MAX_BYTES} bytes of them for the function"
         )
     return tuple(kept)
+
+
+@lru_cache(maxsize=1024)
+def _never_forwarded(name: str) -> bool:
+    return name.lower().replace("_", "-") in _NEVER_FORWARDED
 
 
 def _is_text(value: str) -> bool:

@@ -16,6 +16,7 @@ from aiohttp import http_parser, web
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
+from api import shortcut
 from api.app import make_app
 from api.channels import FAREWELL_S
 from api.connections import Connections
@@ -56,6 +57,7 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     await runner.setup()
     assert runner.server is not None, "it was set up"
     runner.server.request_factory = partial(cast("Any", runner.server.request_factory), _cls=_Asked)
+    runner.server.request_handler = shortcut.past(front, runner.server.request_handler)
     try:
         async with _attaching(front):
             try:

@@ -231,14 +231,18 @@ class CallableVersions:
         self._now = now
         self._found: dict[str, tuple[Family, float]] = {}
 
+    def known(self, principal: Principal, function_id: str, version_id: str = "") -> Version | None:
+        """What `pick` returns, where it would ask nobody; None where it is not known without asking."""
+        family, until = self._found.get(function_id, (None, 0.0))
+        if family is None or until <= self._now():
+            return None
+        candidates = [version for version in _candidates(principal, family, version_id) if version.status.invocable]
+        return _pick(family, candidates, version_id) if candidates else None
+
     async def pick(self, principal: Principal, function_id: str, version_id: str = "") -> Version:
         """As `pick_callable`."""
-        family, until = self._found.get(function_id, (None, 0.0))
-        if family and until > self._now():
-            candidates = [version for version in _candidates(principal, family, version_id) if version.status.invocable]
-            version = candidates and _pick(family, candidates, version_id)
-            if version:
-                return version
+        if version := self.known(principal, function_id, version_id):
+            return version
         asked_at = self._now()
         family = await find_family(self._broker, function_id)
         version = _choose(principal, family, version_id)
