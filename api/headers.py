@@ -293,8 +293,11 @@ def _is_text(value: str) -> bool:
 def bearer(headers: MultiMapping[str]) -> str | None:
     """The bearer token, '' for another scheme or a malformed one, None without an Authorization header."""
     text = headers.get("Authorization")
-    if text is None:
-        return None
+    return None if text is None else _bearer(text)
+
+
+@lru_cache(maxsize=1024)
+def _bearer(text: str) -> str:
     scheme, _, token = text.partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token.isascii() or not token.isprintable() or " " in token:
@@ -309,7 +312,12 @@ def retry_after(seconds: float) -> str:
 
 def server_timing(phases: Mapping[str, float]) -> str:
     """Name and seconds of each phase, as `name;dur=milliseconds` (W3C Server Timing)."""
-    return ", ".join(f"{name};dur={seconds * 1000:.3f}".rstrip("0").rstrip(".") for name, seconds in phases.items())
+    return ", ".join([f"{name};dur={_milliseconds(seconds)}" for name, seconds in phases.items()])
+
+
+def _milliseconds(seconds: float) -> str:
+    microseconds = round(seconds * 1_000_000)
+    return f"{microseconds / 1000:.3f}".rstrip("0") if microseconds % 1000 else str(microseconds // 1000)
 
 
 def rate_limit(quotas: Sequence[Quota]) -> dict[str, str]:

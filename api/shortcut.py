@@ -29,8 +29,6 @@ Take = Callable[[Front, web.Request, Mapping[str, str]], Awaitable[Told]]
 _ID = "[0-9a-fA-F-]{36}"
 _INVOKED = re.compile(rf"/v2/nvcf/pexec/functions/({_ID})(?:/versions/({_ID}))?")
 _POLLED = re.compile(rf"/v2/nvcf/pexec/status/({_ID})")
-# What makes a request anything but plain.
-_PECULIAR = (hdrs.ORIGIN, hdrs.EXPECT, hdrs.TRANSFER_ENCODING, hdrs.UPGRADE)
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -56,11 +54,14 @@ def past(front: Front, application: Serve) -> Serve:
 
 def _plain(front: Front, request: web.Request) -> bool:
     arrived = request.headers
-    return (
-        request.version == HttpVersion11
-        and not any(name in arrived for name in _PECULIAR)
-        and not transparent.is_addressed(request)
-        and front.connections.met(request.protocol) is None
+    return not (
+        hdrs.ORIGIN in arrived
+        or hdrs.EXPECT in arrived
+        or hdrs.TRANSFER_ENCODING in arrived
+        or hdrs.UPGRADE in arrived
+        or request.version != HttpVersion11
+        or transparent.is_addressed(request)
+        or front.connections.met(request.protocol) is not None
     )
 
 

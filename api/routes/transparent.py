@@ -145,7 +145,8 @@ def _named(request: web.Request, name: str) -> str:
 
 def _host(request: web.Request) -> str:
     """That of an absolute target wins (RFC 9112 §3.2.2)."""
-    found = _ABSOLUTE.match(request.raw_path)
+    raw = request.raw_path
+    found = None if raw.startswith("/") else _ABSOLUTE.match(raw)
     return found[1] if found else request.headers.get("Host", "")
 
 
