@@ -2,7 +2,7 @@
 
 It leads through the same functions in the same order, and leaves out what only other requests need: finding the route
 among two hundred, CORS, functions that are addressed by host or header, `Expect`. Whatever is not plain goes through
-the application. docs/decisions/0035 says what it is for.
+the application. docs/decisions/0035-short-way.md says what for.
 """
 
 from __future__ import annotations
