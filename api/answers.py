@@ -53,7 +53,7 @@ class Answer:
 def answer(
     record: Record, *, status_url: str, download_url: Callable[[str, str], str], speaker: Speaker = Speaker.SERVER
 ) -> Answer:
-    """The answer to whoever asks for this request.
+    """The answer to whoever asks for this request, who finds it again at `status_url` if it is not over.
 
     `download_url` signs a URL for a blob's key and the file name to save it under.
     """

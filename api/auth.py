@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from typing import NoReturn
 
 from aiohttp import web
@@ -62,8 +61,13 @@ async def still(front: Front, request: web.BaseRequest, *scopes: str) -> None:
     Raises Unauthenticated, or Forbidden when the caller holds none of `scopes` any more.
     """
     bearer = token(request.headers)
-    with suppress(StoreUnavailable):
-        require(front.authenticator.known(bearer) or await front.authenticator.authenticate(bearer), *scopes)
+    principal = front.authenticator.known(bearer)
+    if principal is None:
+        try:
+            principal = await front.authenticator.authenticate(bearer)
+        except StoreUnavailable:
+            return
+    require(principal, *scopes)
 
 
 async def watched(front: Front, request: web.Request, *scopes: str) -> NoReturn:

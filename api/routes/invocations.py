@@ -266,12 +266,13 @@ def _gives_up(front: Front, request: web.Request, call: Call, record: Record) ->
 async def _answer(front: Front, request: web.Request, record: Record, manner: Manner) -> Answer:
     broker, settings = front.broker, front.settings
     await auth.still(front, request, SCOPE)
-    record = await gathered(broker, record)
+    if record.outcome is not None and record.outcome.streamed:
+        record = await gathered(broker, record)
 
     def download_url(key: str, filename: str) -> str:
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
-    where = status_url(front, request, record.id, manner)
+    where = "" if record.state.terminal else status_url(front, request, record.id, manner)
     answer = answers.answer(record, status_url=where, download_url=download_url, speaker=manner.speaker)
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
