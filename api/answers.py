@@ -70,7 +70,7 @@ def answer(
     speaker: Speaker = Speaker.SERVER,
     pending: Pending = NOT_KNOWN,
 ) -> Answer:
-    """The answer to whoever asks for this request.
+    """The answer to whoever asks for this request, who finds it again at `status_url` if it is not over.
 
     `download_url` signs a URL for a blob's key and the file name to save it under.
     """

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn
 
 from aiohttp import web
@@ -37,8 +36,12 @@ async def authenticate(front: Front, request: web.Request, *scopes: str) -> Prin
 
     Raises Unauthenticated, Forbidden when the caller holds none of `scopes` there, or StoreUnavailable.
     """
-    principal = await front.authenticator.authenticate(token(request.headers))
-    named = request.match_info
+    return await admit(front, token(request.headers), request.match_info, *scopes)
+
+
+async def admit(front: Front, bearer: str, named: Mapping[str, str], *scopes: str) -> Principal:
+    """As `authenticate`, for the bearer token and what the path names."""
+    principal = front.authenticator.known(bearer) or await front.authenticator.authenticate(bearer)
     if "for_account" in named:
         require(principal, *(ADMIN + scope for scope in scopes))
         return acting_for(principal, named["for_account"])
@@ -57,8 +60,14 @@ async def still(front: Front, request: web.BaseRequest, *scopes: str) -> None:
 
     Raises Unauthenticated, or Forbidden when the caller holds none of `scopes` any more.
     """
-    with suppress(StoreUnavailable):
-        require(await front.authenticator.authenticate(token(request.headers)), *scopes)
+    bearer = token(request.headers)
+    principal = front.authenticator.known(bearer)
+    if principal is None:
+        try:
+            principal = await front.authenticator.authenticate(bearer)
+        except StoreUnavailable:
+            return
+    require(principal, *scopes)
 
 
 async def watched(front: Front, request: web.Request, *scopes: str) -> NoReturn:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -14,7 +17,8 @@ from typing import Any, TypeVar
 import click
 
 from api import embedded, open_files
-from api.server import serving
+from api import processes as keeping
+from api.server import reserved, serving
 from broker import accounts, garbage, registries, webhooks
 from broker import secrets as function_secrets
 from broker.connect import open_broker
@@ -25,6 +29,7 @@ from broker.model import ALL_RESOURCES, Key
 from broker.ports import Broker
 from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings, load, refuse_memory
 from broker.signatures import Signatures
+from broker.tasks import either
 from broker.telemetry import logs
 from broker.telemetry.process import observed
 
@@ -33,7 +38,11 @@ try:
 except ImportError:  # no wheel for this platform: slower, otherwise the same
     from asyncio import new_event_loop  # type: ignore[assignment]  # uvloop's says Loop, a subclass
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+# The times that `shutdown_grace_s` may pass one after the other when a front end stops.
+_STOPPED_WITHIN = 3
 
 
 class Misconfigured(click.ClickException):
@@ -62,21 +71,31 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 @click.command()
 @click.option("--host", help="Address to listen on. [FNQUEUE_HOST]")
 @click.option("--port", type=click.IntRange(0, 65_535), help="Port to listen on; 0 takes a free one. [FNQUEUE_PORT]")
-def api(host: str | None, port: int | None) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(1, 256),
+    help="How many of them share the port; one that dies is started again. [FNQUEUE_PROCESSES]  [default: 1]",
+)
+@click.option("--parent", type=int, hidden=True, help="The process that this one ends with.")
+@click.option("--status-port", type=int, hidden=True, help="In place of FNQUEUE_STATUS_PORT.")
+def api(host: str | None, port: int | None, processes: int | None, parent: int | None, status_port: int | None) -> None:
     """Serve the HTTP API over RabbitMQ, Redis and S3.
 
     Settings come from FNQUEUE_* in the environment. Any number of these may serve the same queue; several on one
     machine may share a port. SIGTERM and Ctrl-C answer who waits, and stop.
     """
     with told():
-        settings = load(ApiSettings, host=host, port=port)
+        settings = load(ApiSettings, host=host, port=port, processes=processes, status_port=status_port)
         refuse_memory(settings, "queue_url", "store_url")
         logs.configure(settings.log_level, settings.log_format)
-        open_files.allow(settings.max_connections)
-        _run(_serve(settings))
+        if settings.processes > 1:
+            _run(_serve_by_several(settings))
+        else:
+            open_files.allow(settings.max_connections)
+            _run(_serve(settings, parent))
 
 
-async def _serve(settings: ApiSettings) -> None:
+async def _serve(settings: ApiSettings, parent: int | None) -> None:
     stop = asyncio.Event()
     _on_signals(stop.set)
     async with (
@@ -86,7 +105,32 @@ async def _serve(settings: ApiSettings) -> None:
         serving(broker, settings, reuse_port=settings.port != 0),
     ):
         garbage.look_seldom()
-        await stop.wait()
+        if parent is None:
+            await stop.wait()
+        else:
+            await either(stop.wait(), keeping.ended(parent))
+
+
+async def _serve_by_several(settings: ApiSettings) -> None:
+    if settings.attach_port:
+        raise ConfigurationError("FNQUEUE_ATTACH_PORT: several processes need one each; 0 takes free ones")
+    stop = asyncio.Event()
+    _on_signals(stop.set)
+    with reserved(settings) as port:
+        own = ["--host", settings.host, "--port", str(port), "--processes", "1", "--parent", str(os.getpid())]
+        # `-P`: a folder named `api` beside the user is not ours.
+        command = [sys.executable, "-P", "-m", "fnqueue", "api", *own]
+        logger.info("processes_starting", extra={"count": settings.processes, "port": port})
+        commands = [[*command, *_status_port(settings, number)] for number in range(settings.processes)]
+        await keeping.keep(commands, stop, grace_s=_STOPPED_WITHIN * settings.shutdown_grace_s + 30)
+
+
+def _status_port(settings: ApiSettings, number: int) -> list[str]:
+    """Of the process with this number from 0: one that was set, or the next ones. The default one is whose comes
+    first."""
+    if not settings.status_port or "status_port" not in settings.model_fields_set:
+        return []
+    return ["--status-port", str(settings.status_port + number)]
 
 
 def _on_signals(act: Callable[[], object]) -> None:

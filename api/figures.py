@@ -28,6 +28,8 @@ from broker.telemetry.metrics import (
 # OpenTelemetry's word for methods that are not the usual ones.
 OTHER = "_OTHER"
 IN_ITS_NAME, NO_ROUTE = "(function)", "(none)"
+# Set by what serves a request without the router: the template of the path that it has there.
+ROUTE = web.RequestKey("route", str)
 
 
 def answered(
@@ -66,5 +68,7 @@ def shown(front: Front) -> Iterator[None]:
 
 
 def _route(request: web.Request) -> str:
+    if (known := request.get(ROUTE)) is not None:
+        return known
     resource = request.match_info.route.resource
     return NO_ROUTE if resource is None else resource.canonical

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from multidict import MultiMapping
 
@@ -179,9 +180,9 @@ def timeout_s(headers: MultiMapping[str], name: str, *, longest_s: float) -> flo
     Raises:
         BadRequest: any other value, or several; names the header and its limits.
     """
-    values = headers.getall(name, [])
-    if not values:
+    if name not in headers:
         return 0.0
+    values = headers.getall(name)
     text, longest = values[0], int(longest_s)
     good = len(values) == 1 and text.isascii() and text.isdigit() and len(text) <= 18
     if not good or not 1 <= int(text) <= longest:
@@ -216,9 +217,9 @@ def idempotency_key(headers: MultiMapping[str]) -> str:
     Raises:
         BadRequest: empty, longer than 255, several, or not printable ASCII.
     """
-    values = headers.getall(IDEMPOTENCY_KEY, [])
-    if not values:
+    if IDEMPOTENCY_KEY not in headers:
         return ""
+    values = headers.getall(IDEMPOTENCY_KEY)
     key = values[0]
     if len(values) > 1 or not 0 < len(key) <= IDEMPOTENCY_KEY_MAX or not (key.isascii() and key.isprintable()):
         raise BadRequest(
@@ -250,7 +251,9 @@ def passthrough(headers: MultiMapping[str]) -> bool:
 
 def wants_events(headers: MultiMapping[str]) -> bool:
     """Whether the caller wants the answer while it comes."""
-    accepted = headers.get("Accept", "")
+    accepted = headers.get("Accept")
+    if accepted is None or "event" not in accepted.lower():
+        return False
     return accepted.partition(";")[0].strip().lower() == EVENT_STREAM
 
 
@@ -283,8 +286,9 @@ def forwarded(headers: MultiMapping[str], *, cookies: bool = False) -> tuple[tup
     kept: list[tuple[str, str]] = []
     size_bytes = 0
     for name, value in headers.items():
-        key = name.lower()
-        if key in named or (key.replace("_", "-") in _NEVER_FORWARDED and not (cookies and key == "cookie")):
+        if _never_forwarded(name) and not (cookies and name.lower() == "cookie"):
+            continue
+        if named and name.lower() in named:
             continue
         if not value.isascii() and not _is_text(value):
             raise BadRequest(f"header {name} is not UTF-8", field=name)
@@ -295,6 +299,11 @@ def forwarded(headers: MultiMapping[str], *, cookies: bool = False) -> tuple[tup
             f"more than {FORWARDED_MAX_COUNT} headers or {FORWARDED_MAX_BYTES} bytes of them for the function"
         )
     return tuple(kept)
+
+
+@lru_cache(maxsize=1024)
+def _never_forwarded(name: str) -> bool:
+    return name.lower().replace("_", "-") in _NEVER_FORWARDED
 
 
 def _is_text(value: str) -> bool:
@@ -309,8 +318,11 @@ def _is_text(value: str) -> bool:
 def bearer(headers: MultiMapping[str]) -> str | None:
     """The bearer token, '' for another scheme or a malformed one, None without an Authorization header."""
     text = headers.get("Authorization")
-    if text is None:
-        return None
+    return None if text is None else _bearer(text)
+
+
+@lru_cache(maxsize=1024)
+def _bearer(text: str) -> str:
     scheme, _, token = text.partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token.isascii() or not token.isprintable() or " " in token:
@@ -334,7 +346,12 @@ def _decimal(number: float) -> str:
 
 def server_timing(phases: Mapping[str, float]) -> str:
     """Name and seconds of each phase, as `name;dur=milliseconds` (W3C Server Timing)."""
-    return ", ".join(f"{name};dur={seconds * 1000:.3f}".rstrip("0").rstrip(".") for name, seconds in phases.items())
+    return ", ".join([f"{name};dur={_milliseconds(seconds)}" for name, seconds in phases.items()])
+
+
+def _milliseconds(seconds: float) -> str:
+    microseconds = round(seconds * 1_000_000)
+    return f"{microseconds / 1000:.3f}".rstrip("0") if microseconds % 1000 else str(microseconds // 1000)
 
 
 def rate_limit(quotas: Sequence[Quota]) -> dict[str, str]:

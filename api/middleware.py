@@ -52,19 +52,30 @@ def observing(front: Front) -> Middleware:
                 response = _problem(request, refusal)
                 response.force_close()
         except BaseException:
-            # Nobody is left to answer: the client has gone. 499 is what proxies log then.
-            _tell(front.metrics, request, 499, started_at)
+            note_gone(front, request, started_at)
             raise
-        response.headers["Server"] = SERVER
-        if (taken := request.get(TAKEN)) is not None:
-            response.headers.update(headers.rate_limit(taken.quotas))
-        if front.calls.stopping or request.version < HttpVersion11:
+        if request.version < HttpVersion11:
             # HTTP/1.0 keeps connections by a habit that no two servers share (RFC 9112 §6.1, §9.3).
             response.force_close()
-        _tell(front.metrics, request, response.status, started_at)
+        complete(front, request, response, started_at)
         return response
 
     return observe
+
+
+def complete(front: Front, request: web.Request, response: web.StreamResponse, started_at: float) -> None:
+    """What every answer gets: its last headers, and its log line."""
+    response.headers["Server"] = SERVER
+    if (taken := request.get(TAKEN)) is not None and taken.quotas:
+        response.headers.update(headers.rate_limit(taken.quotas))
+    if front.calls.stopping:
+        response.force_close()
+    _tell(front.metrics, request, response.status, started_at)
+
+
+def note_gone(front: Front, request: web.Request, started_at: float) -> None:
+    """Nobody is left to answer: the client has gone. 499 is what proxies log then."""
+    _tell(front.metrics, request, 499, started_at)
 
 
 def _misframed(request: web.Request) -> BadRequest | None:
@@ -157,17 +168,23 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """The outermost net: whatever a handler raises is answered as a problem."""
     try:
         return await handler(request)
-    except FnqueueError as error:
-        return _problem(request, error)
-    except web.HTTPMethodNotAllowed as error:
-        return _problem(request, problems.WrongMethod(", ".join(sorted(error.allowed_methods))))
-    except web.HTTPNotFound:
-        return _problem(request, _no_such_path(request))
-    except Exception as error:  # the outermost: nothing of it may reach the client
-        if request.transport is None:
-            raise
-        logger.exception("fault", extra={"method": request.method, "path": request.path})
-        return _problem(request, error)
+    except Exception as error:  # noqa: BLE001  the outermost: nothing of it may reach the client
+        return failed(request, error)
+
+
+def failed(request: web.Request, error: Exception) -> web.Response:
+    """The problem that tells the client of the error that is handled now; raises it where the client has gone."""
+    match error:
+        case FnqueueError():
+            return _problem(request, error)
+        case web.HTTPMethodNotAllowed():
+            return _problem(request, problems.WrongMethod(", ".join(sorted(error.allowed_methods))))
+        case web.HTTPNotFound():
+            return _problem(request, _no_such_path(request))
+    if request.transport is None:
+        raise error
+    logger.exception("fault", extra={"method": request.method, "path": request.path})
+    return _problem(request, error)
 
 
 def _problem(request: web.Request, error: Exception) -> web.Response:

@@ -7,8 +7,8 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from aiohttp import http_parser, web
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-from api import status
+from api import shortcut, status
 from api.app import make_app
 from api.channels import FAREWELL_S
 from api.connections import Connections
@@ -36,6 +36,7 @@ KEEPALIVE_S = 75.0
 BACKLOG = 4096
 # Addresses for examples (RFC 5737, RFC 3849).
 _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+_PORT = "--port or FNQUEUE_PORT"
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}
 
 
@@ -57,6 +58,8 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     await runner.setup()
     assert runner.server is not None, "it was set up"
     runner.server.request_factory = partial(cast("Any", runner.server.request_factory), _cls=_Asked)
+    if broker.tracing is None:  # spans are made by the application's outermost middleware
+        runner.server.request_handler = shortcut.past(front, runner.server.request_handler)
     try:
         async with _attaching(front), status.shown(front):
             try:
@@ -65,7 +68,7 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
                     front.connections,
                     settings.host,
                     settings.port,
-                    named="--port or FNQUEUE_PORT",
+                    named=_PORT,
                     reuse_port=reuse_port,
                 ) as port:
                     url = _url(settings.host, port)
@@ -81,6 +84,28 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
                 await runner.cleanup()
     finally:
         await front.calls.finish(grace_s=settings.shutdown_grace_s)
+
+
+@contextmanager
+def reserved(settings: ApiSettings) -> Iterator[int]:
+    """Keep the address for processes that will share it, during the body; yields the port.
+
+    Raises:
+        ConfigurationError: it cannot be listened on, or not by several.
+    """
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise ConfigurationError("FNQUEUE_PROCESSES: on this system a port cannot be shared by several processes")
+    with ExitStack() as held:
+        try:
+            [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+                settings.host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            bound = held.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound.bind(address)
+        except OSError as exc:
+            raise ConfigurationError(_why(exc, settings.host, settings.port, _PORT)) from exc
+        yield int(bound.getsockname()[1])
 
 
 @asynccontextmanager

@@ -6,13 +6,14 @@ A function is an id and its versions; it exists as long as it has one (contract/
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from broker import rollouts
-from broker.errors import BadRequest, Forbidden, NotFound, StateConflict
+from broker.errors import BadRequest, FnqueueError, Forbidden, NotFound, StateConflict
 from broker.model import (
     EVERYONE,
     Callback,
@@ -219,6 +220,34 @@ async def pick_callable(broker: Broker, principal: Principal, function_id: str, 
     return _choose(principal, await find_family(broker, function_id), version_id)
 
 
+class _Look:
+    """At a function in the catalog, for all who want it when what was remembered has passed: under load that is one in
+    ten. What was asked for after somebody came is good for him too."""
+
+    __slots__ = ("_found", "asked_at", "turn", "waiting")
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.waiting = 0
+        self.asked_at = -math.inf
+        self._found: Family | FnqueueError | None = None
+
+    async def ask(self, broker: Broker, function_id: str, now: float) -> None:
+        """Nothing has been asked where this is cancelled."""
+        try:
+            self._found = await find_family(broker, function_id)
+        except FnqueueError as exc:
+            self._found = exc
+        self.asked_at = now
+
+    def answer(self) -> Family:
+        """What the last question led to. Raises StoreUnavailable, RecordDamaged."""
+        assert self._found is not None, "it was asked"
+        if isinstance(self._found, FnqueueError):
+            raise self._found
+        return self._found
+
+
 class CallableVersions:
     """`pick_callable` for the hot path: remembers a function's versions and their sharing for at most a second.
 
@@ -232,20 +261,35 @@ class CallableVersions:
         self._broker = broker
         self._now = now
         self._found: dict[str, tuple[Family, float]] = {}
+        self._looking: dict[str, _Look] = {}
+
+    def known(self, principal: Principal, function_id: str, version_id: str = "") -> Version | None:
+        """What `pick` returns, where it would ask nobody; None where it is not known without asking."""
+        family, until = self._found.get(function_id, (None, 0.0))
+        if family is None or until <= self._now():
+            return None
+        candidates = [version for version in _candidates(principal, family, version_id) if version.status.invocable]
+        return _pick(family, candidates, version_id) if candidates else None
 
     async def pick(self, principal: Principal, function_id: str, version_id: str = "") -> Version:
         """As `pick_callable`."""
-        family, until = self._found.get(function_id, (None, 0.0))
-        if family and until > self._now():
-            candidates = [version for version in _candidates(principal, family, version_id) if version.status.invocable]
-            version = candidates and _pick(family, candidates, version_id)
-            if version:
+        if version := self.known(principal, function_id, version_id):
+            return version
+        look = self._looking.setdefault(function_id, _Look())
+        look.waiting += 1
+        came_at = self._now()
+        try:
+            async with look.turn:
+                if look.asked_at < came_at:
+                    await look.ask(self._broker, function_id, self._now())
+                family = look.answer()
+                version = _choose(principal, family, version_id)
+                self._remember(function_id, family, look.asked_at + _CACHE_S)
                 return version
-        asked_at = self._now()
-        family = await find_family(self._broker, function_id)
-        version = _choose(principal, family, version_id)
-        self._remember(function_id, family, asked_at + _CACHE_S)
-        return version
+        finally:
+            look.waiting -= 1
+            if not look.waiting:
+                self._looking.pop(function_id, None)
 
     def forget(self, function_id: str) -> None:
         """Ask the catalog at the next pick. Call after every write to a function or its deployments."""

@@ -418,10 +418,9 @@ def _size_bytes(body: bytes | BodyFile) -> int:
 
 def _digest(submission: Submission) -> str:
     """What makes two submissions the same one."""
-    digest = hashlib.sha256()
-    for part in (submission.function_id, submission.version_id, ",".join(submission.assets)):
-        digest.update(part.encode() + b"\n")
+    head = f"{submission.function_id}\n{submission.version_id}\n{','.join(submission.assets)}\n"
     if submission.target:
-        digest.update(f"{submission.method} {submission.target}\n".encode())
+        head += f"{submission.method} {submission.target}\n"
+    digest = hashlib.sha256(head.encode())
     digest.update(submission.body.sha256 if isinstance(submission.body, BodyFile) else submission.body)
     return digest.hexdigest()

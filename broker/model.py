@@ -435,7 +435,7 @@ class RequestState(StrEnum):
 
     @property
     def terminal(self) -> bool:
-        return self not in (RequestState.QUEUED, RequestState.RUNNING)
+        return self is not RequestState.QUEUED and self is not RequestState.RUNNING
 
 
 EVENT_STREAM = "text/event-stream"

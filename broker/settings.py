@@ -316,6 +316,13 @@ class ApiSettings(SecretSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65_535, description="Port to listen on; 0 takes a free one.")
+    processes: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Processes of one `fnqueue api` that share the port, for as many cores. Each is a front end: what "
+        "is limited for one, is for each of them.",
+    )
     admin_key: SecretStr = Field(
         SecretStr(""),
         description="A bearer key with every scope on `admin_account`, kept nowhere else; empty for none.",

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Self
 
 from pydantic import SecretStr
@@ -82,10 +83,15 @@ class Signatures:
 
     def _key(self, name: str, version_id: str) -> bytes:
         key = self.keys[name]
-        return key if self.version_id else hmac.digest(key, _OF_A_VERSION + version_id.encode(), hashlib.sha256)
+        return key if self.version_id else _key_of(key, version_id)
 
 
 NO_SIGNATURES = Signatures()
+
+
+@lru_cache(maxsize=1024)
+def _key_of(key: bytes, version_id: str) -> bytes:
+    return hmac.digest(key, _OF_A_VERSION + version_id.encode(), hashlib.sha256)
 
 
 def _mac(key: bytes, envelope: bytes, body: bytes) -> str:

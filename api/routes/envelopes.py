@@ -11,7 +11,7 @@ from api.answers import Answer
 from api.bodies import Held
 from api.front import Front
 from api.routes.invocations import STATUS_PATH as RESULT_PATH
-from api.routes.invocations import Call, Manner, admit, ask, look, origin, respond, run
+from api.routes.invocations import Call, Manner, admit, applied, ask, look, origin, respond, run
 from broker.errors import BadRequest
 from fnqueue import wire
 
@@ -23,9 +23,9 @@ _OF_THE_ENVELOPE = frozenset({"content-type", "content-encoding", "content-md5",
 _NEGOTIATED = frozenset({"accept", "accept-encoding", "range"})
 
 
-async def invoke(front: Front, request: web.Request) -> web.Response:
+async def invoke(front: Front, request: web.Request) -> web.StreamResponse:
     """Invoke with `requestBody`; what `requestHeader` leaves out, the headers of `pexec` say."""
-    call = await admit(front, request)
+    call = await admit(front, request, request.match_info)
     held = await front.bodies.read(request)
     try:
         call = _opened(request, call, held)
@@ -37,9 +37,9 @@ async def invoke(front: Front, request: web.Request) -> web.Response:
     return _enclosed(front, request, found, call.wait)
 
 
-async def poll(front: Front, request: web.Request) -> web.Response:
+async def poll(front: Front, request: web.Request) -> web.StreamResponse:
     """Where the request stands, in an envelope; any request, also one of `pexec`."""
-    asked = await ask(front, request)
+    asked = await ask(front, request, request.match_info)
     return _enclosed(front, request, await look(front, request, asked, ENCLOSED), asked.wait)
 
 
@@ -67,9 +67,9 @@ def _opened(request: web.Request, call: Call, held: Held) -> Call:
     )
 
 
-def _enclosed(front: Front, request: web.Request, answer: Answer, wait: headers.Wait) -> web.Response:
+def _enclosed(front: Front, request: web.Request, answer: Answer, wait: headers.Wait) -> web.StreamResponse:
     result_url = f"{origin(front, request)}{RESULT_PATH}{answer.headers[headers.REQUEST_ID]}"
-    response = respond(envelopes.enclose(answer, result_url=result_url), wait)
+    response = respond(applied(envelopes.enclose(answer, result_url=result_url), wait))
     if response.content_type == "application/json":
         response[payloads.ANSWERED] = wire.EnvelopeAnswer
     return response

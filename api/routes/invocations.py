@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -92,15 +93,24 @@ class Question:
 async def invoke(front: Front, request: web.Request) -> web.StreamResponse:
     """Accept the request and hold the call until it ends, or for as long as the caller wishes. A caller that accepts
     `text/event-stream` is given the answer while it comes."""
-    call = await admit(front, request)
-    found = await run(front, request, call, await front.bodies.read(request))
-    return respond(found, call.wait) if isinstance(found, Answer) else found
+    return respond(await accept(front, request, request.match_info))
 
 
 async def poll(front: Front, request: web.Request) -> web.StreamResponse:
     """Where the request stands, after holding the call as `invoke` does. With `Accept: text/event-stream` the answer
     of a request that was made with it is given while it comes, behind the event that `Last-Event-ID` names."""
-    asked = await ask(front, request)
+    return respond(await look_up(front, request, request.match_info))
+
+
+async def accept(front: Front, request: web.Request, named: Mapping[str, str]) -> Answer | web.StreamResponse:
+    """As `invoke`, for the IDs that its path names."""
+    call = await admit(front, request, named)
+    return applied(await run(front, request, call, await front.bodies.read(request)), call.wait)
+
+
+async def look_up(front: Front, request: web.Request, named: Mapping[str, str]) -> Answer | web.StreamResponse:
+    """As `poll`, for the ID that its path names."""
+    asked = await ask(front, request, named)
     if headers.wants_events(request.headers):
         record = request[RECORD] = await invocations.find(front.broker, asked.principal, asked.request_id)
         last_id = request.headers.get(headers.LAST_EVENT_ID, "")
@@ -113,7 +123,7 @@ async def poll(front: Front, request: web.Request) -> web.StreamResponse:
         if (response := await streams.opened(front, record, at_once)) is not None:
             return response
         record = request[RECORD] = await invocations.find(front.broker, asked.principal, asked.request_id)
-    return respond(await _answer(front, request, record, PLAIN), asked.wait)
+    return applied(await _answer(front, request, record, PLAIN), asked.wait)
 
 
 async def run(
@@ -134,12 +144,12 @@ async def run(
     return await _answer(front, request, record, manner)
 
 
-async def ask(front: Front, request: web.Request) -> Question:
-    """What the path and the headers say, in upstream's order of checks."""
-    auth.token(request.headers)
+async def ask(front: Front, request: web.Request, named: Mapping[str, str]) -> Question:
+    """What the path and the headers say, in upstream's order of checks. `named` is what the path names."""
+    token = auth.token(request.headers)
     wait = headers.wait(request.headers)
-    request_id = headers.uuid(request.match_info["request_id"], field="requestId")
-    return Question(principal=await auth.authenticate(front, request, SCOPE), request_id=request_id, wait=wait)
+    request_id = headers.uuid(named["request_id"], field="requestId")
+    return Question(principal=await auth.admit(front, token, named, SCOPE), request_id=request_id, wait=wait)
 
 
 async def look(front: Front, request: web.Request, asked: Question, manner: Manner = PLAIN) -> Answer:
@@ -177,18 +187,22 @@ async def _stream(
     return response, record
 
 
-async def admit(front: Front, request: web.Request) -> Call:
-    """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read.
+async def admit(front: Front, request: web.Request, named: Mapping[str, str]) -> Call:
+    """The checks in upstream's order (contract/invocation.md §3.2), all of them before the body is read. `named` is
+    what the path names.
 
     The rate limit comes last, so that nothing that could never run counts; a body that then does not come, counts.
     """
-    arrived, named = request.headers, request.match_info
-    auth.token(arrived)
+    arrived = request.headers
+    token = auth.token(arrived)
     function_id = headers.uuid(named["function_id"], field="functionId")
     version_id = headers.uuid(named["version_id"], field="functionVersionId") if "version_id" in named else ""
     assets = headers.asset_references(arrived)
-    principal = await auth.authenticate(front, request, SCOPE)
-    version = await front.versions.pick(principal, function_id, version_id)
+    principal = await auth.admit(front, token, named, SCOPE)
+    version = front.versions.known(principal, function_id, version_id) or await front.versions.pick(
+        principal, function_id, version_id
+    )
+    streaming = headers.wants_events(arrived)
     call = Call(
         principal=principal,
         version=version,
@@ -197,8 +211,8 @@ async def admit(front: Front, request: web.Request) -> Call:
         wait=headers.wait(arrived),
         assets=assets,
         forwarded=headers.forwarded(arrived),
-        passthrough=headers.passthrough(arrived),
-        streaming=headers.wants_events(arrived),
+        passthrough=streaming or headers.passthrough(arrived),
+        streaming=streaming,
         idempotency_key=headers.idempotency_key(arrived),
         queue_timeout_s=headers.timeout_s(arrived, headers.QUEUE_TIMEOUT, longest_s=front.settings.request_deadline_s),
         run_timeout_s=headers.timeout_s(arrived, headers.RUN_TIMEOUT, longest_s=front.settings.request_deadline_s),
@@ -211,8 +225,9 @@ async def admit(front: Front, request: web.Request) -> Call:
 
 async def take(front: Front, request: web.Request, call: Call) -> None:
     """Count the call against its function's rates. Raises RateLimited."""
-    request[TAKEN] = await front.rate_limiter.take(call.principal, call.version)
-    limits.require(request[TAKEN])
+    if call.version.rate_limit is not None:
+        request[TAKEN] = await front.rate_limiter.take(call.principal, call.version)
+        limits.require(request[TAKEN])
 
 
 async def _submit(front: Front, call: Call, held: Body) -> Record:
@@ -255,16 +270,17 @@ def _gives_up(front: Front, request: web.Request, call: Call, record: Record) ->
 async def _answer(front: Front, request: web.Request, record: Record, manner: Manner) -> Answer:
     broker, settings = front.broker, front.settings
     await auth.still(front, request, SCOPE)
-    record = await gathered(broker, record)
+    if record.outcome is not None and record.outcome.streamed:
+        record = await gathered(broker, record)
 
     def download_url(key: str, filename: str) -> str:
         return broker.blobs.download_url(key, filename=filename, expires_s=settings.result_url_ttl_s)
 
-    where = status_url(front, request, record.id, manner)
-    pending = answers.NOT_KNOWN
+    pending, where = answers.NOT_KNOWN, ""
     if not record.state.terminal:
         estimate = await front.outlooks.estimate(record)
         pending = Pending(estimate=estimate, longest_pause_s=settings.max_poll_pause_s)
+        where = status_url(front, request, record.id, manner)
     answer = answers.answer(
         record, status_url=where, download_url=download_url, speaker=manner.speaker, pending=pending
     )
@@ -283,7 +299,14 @@ def status_url(front: Front, request: web.Request, request_id: str, manner: Mann
     return f"{manner.origin or origin(front, request)}{manner.status_path}{request_id}"
 
 
-def respond(answer: Answer, wait: headers.Wait) -> web.Response:
-    if wait.applied:
-        answer.headers[headers.PREFERENCE_APPLIED] = wait.applied
-    return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+def applied(found: Answer | web.StreamResponse, wait: headers.Wait) -> Answer | web.StreamResponse:
+    """An answer that says which preference was followed; a stream's is said when it begins."""
+    if wait.applied and isinstance(found, Answer):
+        found.headers[headers.PREFERENCE_APPLIED] = wait.applied
+    return found
+
+
+def respond(found: Answer | web.StreamResponse) -> web.StreamResponse:
+    if isinstance(found, Answer):
+        return web.Response(status=found.status, headers=found.headers, body=found.body)
+    return found

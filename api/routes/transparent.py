@@ -17,11 +17,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from api import auth, headers
-from api.answers import Answer, Speaker
+from api.answers import Speaker
 from api.front import Front
 from api.middleware import INVOKES, answer_errors
 from api.routes.channels import converse, is_websocket
-from api.routes.invocations import SCOPE, Call, Manner, origin, respond, run, take
+from api.routes.invocations import SCOPE, Call, Manner, applied, origin, respond, run, take
 from api.routes.webhooks import callback
 from broker.accounts import require
 from broker.errors import BadRequest
@@ -72,7 +72,7 @@ async def invoke(front: Front, request: web.Request) -> web.StreamResponse:
         )
     manner = Manner(speaker=speaker, origin=origin(front, request, host=address.host))
     found = await run(front, request, call, await front.bodies.receive(request), manner)
-    return respond(found, call.wait) if isinstance(found, Answer) else found
+    return respond(applied(found, call.wait))
 
 
 def needs_channel(request: web.Request) -> bool:
@@ -147,7 +147,8 @@ def _named(request: web.Request, name: str) -> str:
 
 def _host(request: web.Request) -> str:
     """That of an absolute target wins (RFC 9112 §3.2.2)."""
-    found = _ABSOLUTE.match(request.raw_path)
+    raw = request.raw_path
+    found = None if raw.startswith("/") else _ABSOLUTE.match(raw)
     return found[1] if found else request.headers.get("Host", "")
 
 

@@ -105,7 +105,7 @@ def unpack_outcome(raw: bytes) -> Outcome:
         _, status, headers, blob_key, *streamed = orjson.loads(head)
         return Outcome(
             status=int(status),
-            headers=tuple((str(name), str(value)) for name, value in headers),
+            headers=tuple([(str(name), str(value)) for name, value in headers]),
             body=body,
             blob_key=str(blob_key),
             streamed=bool(streamed and streamed[0]),

@@ -84,14 +84,18 @@ def delivery(tag: int, body: bytes, headers: FieldTable | None = None) -> list[F
 
 def properties_of(message_id: str) -> bytes:
     return wire.properties(
-        {"fnq": "{}"}, content_type="x/y", expiration="1000", message_id=message_id, app_id="fnqueue"
+        {"fnq": b"{}"}, content_type="x/y", expiration="1000", message_id=message_id, app_id="fnqueue"
     )
 
 
 async def test_a_published_message_is_what_a_client_library_reads() -> None:
     bench, body = Bench(), b"b" * 10_000
     properties = wire.properties(
-        {"fnq": '{"ü": 1}', "sig": "k:1"}, content_type="x/y", expiration="7", message_id="m", app_id="fnqueue"
+        {"fnq": '{"ü": 1}'.encode(), "sig": b"k:1"},
+        content_type="x/y",
+        expiration="7",
+        message_id="m",
+        app_id="fnqueue",
     )
     bench.channel.publish("queue", "m", properties, body)
     publish, header, *parts = await bench.flushed()

@@ -242,11 +242,12 @@ class answering:  # noqa: N801  reads like the context manager it is; a generato
             await self._timeout.__aexit__(kind, exc, trace)
         except TimeoutError as late:
             raise self._error(self._message) from late
-        if exc is not None and _lost(exc):
+        if exc is not None and is_loss(exc):
             raise self._error(self._message) from exc
 
 
-def _lost(exc: BaseException) -> bool:
+def is_loss(exc: BaseException) -> bool:
+    """Whether an exchange with the broker ended so for want of an answer."""
     if isinstance(exc, asyncio.CancelledError):
         # aiormq cancels whoever waits on a channel that closes; that is not our caller's cancellation
         task = asyncio.current_task()

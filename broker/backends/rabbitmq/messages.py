@@ -30,9 +30,9 @@ def exchange_name(version_id: str) -> str:
 
 def properties(job: Job, envelope: bytes, signature: str) -> bytes:
     """Persistent, and named after the request: a returned message is matched by its id."""
-    signed = {SIGNATURE: signature} if signature else {}
+    headers = {ENVELOPE: envelope, SIGNATURE: signature.encode()} if signature else {ENVELOPE: envelope}
     return wire.properties(
-        {ENVELOPE: envelope.decode(), **signed},
+        headers,
         content_type="application/octet-stream",
         expiration=_expiration_ms(job),
         message_id=job.id,

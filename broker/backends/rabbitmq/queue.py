@@ -83,6 +83,7 @@ class RabbitQueue:
         self._consuming = Line(url, "consume", answer_s=self._answer_s, connected=self._breaker.connected)
         self._publisher: Publisher | None = None
         self._publisher_lock = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
         self._prepared = False
         self._seeking: asyncio.Task[None] | None = None
 
@@ -142,14 +143,14 @@ class RabbitQueue:
         self._breaker.answered()
 
     async def _publish(self, job: Job, *, timeout_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        until = loop.time() + timeout_s
+        until = self._loop.time() + timeout_s
         envelope, body = pack_job(job)
         publisher = self._publisher
         if publisher is None or not publisher.usable:
             async with answering(timeout_s, Unavailable, self._publishing.away):
                 publisher = await self._new_publisher()
-        await publisher.ready(min(UNBLOCK_S, timeout_s))
+        if publisher.blocked:
+            await publisher.ready(min(UNBLOCK_S, timeout_s))
         publisher.measure(len(envelope))
         signed = properties(job, envelope, self._signatures.sign(job.version_id, envelope, body))
         await publisher.send(
@@ -157,7 +158,7 @@ class RabbitQueue:
             job.id,
             signed,
             body,
-            timeout_s=until - loop.time(),
+            until=until,
             exchange=exchange_name(job.version_id) if self._confined else "",
         )
 

@@ -11,6 +11,7 @@ import logging
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TypeVar, cast
 
 import aiormq
@@ -564,25 +565,31 @@ class Channel:
 
 
 def properties(
-    headers: Mapping[str, str], *, content_type: str, expiration: str, message_id: str, app_id: str
+    headers: Mapping[str, bytes], *, content_type: str, expiration: str, message_id: str, app_id: str
 ) -> bytes:
-    """Of a persistent message, as its content header spells them. Raises ValueError: a name is too long."""
-    table = b"".join(
-        _short(name) + b"S" + _u32.pack(len(value)) + value
-        for name, value in ((name, text.encode()) for name, text in headers.items())
-    )
+    """Of a persistent message, as its content header spells them; `headers` are texts.
+
+    Raises ValueError: a name is too long.
+    """
+    table = b"".join([_entry(name) + _u32.pack(len(value)) + value for name, value in headers.items()])
     return b"".join(
         (
             _FLAGS,
-            _short(content_type),
+            _named(content_type),
             _u32.pack(len(table)),
             table,
             b"\x02",
-            _short(expiration),
+            _named(expiration),
             _short(message_id),
-            _short(app_id),
+            _named(app_id),
         )
     )
+
+
+@lru_cache(maxsize=64)
+def _entry(name: str) -> bytes:
+    """How an entry of a table begins whose value is a text."""
+    return _short(name) + b"S"
 
 
 # Which properties there are, in this order: content type, headers, delivery mode, expiration, message ID, app ID.
@@ -638,6 +645,10 @@ def _table(data: bytes, at: int, end: int) -> Mapping[str, object]:
 def _short(text: str) -> bytes:
     raw = text.encode()
     return bytes((len(raw),)) + raw
+
+
+# For those that are the same for many messages.
+_named = lru_cache(maxsize=256)(_short)
 
 
 def _as_lost(cause: BaseException) -> BaseException:

@@ -760,13 +760,21 @@ class RedisResults:
         await self._connection.run(*leaving(_text(account or ""), version_id, request_id, end, announced=announced))
 
 
+# What reading such a reply raises.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
+
+
 @contextmanager
 def reading(subject: str) -> Iterator[None]:
     """Raises RecordDamaged for what cannot be read of a reply."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as exc:
-        raise RecordDamaged(f"what is stored of {subject} cannot be read") from exc
+    except _UNREADABLE as exc:
+        raise _damaged(subject) from exc
+
+
+def _damaged(subject: str) -> RecordDamaged:
+    return RecordDamaged(f"what is stored of {subject} cannot be read")
 
 
 def _sound(record: Record | RecordDamaged | None) -> Record | None:
@@ -780,9 +788,10 @@ def _parse(request_id: str, reply: Sequence[Any] | RecordDamaged | None) -> Reco
     if reply is None or isinstance(reply, RecordDamaged):
         return reply
     try:
-        with reading(request_id):
-            return _read_record(request_id, reply)
-    except RecordDamaged as damaged:
+        return _read_record(request_id, reply)
+    except _UNREADABLE as exc:
+        damaged = _damaged(request_id)
+        damaged.__cause__ = exc
         return damaged
 
 
