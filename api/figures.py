@@ -68,7 +68,8 @@ def shown(front: Front) -> Iterator[None]:
 
 
 def _route(request: web.Request) -> str:
-    if (known := request.get(ROUTE)) is not None:
+    known: str | None = request.get(ROUTE)
+    if known is not None:
         return known
     resource = request.match_info.route.resource
     return NO_ROUTE if resource is None else resource.canonical
