@@ -34,6 +34,7 @@ def settings_page() -> str:
         "",
         "Read from the environment when a process starts; a value that is not valid is one clear line and exit code 2.",
         "Names that end in `_S` are seconds, `_BYTES` bytes. Made from `broker/settings.py` by `make docs`.",
+        "Tracing has [OpenTelemetry's own variables](tracing.md#settings), and [the client](client.md) has others.",
     ]
     for title, kind in SECTIONS:
         inherited = set(Settings.model_fields) if kind is not Settings else set()

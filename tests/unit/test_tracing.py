@@ -21,9 +21,13 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
+from api.front import Front
+from api.tracing import traced
+from broker.backends.memory.queue import MemoryQueue
+from broker.connect import open_broker
 from broker.model import RequestState
 from broker.ports import Broker
-from broker.settings import TracingSettings
+from broker.settings import ApiSettings, TracingSettings
 from broker.telemetry import logs, tracing
 from broker.telemetry.queue import TracedQueue
 from broker.telemetry.spans import OpenTelemetry
@@ -129,6 +133,18 @@ async def test_it_is_off_unless_a_receiver_is_named(
         monkeypatch.setenv(name, value)
     async with tracing.opened("fnqueue-api", system="memory") as found:
         assert found is None
+
+
+async def test_off_nothing_is_between_a_job_and_its_queue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = ApiSettings(data_dir=tmp_path)
+    async with open_broker(settings) as broker:
+        front = Front.over(broker, settings)
+        assert (broker.tracing, type(broker.queue), traced(front)) == (None, MemoryQueue, [])
+    monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
+    async with open_broker(settings) as broker:
+        front = Front.over(broker, settings)
+        assert (type(broker.tracing), type(broker.queue)) == (OpenTelemetry, TracedQueue)
+        assert len(traced(front)) == 1
 
 
 @pytest.mark.parametrize(
