@@ -118,6 +118,21 @@ class _Run:
             self.waiting = False
 
 
+class _Calling:
+    """While the body runs, the container is at work for the run."""
+
+    __slots__ = ("_run", "_sidecar")
+
+    def __init__(self, sidecar: Sidecar, run: _Run) -> None:
+        self._sidecar, self._run = sidecar, run
+
+    def __enter__(self) -> None:
+        self._sidecar.call_began(self._run)
+
+    def __exit__(self, *_: object) -> None:
+        self._sidecar.call_ended(self._run)
+
+
 async def serve(broker: Broker, settings: SidecarSettings, stop: asyncio.Event) -> None:
     """Run jobs from when the container is healthy until `stop` is set and the running ones are done or handed back.
 
@@ -456,15 +471,16 @@ class Sidecar:
 
         await loops.insist(cancel, on=StoreUnavailable, name="cancel")
 
-    @contextmanager
-    def _calling(self, run: _Run) -> Iterator[None]:
-        run.called_at = since = time.monotonic()
+    def _calling(self, run: _Run) -> _Calling:
+        return _Calling(self, run)
+
+    def call_began(self, run: _Run) -> None:
+        run.called_at = time.monotonic()
         self._calls += 1
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            run.container_s = time.monotonic() - since
+
+    def call_ended(self, run: _Run) -> None:
+        self._calls -= 1
+        run.container_s = time.monotonic() - run.called_at
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:
