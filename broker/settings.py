@@ -771,7 +771,7 @@ class SidecarSettings(Settings):
         "auto",
         description="Whether a connection to the container is kept for the next job, which costs less CPU than opening "
         "one: `always` for up to a second; `auto` for up to 0.2 s behind an answer that took no longer, in a container "
-        "that was seen to leave idle ones open; `never`. When the container closes one just as a job is sent, that "
+        "that was seen to leave an idle one open; `never`. When the container closes one just as a job is sent, that "
         "costs an attempt (never the last one). `never` is for a container of several processes that should share "
         "even short jobs evenly.",
     )

@@ -490,10 +490,12 @@ def connection_fault(job: Job) -> Outcome:
 def end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """`headers` without the hop-by-hop ones and without those that `Connection` names (RFC 9110 §7.6.1)."""
     pairs = list(headers)
-    dropped = HOP_BY_HOP
-    if connection := ",".join(value for name, value in pairs if name.lower() == "connection"):
-        dropped = HOP_BY_HOP | {name.strip().lower() for name in connection.split(",")}
-    return [(name, value) for name, value in pairs if name.lower() not in dropped]
+    kept = [pair for pair in pairs if pair[0].lower() not in HOP_BY_HOP]
+    if len(kept) < len(pairs):  # `Connection` may be among those
+        named = ",".join(value for name, value in pairs if name.lower() == "connection").lower().split(",")
+        dropped = {name.strip() for name in named}
+        kept = [pair for pair in kept if pair[0].lower() not in dropped]
+    return kept
 
 
 def prepare_scratch(file: Path) -> None:

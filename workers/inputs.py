@@ -11,9 +11,10 @@ import secrets
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from types import TracebackType
 
 from broker import assets
 from broker.errors import FnqueueError
@@ -91,35 +92,56 @@ class Workspace:
         return self.empty
 
 
-@asynccontextmanager
-async def workspace(blobs: Blobs, settings: SidecarSettings, job: Job, clerk: loops.Clerk) -> AsyncIterator[Workspace]:
-    """Directories made and inputs fetched before the body, everything removed after it, also when cancelled.
+class workspace(AbstractAsyncContextManager[Workspace]):  # noqa: N801  used as a function is
+    """Directories made and inputs fetched before the body, everything removed after it, also when cancelled. A class,
+    because this is done for every job.
 
     Raises:
         AttemptFailed: the directories could not be made, or an input could not be fetched.
         BodyAltered.
     """
-    try:
-        name = _canonical(job.id)
+
+    __slots__ = ("_blobs", "_clerk", "_job", "_room", "_settings")
+
+    def __init__(self, blobs: Blobs, settings: SidecarSettings, job: Job, clerk: loops.Clerk) -> None:
+        self._blobs, self._settings, self._job, self._clerk = blobs, settings, job, clerk
+        self._room: Workspace | None = None
+
+    async def __aenter__(self) -> Workspace:
+        job = self._job
+        try:
+            room = self._room = self._laid_out()
+        except ValueError as exc:
+            raise AttemptFailed(problem(job, 500, PREPARE_FAULT)) from exc
+        try:
+            await _make(room, job)
+            if job.assets:
+                await _fetch_assets(self._blobs, job, room.assets)
+            if job.body_key:
+                room.body = await _fetch_body(self._blobs, job, room.scratch)
+        except BaseException:
+            await _clear(room)
+            raise
+        return room
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._room is not None:
+            await _clear(self._room)
+
+    def _laid_out(self) -> Workspace:
+        """Raises ValueError."""
+        settings, name = self._settings, _canonical(self._job.id)
         room = Workspace(
             assets=f"{settings.asset_dir}/{name}",
             response=f"{settings.response_dir}/{name}",
             scratch=f"{settings.scratch_dir or tempfile.gettempdir()}/fnqueue-{secrets.token_hex(16)}",
-            clerk=clerk,
-            body=job.body,
+            clerk=self._clerk,
+            body=self._job.body,
         )
-    except ValueError as exc:
-        raise AttemptFailed(problem(job, 500, PREPARE_FAULT)) from exc
-    room.left = (room.response_name, room.assets_name, room.scratch_name)
-    try:
-        await _make(room, job)
-        if job.assets:
-            await _fetch_assets(blobs, job, room.assets)
-        if job.body_key:
-            room.body = await _fetch_body(blobs, job, room.scratch)
-        yield room
-    finally:
-        await _clear(room)
+        room.left = (room.response_name, room.assets_name, room.scratch_name)
+        return room
 
 
 def headers_for_all(settings: SidecarSettings) -> Mapping[str, str]:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import random
 import secrets
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -132,6 +131,21 @@ class _Run:
             yield
         finally:
             self.waiting = False
+
+
+class _Calling:
+    """While the body runs, the container is at work for the run."""
+
+    __slots__ = ("_run", "_sidecar")
+
+    def __init__(self, sidecar: Sidecar, run: _Run) -> None:
+        self._sidecar, self._run = sidecar, run
+
+    def __enter__(self) -> None:
+        self._sidecar.call_began(self._run)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._sidecar.call_ended(self._run, error)
 
 
 async def serve(broker: Broker, settings: SidecarSettings, stop: asyncio.Event) -> None:
@@ -503,17 +517,18 @@ class Sidecar:
 
         await loops.insist(cancel, on=StoreUnavailable, name="cancel")
 
-    @contextmanager
-    def _calling(self, run: _Run) -> Iterator[None]:
-        run.called_at = since = time.monotonic()
+    def _calling(self, run: _Run) -> _Calling:
+        return _Calling(self, run)
+
+    def call_began(self, run: _Run) -> None:
+        run.called_at = time.monotonic()
         self._calls += 1
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            run.container_s = time.monotonic() - since
-            if run.traced is not None:
-                run.traced.called(sys.exception())
+
+    def call_ended(self, run: _Run, error: BaseException | None) -> None:
+        self._calls -= 1
+        run.container_s = time.monotonic() - run.called_at
+        if run.traced is not None:
+            run.traced.called(error)
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 from broker.model import Interest, Record
@@ -114,6 +114,25 @@ class Listener(Watch):
         self._told()
 
 
+class _Listening(AbstractContextManager[None]):
+    """A class, because a sidecar listens for every job."""
+
+    __slots__ = ("_hints", "_listener", "_subject")
+
+    def __init__(self, hints: Hints, subject: str, told: Callable[[], None]) -> None:
+        self._hints = hints
+        self._subject = subject
+        self._listener = Listener(told)
+
+    def __enter__(self) -> None:
+        self._hints.add(self._subject, self._listener)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hints.discard(self._subject, self._listener)
+
+
 class Hints:
     """By subject: a request's ID, with `/r` behind it for readers of its stream, `/w` for the writer."""
 
@@ -138,10 +157,8 @@ class Hints:
         finally:
             self.discard(subject, watch)
 
-    @contextmanager
-    def listening(self, subject: str, told: Callable[[], None]) -> Iterator[None]:
-        with self.watching(subject, Listener(told)):
-            yield
+    def listening(self, subject: str, told: Callable[[], None]) -> AbstractContextManager[None]:
+        return _Listening(self, subject, told)
 
     def tell(self, subject: str, of: Interest = Interest.END, news: bytes = b"") -> None:
         for watch in tuple(self._watches.get(subject, ())):
