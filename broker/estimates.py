@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from broker.activity import NO_TIMES, Histogram, Minute, bounds_s, merged
 from broker.model import Line
 
-# From fewer runs nothing is told, nor of a run that has taken longer than all but so few. Those that go on are the longer
-# ones: where they are as many as those that have ended, they would be missed.
+# From fewer runs nothing is told, nor of a run that has taken longer than all but so few. Those that go on are the
+# longer ones: where they are as many as those that have ended, they would be missed.
 FEWEST_RUNS = 10
 _RUNS_FOR_EACH_RUNNING = 5
 FEWEST_LONGER = 3
