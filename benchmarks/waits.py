@@ -28,7 +28,7 @@ SEED = 29
 # How long a front end makes do with what it knows of a version.
 KNOWN_FOR_S = 1.0
 LONGEST_PAUSE_S = 30.0
-_AFTERWARDS_S = 600.0
+_AFTERWARDS_S = 420.0
 _START_SPREAD = 0.2
 
 Draw = Callable[[random.Random], float]

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from broker.activity import NO_TIMES, Histogram, Minute, bounds_s, merged
 from broker.model import Line
 
-# From fewer runs nothing is told, nor of a run that has taken longer than all but so few.
+# From fewer runs nothing is told, nor of a run that has taken longer than all but so few. Those that go on are the
+# longer ones: where they are as many as those that have ended, they would be missed.
 FEWEST_RUNS = 10
+_RUNS_FOR_EACH_RUNNING = 5
 FEWEST_LONGER = 3
 # Of more than these, only the latest count.
 ENOUGH_RUNS = 200
@@ -120,7 +122,8 @@ class Forecast:
         self._capacity = capacity
         self._runs = runs
         self._starts = starts
-        self._run = _moments(runs.counts) if runs.count >= FEWEST_RUNS else None
+        needed = max(FEWEST_RUNS, min(ENOUGH_RUNS, _RUNS_FOR_EACH_RUNNING * line.running))
+        self._run = _moments(runs.counts) if runs.count >= needed else None
         self._parts = _parts(runs)
         self._at_once = Estimate(**{name: runs.quantile(share) for name, share in _named()})
         self._queued: dict[int, Estimate | None] = {}

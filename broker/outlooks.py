@@ -27,10 +27,12 @@ Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
 
 class Outlooks:
-    """`spawn` makes the one task for each look at a version, which may outlive who asked."""
+    """`spawn` makes the one task for each look at a version, which may outlive who asked; `most` versions are
+    remembered, those that were asked about last."""
 
-    def __init__(self, broker: Broker, spawn: Spawn) -> None:
+    def __init__(self, broker: Broker, spawn: Spawn, *, most: int = MOST_VERSIONS) -> None:
         self._broker = broker
+        self._most = most
         self._spawn = spawn
         self._versions: OrderedDict[str, _Version] = OrderedDict()
 
@@ -49,7 +51,7 @@ class Outlooks:
     def _version(self, version_id: str) -> _Version:
         version = self._versions.setdefault(version_id, _Version())
         self._versions.move_to_end(version_id)
-        if len(self._versions) > MOST_VERSIONS:
+        if len(self._versions) > self._most:
             self._versions.popitem(last=False)
         return version
 

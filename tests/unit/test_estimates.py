@@ -171,6 +171,7 @@ def test_a_minute_that_is_told_again_replaces_what_it_was() -> None:
 
 def test_starts_are_remembered_for_longer_than_runs() -> None:
     lately = Lately()
-    lately.add([minute(1, runs(count=1), times(30)), *(minute(at, runs(count=50)) for at in range(2, KEPT_MINUTES))])
+    busy = runs(count=50)
+    lately.add([minute(1, runs(count=1), times(30)), *(minute(at, busy) for at in range(2, KEPT_MINUTES))])
     assert lately.starts == times(30)
     assert lately.runs.count <= ENOUGH_RUNS + 51

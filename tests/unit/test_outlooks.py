@@ -25,7 +25,7 @@ from broker.model import (
     RequestState,
     Timings,
 )
-from broker.outlooks import FRESH_S, MOST_VERSIONS, Outlooks
+from broker.outlooks import FRESH_S, Outlooks
 from tests.unit.test_server import FUNCTION, NOW, NVCF, VERSION, House, opened
 
 RUNS = 12
@@ -191,10 +191,10 @@ async def test_a_request_that_ended_or_is_of_no_version_asks_nobody(house: House
 async def test_so_many_versions_are_remembered_and_no_more(house: House) -> None:
     record = await house.broker.results.read(await house.submit())
     assert record is not None
-    outlooks = Outlooks(house.broker, Counting())
-    for number in range(MOST_VERSIONS + 50):
+    outlooks = Outlooks(house.broker, Counting(), most=3)
+    for number in range(10):
         await outlooks.estimate(replace(record, version_id=str(number)))
-    assert len(outlooks._versions) == MOST_VERSIONS
+    assert list(outlooks._versions) == ["7", "8", "9"]
 
 
 async def test_a_deployment_that_may_grow_is_counted_on_after_a_start_was_seen(tmp_path: Path) -> None:
