@@ -296,7 +296,7 @@ async def test_what_is_sent_and_what_opens_servers_is_in_no_log_and_no_container
 
 async def send(planter: Planter) -> tuple[str, list[str], list[str]]:
     """Requests of an account of its own, good and bad, with a canary in every part of them: its key, the canaries, and
-    what the signatures of its URLs were."""
+    what the signatures of its URLs and the secret of its webhooks were."""
     p, admin = planter, planter.caller
     rights = {"policies": [{"scopes": ["invoke_function"], "resources": [{"id": "*", "type": "account-functions"}]}]}
     made = await admin.call("POST", "/v1/keys", data={"description": "d", "authorizations": rights})
@@ -307,6 +307,11 @@ async def send(planter: Planter) -> tuple[str, list[str], list[str]]:
     first = len(p.canaries)
     invoke = f"/pexec/functions/{function.id}"
     worn = {"X-Canary": p.canary(), "Cookie": p.canary(), "Idempotency-Key": p.canary(), "NVCF-SUB": p.canary()}
+    hook = await admin.call("POST", f"{NVCF}/webhooks/secrets", data={})
+    assert hook.status == 200, hook
+    refused = f"https://user:{p.canary()}@hooks.invalid/{p.canary()}"
+    await p.send(400, "PUT", f"/functions/{function.id}/webhook", data={"url": refused})
+    worn["NVCF-CALLBACK-URL"] = f"https://hooks.invalid/{p.canary()}?token={p.canary()}"
     for order in ({"note": p.canary()}, {"note": p.canary(), "die": True}):
         reply = await admin.call(
             "POST", f"{NVCF}{invoke}?q={p.canary()}", data=order, headers={**worn, "Authorization": f"Bearer {key}"}
@@ -318,7 +323,7 @@ async def send(planter: Planter) -> tuple[str, list[str], list[str]]:
     await p.send(400, "POST", "/functions", body=f'{{"name": "{p.canary()}'.encode())
     await p.send(400, "POST", "/functions", data={**DEFINITION, "inferenceUrl": f"\\{p.canary()}"})
     await p.send(404, "POST", invoke.replace(function.id, UNKNOWN), data={"note": p.canary()})
-    signatures = []
+    signatures = [str(hook.json["secret"]).removeprefix("whsec_")]
     described = await p.send(200, "POST", "/assets", data={"contentType": "text/plain", "description": p.canary()})
     upload = parse_qs(urlsplit(described.json["uploadUrl"]).query)
     signatures += upload["X-Amz-Signature"] + upload["X-Amz-Credential"]

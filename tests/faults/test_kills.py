@@ -636,8 +636,8 @@ async def test_progress_of_an_attempt_whose_worker_died_is_gone_with_it(
 async def test_a_controller_killed_between_taking_a_webhook_and_its_answer_is_replaced_by_another(
     make_house: Callable[..., House],
 ) -> None:
-    """It takes as long as a loan: 13 s, by which nobody but another controller can end it."""
-    local = {"networks": "127.0.0.0/8", "ports": "1024-65535", "http": "true", "timeout_s": "3"}
+    """It takes as long as a loan: 12 s, by which nobody but another controller can end it."""
+    local = {"networks": "127.0.0.0/8", "ports": "1024-65535", "http": "true", "timeout_s": "2"}
     house = await make(make_house, **{f"FNQUEUE_WEBHOOK_{name.upper()}": value for name, value in local.items()})
     house.add_controller()
     async with house.caller() as caller, receiving() as receiver:
