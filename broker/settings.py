@@ -384,6 +384,20 @@ class ApiSettings(SecretSettings):
         le=7 * 86_400,
         description="Seconds a delegated invocation token works, or less: never longer than the key that asked for it.",
     )
+    dashboard: bool = Field(True, description="Serve the page for operators at `/dashboard`.")
+    dashboard_viewers: int = Field(
+        50,
+        ge=1,
+        le=1000,
+        description="Pages of it that one front end keeps up to date at once; one more is answered 503.",
+    )
+    dashboard_idle_s: float = Field(
+        3600,
+        ge=60,
+        le=86_400,
+        description="Seconds after which a login to it ends whose pages are all closed. None lasts longer than twelve "
+        "hours, or than its key.",
+    )
     account_calls_per_s: int = Field(
         200,
         ge=0,

@@ -43,10 +43,10 @@ async def _events(front: Front, request: web.Request, record: Record, seen: Seen
     async with aclosing(events.follow(front.broker.results, front.places, record, seen)) as found:
         async for event in found:
             await auth.still(front, request, INVOKE)
-            yield _encoded(front, request, event) if event is not None else sse.KEEP_ALIVE
+            yield encoded(front, request, event) if event is not None else sse.KEEP_ALIVE
 
 
-def _encoded(front: Front, request: web.Request, event: Event) -> bytes:
+def encoded(front: Front, request: web.Request, event: Event) -> bytes:
     """A place in the queue has no ID: it is told anew to whoever comes back."""
     event_id = "" if event.kind is Kind.QUEUED else str(event.seen)
     return sse.encode(event.kind, _data(front, request, event).to_json(), event_id=event_id)
