@@ -1,0 +1,75 @@
+// Charts that are drawn again for each change, and for light and dark.
+
+import { useEffect, useRef } from "./vendor/hooks.mjs";
+import { html } from "./parts.mjs";
+
+const HEIGHT = 150;
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+// `series`: {title, hue 1 to 4, values, show (value to text), bars, fill}; `times` in seconds. `summary` is for those who
+// do not see it.
+export function Chart({ title, times, series, summary, empty }) {
+  const place = useRef();
+  const plot = useRef();
+  const shape = series.map((each) => each.title).join();
+  const drawn = times.length > 1;
+  useEffect(() => {
+    if (!drawn) return undefined;
+    const draw = () => {
+      plot.current?.destroy();
+      plot.current = new uPlot(options(series, place.current.clientWidth), data(times, series), place.current);
+    };
+    draw();
+    const sized = new ResizeObserver(() => plot.current?.setSize({ width: place.current.clientWidth, height: HEIGHT }));
+    sized.observe(place.current);
+    dark.addEventListener("change", draw);
+    return () => {
+      sized.disconnect();
+      dark.removeEventListener("change", draw);
+      plot.current?.destroy();
+      plot.current = null;
+    };
+  }, [shape, drawn]);
+  useEffect(() => {
+    plot.current?.setData(data(times, series));
+  });
+  return html`<section class="card chart">
+    <h2>${title}</h2>
+    <ul class="key">${series.map((each) => html`<li key=${each.title} class="hue-${each.hue}">${each.title} <b>${each.show(each.now ?? each.values.at(-1))}</b></li>`)}</ul>
+    <div class="plot" ref=${place} role="img" aria-label=${`${title}: ${summary}`}>
+      ${!drawn && html`<span class="empty">${empty}</span>`}
+    </div>
+  </section>`;
+}
+
+function data(times, series) {
+  return [times, ...series.map((each) => each.values)];
+}
+
+function options(series, width) {
+  const hue = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const soft = hue("--soft");
+  const axis = { stroke: soft, grid: { stroke: hue("--grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
+  return {
+    width,
+    height: HEIGHT,
+    padding: [8, 8, 0, 0],
+    legend: { show: false },
+    cursor: { points: { size: 6 }, y: false, drag: { setScale: false, x: false, y: false } },
+    scales: { y: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] } },
+    axes: [
+      { ...axis, space: 70, values: [[60, "{HH}:{mm}", null, null, null, null, null, null, 1], [1, "{HH}:{mm}:{ss}", null, null, null, null, null, null, 1]] },
+      { ...axis, space: 30, size: 52, values: (_, ticks) => ticks.map((tick) => series[0].show(tick)) },
+    ],
+    series: [
+      {},
+      ...series.map((each) => {
+        const colour = hue(`--chart-${each.hue}`);
+        const line = { label: each.title, stroke: colour, width: 1.75, points: { show: false }, spanGaps: false };
+        if (each.fill) line.fill = `color-mix(in srgb, ${colour} 18%, transparent)`;
+        if (each.bars) Object.assign(line, { paths: uPlot.paths.bars({ size: [0.75, 24] }), fill: colour, width: 0 });
+        return line;
+      }),
+    ],
+  };
+}
