@@ -36,6 +36,7 @@ from api.routes import (
 )
 from api.routes.blobs import BlobRoutes
 from broker.accounts import ADMIN, INVOKE
+from broker.activity import KEPT_MINUTES
 from broker.backends.files import ROUTE as BLOBS
 from broker.backends.files import FileBlobs
 from broker.model import EVENT_STREAM
@@ -257,6 +258,13 @@ def _management(front: Front) -> list[Operation]:
         invokes.delete(f"{NVCF}{ASSET}", assets.delete, "Delete an asset"),
         looks.get(f"{NVCF}/queues{FUNCTION}", queues.of_function, "Queues of a function", gives=wire.Queues),
         looks.get(f"{NVCF}/queues{VERSION}", queues.of_version, "Queue of a version", gives=wire.Queues),
+        looks.get(
+            f"{NVCF}{VERSION}/activity",
+            queues.activity,
+            "What a version did lately",
+            gives=wire.Activity,
+            parameters=[MINUTES],
+        ),
         polls.get(f"{NVCF}/queues/{REQUEST}/position", queues.position, "Place of a request", gives=wire.Position),
         *_requests(front),
         *_dead_letters(front),
@@ -512,6 +520,12 @@ GRACEFUL = Parameter(
     where="query",
     description="Keep the instances until nothing is queued or running.",
     schema={"type": "boolean", "default": False},
+)
+MINUTES = Parameter(
+    name="minutes",
+    where="query",
+    description="How far back, up to the present minute.",
+    schema={"type": "integer", "minimum": 1, "maximum": KEPT_MINUTES, "default": queues.MINUTES_DEFAULT},
 )
 INCLUDE_SECRETS = Parameter(
     name="includeSecrets",

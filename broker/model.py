@@ -777,12 +777,13 @@ class Epoch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """The right to run one attempt. `token` is a secret: settling needs it, so a worker that lost its
-    lease cannot overwrite its successor's work."""
+    lease cannot overwrite its successor's work. `started_at` is when it was granted, 0 when that is not known."""
 
     request_id: str
     version_id: str
     attempt: int
     token: str
+    started_at: float = 0.0
 
 
 class Verdict(StrEnum):

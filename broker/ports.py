@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from broker.activity import Minute
 from broker.keyring import Keyring
 from broker.model import (
     NO_TIMINGS,
@@ -262,6 +263,12 @@ class Results(Protocol):
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         """One Load per version, in the order asked."""
+
+    async def activity(self, version_ids: Sequence[str], *, minutes: int) -> list[tuple[Minute, ...]]:
+        """What ended in the last `minutes` (1 to KEPT_MINUTES) of each version, in the order asked: a Minute for each,
+        oldest first, the present one last. Every end counts once, a request that was given up before it was accepted
+        does not. Of one that a crash or an outage cut off from its version, it may count later, or without its
+        times."""
 
     async def sweep(self, version_id: str, *, limit: int) -> int:
         """Expire overdue records and drop strays from the version's order; at most `limit` looked at.

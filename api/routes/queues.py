@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from api import headers, payloads
+from api import headers, payloads, queries
+from api.definitions import instant
 from api.front import Front
 from api.routes import functions as function_routes
 from broker import invocations
+from broker.activity import KEPT_MINUTES, Histogram, Minute
 from broker.errors import NotFound
 from broker.model import FunctionStatus, Principal, Version
 from broker.ports import FURTHEST
@@ -20,6 +22,8 @@ from fnqueue import wire
 _WITH_QUEUE = frozenset(
     {FunctionStatus.ACTIVE, FunctionStatus.DEPLOYING, FunctionStatus.DEGRADING, FunctionStatus.DEGRADED}
 )
+
+MINUTES_DEFAULT = 60
 
 
 async def of_function(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -46,6 +50,46 @@ async def position(front: Front, request: web.Request, principal: Principal) -> 
             position_in_queue=min(found.rank, FURTHEST),
             queue_length=found.length,
         )
+    )
+
+
+async def activity(front: Front, request: web.Request, principal: Principal) -> web.Response:
+    """Of any version that is visible, deployed or not."""
+    function_id, version_id = function_routes.ids(request)
+    minutes = queries.integer(request.query, "minutes", absent=MINUTES_DEFAULT, least=1, most=KEPT_MINUTES)
+    [version] = await _readable(front, principal, function_id, version_id)
+    [found] = await front.broker.results.activity([version.id], minutes=minutes)
+    return payloads.answer(
+        wire.Activity(
+            function_id=function_id,
+            function_version_id=version_id,
+            until=instant(found[-1].at + 60),
+            minutes=[_minute(minute) for minute in found if minute.ends],
+        )
+    )
+
+
+def _minute(minute: Minute) -> wire.ActivityMinute:
+    return wire.ActivityMinute(
+        starts_at=instant(minute.at),
+        ends={state.value: count for state, count in minute.ends.items()},
+        attempts=minute.attempts,
+        wait=_times(minute.waits),
+        run=_times(minute.runs),
+        cold_start=_times(minute.cold_starts),
+    )
+
+
+def _times(times: Histogram) -> wire.Times | None:
+    if not times.count:
+        return None
+    p50_s, p90_s, p99_s = (round(times.quantile(share), 3) for share in (0.5, 0.9, 0.99))
+    return wire.Times(
+        count=times.count,
+        mean_seconds=round(times.sum_s / times.count, 3),
+        p50_seconds=p50_s,
+        p90_seconds=p90_s,
+        p99_seconds=p99_s,
     )
 
 

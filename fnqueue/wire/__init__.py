@@ -120,7 +120,7 @@ from fnqueue.wire.keys import (
 from fnqueue.wire.limits import RateLimitModel, SetRateLimit
 from fnqueue.wire.llm import LlmConfig, LlmConfigUpdate, LlmInvocationConfig, ModelUpdate, Priority
 from fnqueue.wire.problems import Problem
-from fnqueue.wire.queues import Position, QueueDepth, Queues
+from fnqueue.wire.queues import Activity, ActivityMinute, Position, QueueDepth, Queues, Times
 from fnqueue.wire.registries import (
     CreateRegistryCredential,
     RecognizedRegistries,
@@ -148,6 +148,8 @@ __all__ = [
     "Account",
     "AccountAnswer",
     "AccountList",
+    "Activity",
+    "ActivityMinute",
     "ApiKey",
     "ApiKeyList",
     "Asset",
@@ -276,6 +278,7 @@ __all__ = [
     "SupportedGpu",
     "SupportedGpus",
     "Telemetries",
+    "Times",
     "Up",
     "UpdateAccount",
     "UpdateDeployment",

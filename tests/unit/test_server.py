@@ -271,6 +271,7 @@ GUARDED = [
     ("DELETE", f"{NVCF}/deployments/{SPARE}", "deploy_function"),
     ("GET", f"{NVCF}/queues/functions/{FUNCTION}", "queue_details"),
     ("GET", f"{NVCF}/queues/{NOBODYS}/position", "queue_details"),
+    ("GET", f"{NVCF}/{SPARE}/activity", "queue_details"),
 ]
 
 

@@ -59,6 +59,7 @@ CASES = [
     Case("DELETE", f"{NVCF}/deployments/{VERSION_AT}", 200, 404),
     Case("GET", f"{NVCF}/queues/functions/{{f}}", 200, 200),
     Case("GET", f"{NVCF}/queues/{VERSION_AT}", 200, 200),
+    Case("GET", f"{NVCF}/{VERSION_AT}/activity", 200, 200),
     Case("POST", f"{NVCF}/pexec/functions/{{f}}", 202, 202, {}),
     Case("POST", f"{NVCF}/pexec/{VERSION_AT}", 202, 202, {}),
     Case("POST", f"{NVCF}/tokens/functions/{{f}}", 200, 200, {"clientId": "c"}),

@@ -10,12 +10,15 @@ import heapq
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
+from broker.activity import Minute
 from broker.backends.admission import limit_met
 from broker.backends.hints import Hints, RecordWatch
+from broker.backends.memory.activity import MemoryActivity
 from broker.errors import IdempotencyKeyReused
 from broker.model import (
     MOST_ATTEMPTS_KEPT,
@@ -181,6 +184,7 @@ class MemoryResults:
         self._ledgers: dict[tuple[str, str], dict[str, int]] = {}
         self._held_bytes: dict[tuple[str, str], int] = {}
         self._orders = 0
+        self._activity = MemoryActivity(now)
 
     async def remember_key(self, account: str, key: str, *, request_id: str, digest: str) -> str:
         bound_id, bound_digest, until = self._keys.get((account, key), ("", "", 0.0))
@@ -313,7 +317,13 @@ class MemoryResults:
         return replace(self._granted(entry), lost=lost)
 
     def _granted(self, entry: Entry) -> Claim:
-        lease = Lease(request_id=entry.id, version_id=entry.version_id, attempt=entry.attempt, token=entry.token)
+        lease = Lease(
+            request_id=entry.id,
+            version_id=entry.version_id,
+            attempt=entry.attempt,
+            token=entry.token,
+            started_at=entry.started_at,
+        )
         remaining_s = entry.deadline_at - self._now()
         return Claim(verdict=Verdict.GRANTED, state=entry.state, lease=lease, remaining_s=remaining_s)
 
@@ -373,7 +383,11 @@ class MemoryResults:
             entry.state, entry.attempt, entry.token = RequestState.RUNNING, lease.attempt, lease.token
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
             entry.timings = timings
-            self.finish(entry, state, outcome=outcome)
+            now = self._now()
+            times_s = {"waits": entry.started_at - entry.created_at, "runs": now - entry.started_at}
+            if timings.cold_start_s:
+                times_s["cold_starts"] = timings.cold_start_s
+            self.finish(entry, state, outcome=outcome, times_s=times_s if entry.started_at else {})
         return entry.state
 
     async def report(self, lease: Lease, progress: Progress, *, sequence: int) -> RequestState:
@@ -443,6 +457,9 @@ class MemoryResults:
 
     async def load(self, version_ids: Sequence[str]) -> list[Load]:
         return [self._load(version_id) for version_id in version_ids]
+
+    async def activity(self, version_ids: Sequence[str], *, minutes: int) -> list[tuple[Minute, ...]]:
+        return [self._activity.minutes(version_id, minutes) for version_id in version_ids]
 
     async def sweep(self, version_id: str, *, limit: int) -> int:
         ids = [request_id for _, request_id in self._waiting.get(version_id, ())][:limit]
@@ -562,11 +579,21 @@ class MemoryResults:
             self.finish(entry, RequestState.EXPIRED, reason=OVERDUE if due_at == entry.deadline_at else OVERSLEPT)
         return True
 
-    def finish(self, entry: Entry, state: RequestState, *, reason: str = "", outcome: Outcome | None = None) -> None:
+    def finish(
+        self,
+        entry: Entry,
+        state: RequestState,
+        *,
+        reason: str = "",
+        outcome: Outcome | None = None,
+        times_s: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         if entry.state is RequestState.RUNNING and outcome is None and entry.lease_until <= self._now():
             entry.close(AttemptEnd.LOST, entry.lease_until)
         self._move(entry, state)
         self._let_go(entry)
+        if state is not RequestState.ABANDONED:
+            self._activity.ended(entry.version_id, state, attempts=entry.attempt, **times_s)
         entry.reason, entry.outcome, entry.finished_at = reason, outcome, self._now()
         self._finished.append((entry.finished_at, entry.id))
         if entry.updates:

@@ -37,6 +37,7 @@ SIDECAR = " ".join(
         "(+del +exists +get +set +pexpire +pttl +hdel +hexists +hget +hincrby +hmget +hset +lindex +llen +lpop +rpush"
         " +xadd +xtrim ~fnq:{*}:[rbps])",
         "(+del +zadd +zrem +zscore ~fnq:{*}:[qxd])",
+        "(+del +hincrby +pexpire ~fnq:{*}:m:*)",
         "(+del +hdel +hexists +hget +hincrby +hlen +hset +pexpire +pttl ~fnq:{*}:n)",
         "(+del +zadd +zcount +pexpire +zremrangebyrank +zremrangebyscore ~fnq:{*}:a)",
         "(+hset +hdel +hgetall +pexpire ~fnq:i:{*})",

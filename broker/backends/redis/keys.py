@@ -36,6 +36,11 @@ def ledger(whose: str) -> str:
     return f"fnq:{{{whose}}}:n"
 
 
+def minute(version_id: str, number: int) -> str:
+    """What ended in one minute; scripts make the name themselves, since only they know which minute it is."""
+    return f"fnq:{{{version_id}}}:m:{number}"
+
+
 def letter(request_id: str) -> str:
     return f"fnq:{{{request_id}}}:l"
 

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import orjson
 
+from broker.activity import Minute
 from broker.backends.admission import limit_met
 from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
-from broker.backends.redis import scripts
+from broker.backends.redis import activity, scripts
 from broker.backends.redis.connection import Connection, TooFewReplicas
 from broker.backends.redis.keys import account as _account
 from broker.backends.redis.keys import body as _body
@@ -57,6 +58,8 @@ from broker.settings import Settings, SidecarSettings
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# The further arguments of LEAVE.
+End = tuple[str | int, ...]
 
 _EPOCH_REFRESH_S = 2.0
 # For so long after a limit was met, it is looked at before anything is written.
@@ -228,21 +231,22 @@ class RedisResults:
             durable=True,
         )
         if abandoned:
-            await self._leave(account, version_id, request_id)
+            await self._leave(account, version_id, request_id, None)
         return bool(abandoned)
 
     async def cancel(self, request_id: str, *, reason: str) -> RequestState | None:
-        before, [version_id, account] = await self._connection.run(
+        before, [version_id, account, attempts] = await self._connection.run(
             scripts.CANCEL.call((_record(request_id), _body(request_id)), reason, self._retention_ms),
-            ("HMGET", _record(request_id), "v", "a"),
+            ("HMGET", _record(request_id), "v", "a", "n"),
             durable=True,
         )
         if before is None:
             return None
         with reading(request_id):
-            state, version = RequestState(_text(before)), _text(version_id)
-            await self._leave(account, version, request_id)
-            return state
+            stood, version = RequestState(_text(before)), _text(version_id)
+            state = stood if stood.terminal else RequestState.CANCELLED
+            await self._leave(account, version, request_id, state, attempts=int(attempts))
+            return stood
 
     # -- readers ----------------------------------------------------------------------------------
 
@@ -349,6 +353,13 @@ class RedisResults:
             for queued, running, age in replies
         ]
 
+    async def activity(self, version_ids: Sequence[str], *, minutes: int) -> list[tuple[Minute, ...]]:
+        if not version_ids:
+            return []
+        replies = await self._connection.run(*(activity.asking(version_id, minutes) for version_id in version_ids))
+        with reading("what versions did"):
+            return [activity.parse(reply, minutes) for reply in replies]
+
     async def epoch(self, *, fresh: bool = False) -> Epoch:
         if fresh or self._epoch is None:
             known, (seconds, micros) = await self._connection.run(("GET", "fnq:epoch"), ("TIME",))
@@ -391,14 +402,15 @@ class RedisResults:
         with reading(job.id):
             verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
             attempt, wait_s, lost = int(claimed[2]), int(claimed[3]) / 1000, _lost(claimed)
+            started_at = int(claimed[9]) / 1000 if verdict is Verdict.GRANTED else 0.0
         if verdict is Verdict.SETTLED:
-            await self._leave(job.account, job.version_id, job.id)
+            await self._leave(job.account, job.version_id, job.id, state, attempts=attempt)
         elif state is RequestState.QUEUED:
             await self._back_in_line(job.version_id, job.id)
         elif verdict is Verdict.GRANTED and (int(claimed[5]) or not placed):  # lost, or set aside
             with suppress(StoreUnavailable):
                 await self._connection.run(*self.entering(job))
-        lease = Lease(request_id=job.id, version_id=job.version_id, attempt=attempt, token=token)
+        lease = Lease(request_id=job.id, version_id=job.version_id, attempt=attempt, token=token, started_at=started_at)
         return Claim(
             verdict=verdict,
             state=state,
@@ -459,7 +471,7 @@ class RedisResults:
             with reading(lease.request_id):
                 state, account = RequestState(_text(reply)), _text(raw or "")
         if state.terminal:
-            await self._leave(account, lease.version_id, lease.request_id)
+            await self._leave(account, lease.version_id, lease.request_id, state, attempts=lease.attempt)
         if state is RequestState.QUEUED:
             await self._back_in_line(lease.version_id, lease.request_id)
         return state
@@ -501,7 +513,7 @@ class RedisResults:
                 self._retention_ms,
                 *job_arguments(job),
             ),
-            *leaving(job.account, job.version_id, job.id),
+            *leaving(job.account, job.version_id, job.id, _settled(state, lease, job, timings)),
             durable=True,
         )
         with reading(job.id):
@@ -544,7 +556,7 @@ class RedisResults:
                 verdict=Verdict(_text(ended[0])), state=RequestState(_text(ended[1])), wait_s=int(ended[2]) / 1000
             )
         if claim.verdict is Verdict.SETTLED:
-            await self._leave(job.account, job.version_id, job.id)
+            await self._leave(job.account, job.version_id, job.id, claim.state, attempts=int(ended[3]))
         return claim
 
     async def sweep(self, version_id: str, *, limit: int) -> int:
@@ -579,12 +591,13 @@ class RedisResults:
         ]
         records = await self._read_all(strays, "", whole=False)
         gone = [
-            each
+            (each, record)
             for each, record in zip(strays, records, strict=True)
-            if record is None or (isinstance(record, Record) and record.state.terminal)
+            if not isinstance(record, RecordDamaged) and (record is None or record.state.terminal)
         ]
-        for each in gone:
-            await self._leave(entries[each].partition(" ")[2], version_id, each)
+        for each, record in gone:
+            state, attempts = (record.state, record.attempt) if record else (None, 0)
+            await self._leave(entries[each].partition(" ")[2], version_id, each, state, attempts=attempts)
         return len(gone)
 
     async def _scan(self, version_id: str, limit: int) -> tuple[int, list[tuple[bytes, bytes]]]:
@@ -683,7 +696,7 @@ class RedisResults:
             command
             for record, reply in zip(records, replies, strict=True)
             if isinstance(record, Record) and int(reply[12])
-            for command in leaving(record.account, record.version_id, record.id)
+            for command in leaving(record.account, record.version_id, record.id, noted(record.state, record.attempt))
         ]
         if left:
             await self._connection.run(*left)
@@ -709,8 +722,18 @@ class RedisResults:
         keys = (_account(account), _ledger(account))
         return scripts.INDEX.call(keys, _member(request_id), accepted, limit, ttl_ms, size_bytes, *most)
 
-    async def _leave(self, account: bytes | str | None, version_id: str, request_id: str) -> None:
-        await self._connection.run(*leaving(_text(account or ""), version_id, request_id))
+    async def _leave(
+        self,
+        account: bytes | str | None,
+        version_id: str,
+        request_id: str,
+        state: RequestState | None,
+        *,
+        attempts: int = 0,
+    ) -> None:
+        """`state` is how it ended; None where that cannot be known, or is no end."""
+        end = noted(state, attempts) if state is not None else ()
+        await self._connection.run(*leaving(_text(account or ""), version_id, request_id, end))
 
 
 @contextmanager
@@ -840,14 +863,27 @@ def _order(seconds: float) -> int:
     return int(seconds * 1_000_000)
 
 
-def leaving(account: str, version_id: str, request_id: str, *, places: bool = True) -> tuple[Command, Command]:
-    """Takes a request off its ledgers and, with `places`, out of the orders of its version. The account's ledger first:
-    what a crash leaves behind, the sweep finds in the version's."""
+def noted(state: RequestState, attempts: int, times_ms: tuple[int, int, int] = (0, 0, 0)) -> End:
+    """What there is to note of an end; nothing of a request that was never accepted."""
+    return (state.value, attempts, *times_ms) if state.terminal and state is not RequestState.ABANDONED else ()
+
+
+def _settled(state: RequestState, lease: Lease, job: Job, timings: Timings) -> End:
+    times = (job.created_at, lease.started_at, timings.cold_start_s) if lease.started_at else (0.0, 0.0, 0.0)
+    accepted, started, cold_start = (round(time * 1000) for time in times)
+    return noted(state, lease.attempt, (accepted, started, cold_start))
+
+
+def leaving(
+    account: str, version_id: str, request_id: str, end: End = (), *, places: bool = True
+) -> tuple[Command, Command]:
+    """Takes a request off its ledgers and, with `places`, out of the orders of its version, whose activity it adds
+    `end` to. The account's ledger first: what a crash leaves behind, the sweep finds in the version's."""
     member = _member(request_id)
     orders = (_waiting(version_id), _running(version_id), _due(version_id)) if places else ()
     return (
         scripts.LEAVE.call((_ledger(account),), member, request_id),
-        scripts.LEAVE.call((_ledger(version_id), *orders), member, request_id),
+        scripts.LEAVE.call((_ledger(version_id), *orders), member, request_id, *end),
     )
 
 
@@ -863,14 +899,14 @@ def _pairs(reply: Sequence[Any]) -> list[tuple[bytes, float]]:
 
 
 def _lost(claimed: Sequence[Any]) -> Attempt | None:
-    worker, started, ended = claimed[6:] if len(claimed) > 6 else (b"", 0, 0)
+    worker, started, until = claimed[6:9] if len(claimed) > 6 else (b"", 0, 0)
     if not worker:
         return None
     return Attempt(
         number=int(claimed[2]) - (_text(claimed[0]) == Verdict.GRANTED),
         worker=_text(worker),
         started_at=int(started) / 1000,
-        ended_at=int(ended) / 1000,
+        ended_at=int(until) / 1000,
         end=AttemptEnd.LOST,
     )
 

@@ -10,6 +10,7 @@ A version's order is another slot, best effort and rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
     fnq:{<version>}:d   sorted set of ids by when they are due, of those with a queue deadline or without a place
     fnq:{<version>}:n   hash, the ledger (_ADMIT) of those queued, unless set aside, and running, by id as 16 bytes
+    fnq:{<version>}:m:<minute>   hash, what ended in that minute (LEAVE), for a day
 An account's requests are another one, bounded, and mended by whoever reads it:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 import hashlib
 
+from broker.activity import KEPT_MINUTES, STEPS
 from broker.model import STREAM_CUT
 
 
@@ -273,7 +275,7 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 # ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
 #   queue_deadline run_ms max_deaths
 # returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt; then of the
-#   attempt that this claim found lost: worker started ended}
+#   attempt that this claim found lost: worker started ended; and since when the attempt that is granted runs}
 # What POSTPONE kept goes when the next attempt starts.
 # A new attempt begins without progress; the numbers go on, so that no listener takes its updates for old ones.
 CLAIM = Script(
@@ -283,12 +285,12 @@ CLAIM = Script(
 local r = KEYS[1]
 local rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13])
 overdue(r, KEYS[2], ARGV[6] + 0)
-local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D')
+local f = redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D', 'b')
 local n = tonumber(f[2])
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
 if f[1] == 'running' and f[3] == ARGV[2] then
   redis.call('HSET', r, 'l', now + ARGV[4])
-  return {'granted', 'running', n, 0, f[5] - now, rebuilt}
+  return {'granted', 'running', n, 0, f[5] - now, rebuilt, '', 0, 0, tonumber(f[11]) or 0}
 end
 if f[6] then
   if tonumber(f[6]) > now and tonumber(f[6]) <= tonumber(f[5]) then return {'held', 'queued', n, f[6] - now} end
@@ -328,7 +330,7 @@ if f[8] then
   redis.call('HSET', r, 'pu', f[8])
 end
 if f[9] then tell(f[9], string.match(r, '{(.-)}') .. ' 2') end
-return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt, lost[1] or '', lost[2] or 0, lost[3] or 0}
+return {'granted', 'running', n + 1, 0, f[5] - now, rebuilt, lost[1] or '', lost[2] or 0, lost[3] or 0, now}
 """
 )
 
@@ -460,17 +462,18 @@ return f[1]
 
 # KEYS record body
 # ARGV state reason retention_ms account function version created deadline queue_deadline run_ms cause('' for none)
-# returns {verdict, state, wait_ms}
+# returns {verdict, state, wait_ms, attempts}
 END = Script(
     _REBUILD
     + """
 local r = KEYS[1]
 rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9], ARGV[10])
-local f = redis.call('HMGET', r, 's', 'l')
-if terminal[f[1]] then return {'settled', f[1], 0} end
-if f[1] == 'running' and held(f[2]) then return {'held', f[1], tonumber(f[2]) - now} end
+local f = redis.call('HMGET', r, 's', 'l', 'n')
+local attempts = tonumber(f[3]) or 0
+if terminal[f[1]] then return {'settled', f[1], 0, attempts} end
+if f[1] == 'running' and held(f[2]) then return {'held', f[1], tonumber(f[2]) - now, attempts} end
 if ARGV[11] ~= '' then redis.call('HSET', r, 'K', ARGV[11]) end
-return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0}
+return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0, attempts}
 """
 )
 
@@ -777,9 +780,43 @@ return ''
 """
 )
 
-# KEYS ledger order... · ARGV member id · takes a request off its ledger and out of the orders of its version
+# note(): counts an end in its version's minute: <state> requests that ended so · a their attempts; and of times in ms
+# w waits, r runs, s cold starts: their sum as `w:`, and as `w<step>` how many fell into a step of broker.activity.
+# No request may fail for its sake: a minute that is damaged is begun anew.
+_NOTE = (
+    _NOW
+    + f"local steps, kept_ms = {STEPS}, {KEPT_MINUTES * 60_000}\n"
+    + """
+local function note(ledger, state, attempts, accepted, started, cold_ms)
+  local minute = string.format('%sm:%d', string.sub(ledger, 1, -2), math.floor(now / 60000))
+  local function add(field, by)
+    local sum = redis.pcall('HINCRBY', minute, field, by)
+    if type(sum) == 'number' then return sum end
+    if not string.find(sum.err, 'OOM', 1, true) then redis.call('DEL', minute) end
+    return 0
+  end
+  local function spent(kind, ms)
+    ms = math.max(0, math.floor(ms))
+    add(kind .. ':', string.format('%d', ms))
+    add(kind .. (ms > 1 and math.floor(math.log(ms) / math.log(2) * steps) or 0), 1)
+  end
+  if add(state, 1) == 1 then redis.pcall('PEXPIRE', minute, kept_ms) end
+  if attempts ~= '0' then add('a', attempts) end
+  if started == '0' then return end
+  spent('w', started - accepted)
+  spent('r', now - started)
+  if cold_ms ~= '0' then spent('s', cold_ms) end
+end
+"""
+)
+
+# KEYS ledger order... · ARGV member id, and of one that ended as something that counts: state attempts, and of one that
+# was settled: accepted_ms started_ms cold_start_ms, or 0 for each
+# Takes a request off its ledger and out of the orders of its version. What ended is noted once: with the ledger's
+# entry, or, for a request that was set aside and has none, with that of the last order, of those that are due.
 LEAVE = Script(
-    """
+    _NOTE
+    + """
 local held = redis.call('HGET', KEYS[1], ARGV[1])
 if held then
   redis.call('HDEL', KEYS[1], ARGV[1])
@@ -789,8 +826,28 @@ if held then
     redis.call('HINCRBY', KEYS[1], '*', 0 - string.match(held, '^%d+'))
   end
 end
-for i = 2, #KEYS do redis.call('ZREM', KEYS[i], ARGV[2]) end
+local placed = 0
+for i = 2, #KEYS do placed = redis.call('ZREM', KEYS[i], ARGV[2]) end
+if ARGV[3] and (held or placed == 1) then note(KEYS[1], unpack(ARGV, 3)) end
 return held and 1 or 0
+"""
+)
+
+# KEYS version's ledger · ARGV minutes · returns {the present minute, then for each of the last `minutes` that something
+# ended in: it, [field, value, …] as note() wrote them}
+ACTIVITY = Script(
+    _NOW
+    + """
+local last = math.floor(now / 60000)
+local answer = {last}
+for minute = last - ARGV[1] + 1, last do
+  local fields = redis.pcall('HGETALL', string.format('%sm:%d', string.sub(KEYS[1], 1, -2), minute))
+  if not fields.err and #fields > 0 then
+    answer[#answer + 1] = minute
+    answer[#answer + 1] = fields
+  end
+end
+return answer
 """
 )
 

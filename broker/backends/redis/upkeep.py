@@ -9,7 +9,7 @@ from typing import Any
 
 from broker.backends.redis import keys, scripts
 from broker.backends.redis.connection import Connection
-from broker.backends.redis.results import RedisResults, job_arguments, leaving, reading
+from broker.backends.redis.results import RedisResults, job_arguments, leaving, noted, reading
 from broker.backends.redis.wire import Command
 from broker.errors import RecordDamaged
 from broker.model import Job, RequestState, Survey
@@ -95,7 +95,7 @@ class RedisUpkeep:
         # Not only of a rebuilt one: it may have been set aside, or this was broken off here the last time.
         commands: list[Command] = list(self._results.entering(job)) if rebuilt or not state.terminal else []
         if state.terminal:
-            commands += leaving(job.account, job.version_id, job.id)
+            commands += leaving(job.account, job.version_id, job.id, noted(state, 0))
         elif state is RequestState.RUNNING:
             places = keys.waiting(job.version_id), keys.running(job.version_id)
             commands.append(scripts.MOVE.call(places, job.id))
