@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from api.calls import Calls
+from api.dashboard.activity import Activity, Point
 from api.events import KEEP_ALIVE, encode
 from api.routes.dead_letters import present
 from broker import dead_letters
@@ -93,6 +94,7 @@ class _Seen:
     oldest_at: dict[str, float] = field(default_factory=dict)
     tables: dict[str, dict[str, Row]] = field(default_factory=lambda: {name: {} for name in SCOPES})
     depths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    activity: Activity = field(default_factory=Activity)
 
 
 class Board:
@@ -138,7 +140,7 @@ class Board:
                 self._poll.cancel()
                 self._poll = None
                 self._audiences.clear()
-                self._at = 0.0  # what is known is old by the time that somebody looks again
+                self._seen, self._at = _Seen(), 0.0  # it is old by the time that somebody looks again
 
     def _audience(self, view: View) -> _Audience:
         found = self._audiences.get(view)
@@ -188,6 +190,7 @@ class Board:
             versions, deployments = await asyncio.gather(catalog.versions.list(), catalog.deployments.list())
             seen.versions = {row.item.id: row.item for row in versions}
             seen.deployments = {row.item.version_id: row.item for row in deployments}
+            await seen.activity.read(self._broker.results, seen.versions.keys())
         deployed = [version_id for version_id in seen.deployments if version_id in seen.versions]
         ids = list(seen.versions)
         loads, gpus = await asyncio.gather(self._broker.results.load(ids), catalog.gpus())
@@ -213,8 +216,9 @@ class Board:
         functions, workers = [], []
         for version_id, load in loads.items():
             version, live = seen.versions[version_id], instances.get(version_id, ())
+            recent = seen.activity.recent([version_id], now)
             row = _function(version, load, seen.oldest_at.get(version_id), live)
-            functions.append((version_id, version, row))
+            functions.append((version_id, version, {**row, "recent": recent}))
             workers += [(one.id, version, _worker(version, one)) for one in live]
         deployments = [
             (version_id, seen.versions[version_id], _deployment(seen.versions[version_id], deployment))
@@ -253,6 +257,9 @@ class _Audience:
         self._whole = b""
         self._history: deque[tuple[int, int, int]] = deque(maxlen=HISTORY)
         self._dead: list[dict[str, Any]] | None = None
+        self._points: dict[float, Point] = {}
+        self._new_points: list[Point] = []
+        self._recent: dict[str, Any] | None = None
 
     def event(self, seen: _Seen, tick: int, at: float, told: int) -> bytes:
         """For a page that was told of the look `told` last: what has changed if that was the one before, else all."""
@@ -282,6 +289,7 @@ class _Audience:
             if scope in scopes
         }
         if FUNCTIONS in tables:
+            self._look_at_activity(seen, tables[FUNCTIONS], at)
             depths = [seen.depths[key] for key in tables[FUNCTIONS] if key in seen.depths]
             self._history.append((int(at), sum(queued for queued, _ in depths), sum(running for _, running in depths)))
         put = {
@@ -291,6 +299,13 @@ class _Audience:
         gone = {name: [key for key in rows if key not in tables.get(name, {})] for name, rows in self._tables.items()}
         self._before, self._tick, self._tables, self._whole = self._tick, tick, tables, b""
         self._changes = encode("changes", self._said(at, put, gone))
+
+    def _look_at_activity(self, seen: _Seen, functions: Rows, at: float) -> None:
+        same = self._tables.get(FUNCTIONS, {}).keys() == functions.keys()
+        known = self._points if same else {}
+        self._points = seen.activity.points(functions.keys(), known=known)
+        self._new_points = [point for minute, point in self._points.items() if known.get(minute) != point]
+        self._recent = seen.activity.recent(functions, at)
 
     def _said(
         self, at: float, put: Mapping[str, Sequence[Row]], gone: Mapping[str, Sequence[str]] | None = None
@@ -303,6 +318,8 @@ class _Audience:
             },
             "gone": {name: keys for name, keys in (gone or {}).items() if keys},
             "history": list(self._history) if gone is None else list(self._history)[-1:],
+            "points": list(self._points.values()) if gone is None else self._new_points,
+            "recent": self._recent,
             "deadLetters": self._dead,
         }
         return orjson.dumps(said)

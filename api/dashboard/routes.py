@@ -17,11 +17,11 @@ from pydantic import Field
 from api import events as sse
 from api import headers, payloads
 from api.auth import Guarded
-from api.dashboard.board import EVERYBODY, Board, View
+from api.dashboard.board import EVERYBODY, FUNCTIONS, SCOPES, Board, View
 from api.dashboard.files import Files
 from api.dashboard.session import PATH, Session, Sessions
 from api.front import Front, Listeners
-from api.routes import dead_letters, events, requests
+from api.routes import dead_letters, events, queues, requests
 from broker import events as happenings
 from broker import invocations
 from broker.accounts import ADMIN, INVOKE, acting_for, require, require_key
@@ -32,7 +32,7 @@ from broker.model import Principal, Rate, Window
 from fnqueue.wire import Wire
 
 DATA = f"{PATH}/data"
-_REQUEST = "{request_id:[^/]+}"
+_REQUEST, _FUNCTION, _VERSION = "{request_id:[^/]+}", "{function_id:[^/]+}", "{version_id:[^/]+}"
 # Of one address: nobody types faster, and keys are too long to guess anyway, but an operator's own choice may not be.
 _TRIES = Rate(limit=10, window_s=60)
 _LONGEST_KEY = 512
@@ -73,6 +73,9 @@ def routes(front: Front) -> list[web.RouteDef]:
         web.get(f"{DATA}/requests/{_REQUEST}", reads(requests.get, INVOKE)),
         web.get(f"{DATA}/requests/{_REQUEST}/events", door.request_events),
         web.delete(f"{DATA}/requests/{_REQUEST}", changes(requests.cancel, INVOKE)),
+        web.get(
+            f"{DATA}/functions/{_FUNCTION}/versions/{_VERSION}/activity", reads(queues.activity, SCOPES[FUNCTIONS])
+        ),
         web.get(letters, reads(dead_letters.list_letters, INVOKE)),
         web.get(f"{letters}/causes", reads(dead_letters.causes, INVOKE)),
         web.post(f"{letters}/redrive", changes(dead_letters.redrive_many, INVOKE)),

@@ -8,7 +8,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 
 // `series`: {title, hue 1 to 4, values, show (value to text), bars, fill}; `times` in seconds. `summary` is for those who
 // do not see it.
-export function Chart({ title, times, series, summary, empty }) {
+export function Chart({ title, times, series, summary, empty, marks }) {
   const place = useRef();
   const plot = useRef();
   const shape = series.map((each) => each.title).join();
@@ -17,7 +17,7 @@ export function Chart({ title, times, series, summary, empty }) {
     if (!drawn) return undefined;
     const draw = () => {
       plot.current?.destroy();
-      plot.current = new uPlot(options(series, place.current.clientWidth), data(times, series), place.current);
+      plot.current = new uPlot(options(series, place.current.clientWidth, marks), data(times, series), place.current);
     };
     draw();
     const sized = new ResizeObserver(() => plot.current?.setSize({ width: place.current.clientWidth, height: HEIGHT }));
@@ -35,7 +35,7 @@ export function Chart({ title, times, series, summary, empty }) {
   });
   return html`<section class="card chart">
     <h2>${title}</h2>
-    <ul class="key">${series.map((each) => html`<li key=${each.title} class="hue-${each.hue}">${each.title} <b>${each.show(each.now ?? each.values.at(-1))}</b></li>`)}</ul>
+    <ul class="key">${series.map((each) => html`<li key=${each.title} class="hue-${each.hue}">${each.title} <b>${each.show(each.now !== undefined ? each.now : each.values.at(-1))}</b></li>`)}</ul>
     <div class="plot" ref=${place} role="img" aria-label=${`${title}: ${summary}`}>
       ${!drawn && html`<span class="empty">${empty}</span>`}
     </div>
@@ -46,7 +46,8 @@ function data(times, series) {
   return [times, ...series.map((each) => each.values)];
 }
 
-function options(series, width) {
+// `marks`: points without neighbours are to be seen too.
+function options(series, width, marks) {
   const hue = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const soft = hue("--soft");
   const axis = { stroke: soft, grid: { stroke: hue("--grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
@@ -65,7 +66,7 @@ function options(series, width) {
       {},
       ...series.map((each) => {
         const colour = hue(`--chart-${each.hue}`);
-        const line = { label: each.title, stroke: colour, width: 1.75, points: { show: false }, spanGaps: false };
+        const line = { label: each.title, stroke: colour, width: 1.75, points: { show: Boolean(marks) && !each.bars, size: 4, fill: colour }, spanGaps: false };
         if (each.fill) line.fill = `color-mix(in srgb, ${colour} 18%, transparent)`;
         if (each.bars) Object.assign(line, { paths: uPlot.paths.bars({ size: [0.75, 24] }), fill: colour, width: 0 });
         return line;

@@ -1,6 +1,6 @@
 // One version: its queue, what runs it, and what is wrong with it.
 
-import { Activity, timesOf } from "./activity.mjs";
+import { Activity, useActivity } from "./activity.mjs";
 import { Specifications, Troubles } from "./deployments.mjs";
 import { Depth, Figures } from "./overview.mjs";
 import { Badge, Head, html } from "./parts.mjs";
@@ -10,12 +10,13 @@ import { WorkerTable } from "./workers.mjs";
 export function FunctionView({ id }) {
   use(board);
   const row = board.rows("functions").get(id) ?? board.rows("deployments").get(id);
+  const points = useActivity(row);
   if (!row) return html`<${Head} title="Function" /><p class="notice">${board.at ? "There is no such version in this account." : "Reading …"}</p>`;
   const deployment = board.rows("deployments").get(id);
   const workers = [...board.rows("workers").values()].filter((worker) => worker.versionId === id);
   return html`<${Head} title=${row.name}><${Badge} state=${row.status} /><//>
-    ${row.queued !== undefined && html`<${Figures} rows=${[row]} times=${timesOf(board.activity, id)} />
-      <div class="charts"><${Depth} history=${board.perVersion.get(id) ?? []} /><${Activity} activity=${board.activity} version=${id} /></div>`}
+    ${row.queued !== undefined && html`<${Figures} rows=${[row]} recent=${row.recent} />
+      <div class="charts"><${Depth} history=${board.perVersion.get(id) ?? []} /><${Activity} points=${points} recent=${row.recent} /></div>`}
     <div class="columns">
       <section class="card"><div class="head"><h2>Version</h2></div>
         <dl class="facts">

@@ -1,6 +1,6 @@
 // How things stand, and all functions.
 
-import { Activity, timesOf } from "./activity.mjs";
+import { Activity, pair, rate } from "./activity.mjs";
 import { Chart } from "./charts.mjs";
 import { Age, Badge, byName, count, FunctionName, Head, html, Meter, NONE, span, Table, Tile } from "./parts.mjs";
 import { board, session, use } from "./state.mjs";
@@ -11,12 +11,12 @@ export function Overview() {
     return html`<${Head} title="Overview" /><p class="notice">The key lacks the scope <code>queue_details</code>, so queues are not shown.</p>`;
   }
   const rows = [...board.rows("functions").values()];
-  return html`<${Head} title="Overview" /><${Figures} rows=${rows} dead=${board.deadLetters} />
-    <div class="charts"><${Depth} history=${board.history} /><${Activity} activity=${board.activity} /></div>
+  return html`<${Head} title="Overview" /><${Figures} rows=${rows} dead=${board.deadLetters} recent=${board.recent} />
+    <div class="charts"><${Depth} history=${board.history} /><${Activity} points=${board.points} recent=${board.recent} /></div>
     <${Functions} rows=${rows} />`;
 }
 
-export function Figures({ rows, dead, times = timesOf(board.activity) }) {
+export function Figures({ rows, dead, recent }) {
   const sum = (name) => rows.reduce((total, row) => total + row[name], 0);
   const waiting = rows.filter((row) => row.oldestAt);
   const oldestAt = waiting.length ? Math.min(...waiting.map((row) => row.oldestAt)) : 0;
@@ -27,15 +27,11 @@ export function Figures({ rows, dead, times = timesOf(board.activity) }) {
     <${Tile} label="Running">${count(sum("running"))}<//>
     <${Tile} label="Oldest waiting">${oldestAt ? html`<${Age} since=${oldestAt} />` : NONE}<//>
     <${Tile} label="Workers busy" hint=${`${count(sum("workers"))} workers`}>${count(busy)} <small>of ${count(slots)}</small><//>
-    ${times && html`<${Tile} label="Finished" hint="in the last five minutes">${rate(times.perMinute)} <small>/min</small><//>
-      <${Tile} label="Wait, p50" hint=${`p90 ${span(times.wait.p90)}`}>${span(times.wait.p50)}<//>
-      <${Tile} label="Run, p50" hint=${`p90 ${span(times.run.p90)}`}>${span(times.run.p50)}<//>`}
+    <${Tile} label="Ended" hint="over five minutes">${rate(recent)} <small>/min</small><//>
+    <${Tile} label="Wait, p50" hint=${`p90 ${span(recent?.wait[1])}`}>${span(recent?.wait[0])}<//>
+    <${Tile} label="Run, p50" hint=${`p90 ${span(recent?.run[1])}`}>${span(recent?.run[0])}<//>
     ${dead && html`<${Tile} label="Dead letters" bad=${letters > 0}><a href="#/dead-letters">${count(letters)}</a><//>`}
   </dl>`;
-}
-
-export function rate(perMinute) {
-  return perMinute >= 10 || perMinute === 0 ? count(perMinute) : perMinute.toFixed(1);
 }
 
 export function Depth({ history }) {
@@ -52,7 +48,6 @@ export function Depth({ history }) {
 
 function Functions({ rows }) {
   const everybody = session.account === "*";
-  const of = (row) => timesOf(board.activity, row.id);
   const columns = [
     { name: "name", title: "Function", value: (row) => row.name, show: (row) => html`<${FunctionName} row=${row} account=${everybody} />` },
     { name: "status", title: "Status", value: (row) => row.status, show: (row) => html`<${Badge} state=${row.status} />`, from: "mid" },
@@ -60,16 +55,12 @@ function Functions({ rows }) {
     { name: "running", title: "Running", number: true, value: (row) => row.running, show: (row) => count(row.running) },
     { name: "oldest", title: "Oldest", number: true, from: "mid", value: (row) => (row.oldestAt ? -row.oldestAt : -1e15),
       show: (row) => html`<${Age} since=${row.oldestAt} />` },
-    { name: "rate", title: "Per minute", number: true, from: "mid", value: (row) => of(row)?.perMinute ?? 0, show: (row) => (of(row) ? rate(of(row).perMinute) : NONE) },
-    { name: "wait", title: "Wait p50 / p90", number: true, from: "wide", value: (row) => of(row)?.wait.p90, show: (row) => pair(of(row)?.wait) },
-    { name: "run", title: "Run p50 / p90", number: true, from: "wide", value: (row) => of(row)?.run.p90, show: (row) => pair(of(row)?.run) },
+    { name: "rate", title: "Per minute", number: true, from: "mid", value: (row) => row.recent?.perMinute ?? 0, show: (row) => rate(row.recent) },
+    { name: "wait", title: "Wait p50 / p90", number: true, from: "wide", value: (row) => row.recent?.wait[1], show: (row) => pair(row.recent?.wait) },
+    { name: "run", title: "Run p50 / p90", number: true, from: "wide", value: (row) => row.recent?.run[1], show: (row) => pair(row.recent?.run) },
     { name: "busy", title: "Workers", number: true, from: "mid", value: (row) => (row.slots ? row.busy / row.slots : -1),
       show: (row) => (row.slots ? html`<${Meter} of=${row.slots} part=${row.busy} label=${`${row.busy} of ${row.slots} slots busy`} />${count(row.busy)}/${count(row.slots)}` : NONE) },
   ];
   return html`<${Table} id="functions" caption="Functions" columns=${columns} rows=${rows} search=${byName} sort=${{ by: "queued", down: true }}
     empty=${board.at ? "There are no functions yet." : "Reading …"} />`;
-}
-
-function pair(times) {
-  return times && times.p50 !== null ? `${span(times.p50)} / ${span(times.p90)}` : NONE;
 }

@@ -6,6 +6,7 @@ const ROOT = new URL("../", import.meta.url);
 const RENEW_MS = 5 * 60_000;
 const LOOK_AGAIN_MS = 5_000;
 const HISTORY = 300;
+const MINUTES = 60;
 
 export class Refused extends Error {
   constructor(status, detail) {
@@ -121,17 +122,17 @@ async function send(method, url, body, token) {
   return answer;
 }
 
-function address(path, query = {}) {
+function address(path, query = {}, account = session.account) {
   const url = new URL("data/" + path, ROOT);
   for (const [name, value] of Object.entries(query)) if (value !== undefined && value !== "") url.searchParams.set(name, value);
-  if (session.account && session.account !== session.who?.account) url.searchParams.set("account", session.account);
+  if (account && account !== session.who?.account) url.searchParams.set("account", account);
   return url;
 }
 
 // An answer of the API's, for the account that is looked at. Throws Refused.
-export async function ask(method, path, { query, body } = {}) {
+export async function ask(method, path, { query, body, account } = {}) {
   try {
-    return await send(method, address(path, query), body, session.who?.csrfToken);
+    return await send(method, address(path, query, account), body, session.who?.csrfToken);
   } catch (error) {
     if (error.status === 401) session.end();
     throw error;
@@ -173,7 +174,8 @@ class Board extends Source {
     this.tables = { functions: new Map(), deployments: new Map(), workers: new Map(), gpus: new Map() };
     this.history = [];
     this.perVersion = new Map();
-    this.activity = null;
+    this.points = [];
+    this.recent = null;
     this.deadLetters = null;
     this.at = 0;
     this.state = "connecting";
@@ -187,6 +189,7 @@ class Board extends Source {
     stream.addEventListener("everything", (event) => {
       for (const table of Object.values(this.tables)) table.clear();
       this.history = [];
+      this.points = [];
       take(event);
     });
     stream.addEventListener("changes", take);
@@ -217,6 +220,8 @@ class Board extends Source {
     for (const id of this.perVersion.keys()) if (!this.tables.functions.has(id)) this.perVersion.delete(id);
     this.at = said.at;
     this.deadLetters = said.deadLetters;
+    this.recent = said.recent;
+    if (said.points.length) this.points = merged(this.points, said.points);
     this.skew = Date.now() / 1000 - said.at;
     this.#say("live", "");
   }
@@ -230,6 +235,11 @@ class Board extends Source {
     if (history.length > HISTORY) history.shift();
     this.perVersion.set(row.id, history);
   }
+}
+
+function merged(points, more) {
+  const by = new Map([...points, ...more].map((point) => [point[0], point]));
+  return [...by.values()].sort((one, other) => one[0] - other[0]).slice(-MINUTES);
 }
 
 // -- the clock, by which ages grow --
