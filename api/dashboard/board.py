@@ -132,8 +132,8 @@ class Board:
                 if self._tick == told or not self._at:
                     yield await self._turn()
                     continue
-                yield self._told(audience, told)
-                told = self._tick
+                before, told = told, self._tick
+                yield self._told(audience, before)
         finally:
             self._pages -= 1
             if not self._pages and self._poll is not None:

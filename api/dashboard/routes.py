@@ -26,7 +26,7 @@ from broker import events as happenings
 from broker import invocations
 from broker.accounts import ADMIN, INVOKE, acting_for, require, require_key
 from broker.backends.memory.counters import MemoryCounters
-from broker.errors import BadRequest, StoreUnavailable, TooManyRequests
+from broker.errors import BadRequest, StoreUnavailable, TooManyRequests, Unauthenticated
 from broker.events import Seen
 from broker.model import Principal, Rate, Window
 from fnqueue.wire import Wire
@@ -111,9 +111,12 @@ class Dashboard:
         return await self._answer(request, session, principal, fresh=session)
 
     async def who(self, request: web.Request) -> web.Response:
-        """Asked for now and then by a page that is open, this keeps its session from ending."""
-        session = self._sessions.of(request)
-        principal = await self._front.authenticator.recall(session.key)
+        """204 for nobody. Asked for now and then by a page that is open, this keeps its session from ending."""
+        try:
+            session = self._sessions.of(request)
+            principal = await self._front.authenticator.recall(session.key)
+        except Unauthenticated:
+            return web.Response(status=204, headers={"Cache-Control": "no-store"})
         return await self._answer(request, session, principal, fresh=self._sessions.renewed(session))
 
     async def log_out(self, request: web.Request) -> web.Response:

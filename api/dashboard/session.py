@@ -107,7 +107,10 @@ class Sessions:
         if (site := request.headers.get("Sec-Fetch-Site")) is not None:
             return site == "same-origin"
         origin = request.headers.get("Origin")
-        return origin is None or urlsplit(origin).netloc in {request.host, self._public.netloc}
+        if origin is None:
+            return True
+        host = urlsplit(origin).netloc  # none in `null`, which is what hides where it comes from
+        return bool(host) and host in {request.host, self._public.netloc}
 
     def _name(self, request: web.Request) -> str:
         return _SECURE_COOKIE if self._is_tls(request) else _COOKIE

@@ -5,7 +5,6 @@ import { Chart } from "./charts.mjs";
 import { count, html, NONE, span } from "./parts.mjs";
 import { ask } from "./state.mjs";
 
-const AGAIN_MS = 10_000;
 const HOUR = 60;
 const EMPTY = "Nothing ended in the last hour";
 
@@ -19,7 +18,7 @@ export function Activity({ points, recent }) {
   const some = sum(ended) > 0;
   const shown = some ? times : [];
   return html`
-    <${Chart} title="Ended per minute" times=${shown} empty=${EMPTY} marks
+    <${Chart} title="Ended per minute, last hour" whole times=${shown} empty=${EMPTY}
       series=${[
         { title: "all", hue: 2, values: ended, show: count, now: sum(ended), bars: true },
         { title: "not fulfilled", hue: 3, values: failed, show: count, now: sum(failed), bars: true },
@@ -39,20 +38,15 @@ function Quantiles({ title, times, p50, p90, recent, hues }) {
     summary=${half === null ? "nothing in the last five minutes" : `half took at most ${span(half)}, nine of ten at most ${span(most)} in the last five minutes`} />`;
 }
 
-// One version's, which is asked for: all together would be too much to send to every page.
+// One version's, asked for when its latest figures change: all together would be too much to send to every page.
 export function useActivity(row) {
   const [points, setPoints] = useState([]);
   const changed = JSON.stringify(row?.recent ?? null);
-  const [turn, setTurn] = useState(0);
-  useEffect(() => {
-    const timer = setInterval(() => setTurn((before) => before + 1), AGAIN_MS);
-    return () => clearInterval(timer);
-  }, []);
   useEffect(() => {
     if (!row || row.queued === undefined) return;
     const path = `functions/${row.functionId}/versions/${row.versionId}/activity`;
     ask("GET", path, { query: { minutes: HOUR }, account: row.account }).then((found) => setPoints(pointsOf(found)), () => {});
-  }, [row?.versionId, turn, Boolean(points.length) || changed]);
+  }, [row?.versionId, row?.queued === undefined, changed]);
   return points;
 }
 

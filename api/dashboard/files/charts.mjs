@@ -4,24 +4,29 @@ import { useEffect, useRef } from "./vendor/hooks.mjs";
 import { html } from "./parts.mjs";
 
 const HEIGHT = 150;
+// A line that has just begun is drawn at the right of so many seconds.
+const LEAST_S = 120;
+const BAR_S = 60;
+const WHOLE = [1, 2, 5].flatMap((one) => Array.from({ length: 9 }, (_, power) => one * 10 ** power)).sort((one, other) => one - other);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 // `series`: {title, hue 1 to 4, values, show (value to text), bars, fill}; `times` in seconds. `summary` is for those who
 // do not see it.
-export function Chart({ title, times, series, summary, empty, marks }) {
+export function Chart({ title, times, series, summary, empty, marks, whole }) {
   const place = useRef();
   const plot = useRef();
   const shape = series.map((each) => each.title).join();
   const drawn = times.length > 1;
   useEffect(() => {
     if (!drawn) return undefined;
+    const box = place.current;
     const draw = () => {
       plot.current?.destroy();
-      plot.current = new uPlot(options(series, place.current.clientWidth, marks), data(times, series), place.current);
+      plot.current = new uPlot(options(series, box.clientWidth, { marks, whole }), data(times, series), box);
     };
     draw();
-    const sized = new ResizeObserver(() => plot.current?.setSize({ width: place.current.clientWidth, height: HEIGHT }));
-    sized.observe(place.current);
+    const sized = new ResizeObserver(() => plot.current?.setSize({ width: box.clientWidth, height: HEIGHT }));
+    sized.observe(box);
     dark.addEventListener("change", draw);
     return () => {
       sized.disconnect();
@@ -46,9 +51,11 @@ function data(times, series) {
   return [times, ...series.map((each) => each.values)];
 }
 
-// `marks`: points without neighbours are to be seen too.
-function options(series, width, marks) {
+// `marks`: points without neighbours are to be seen too; `whole`: there are no halves of what is counted.
+function options(series, width, { marks, whole }) {
   const hue = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  // The last bar is not cut in half.
+  const after = series[0].bars ? BAR_S / 2 : 0;
   const soft = hue("--soft");
   const axis = { stroke: soft, grid: { stroke: hue("--grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
   return {
@@ -57,10 +64,10 @@ function options(series, width, marks) {
     padding: [8, 8, 0, 0],
     legend: { show: false },
     cursor: { points: { size: 6 }, y: false, drag: { setScale: false, x: false, y: false } },
-    scales: { y: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] } },
+    scales: { x: { range: (_, least, most) => [Math.min(least, most - LEAST_S), most + after] }, y: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] } },
     axes: [
-      { ...axis, space: 70, values: [[60, "{HH}:{mm}", null, null, null, null, null, null, 1], [1, "{HH}:{mm}:{ss}", null, null, null, null, null, null, 1]] },
-      { ...axis, space: 30, size: 52, values: (_, ticks) => ticks.map((tick) => series[0].show(tick)) },
+      { ...axis, space: 70, size: 26, values: [[60, "{HH}:{mm}", null, null, null, null, null, null, 1], [1, "{HH}:{mm}:{ss}", null, null, null, null, null, null, 1]] },
+      { ...axis, space: 30, size: 52, ...(whole ? { incrs: WHOLE } : {}), values: (_, ticks) => ticks.map((tick) => (tick ? series[0].show(tick) : "0")) },
     ],
     series: [
       {},
@@ -68,7 +75,7 @@ function options(series, width, marks) {
         const colour = hue(`--chart-${each.hue}`);
         const line = { label: each.title, stroke: colour, width: 1.75, points: { show: Boolean(marks) && !each.bars, size: 4, fill: colour }, spanGaps: false };
         if (each.fill) line.fill = `color-mix(in srgb, ${colour} 18%, transparent)`;
-        if (each.bars) Object.assign(line, { paths: uPlot.paths.bars({ size: [0.75, 24] }), fill: colour, width: 0 });
+        if (each.bars) Object.assign(line, { paths: uPlot.paths.bars({ size: [0.8, 24, 2] }), fill: colour, width: 0 });
         return line;
       }),
     ],

@@ -1,6 +1,6 @@
 // What is deployed, how well it is, and why not.
 
-import { Age, Badge, byName, count, FunctionName, Head, html, Table } from "./parts.mjs";
+import { Age, Badge, byName, count, FunctionName, Head, html, several, Table } from "./parts.mjs";
 import { board, session, use } from "./state.mjs";
 
 const WELL = ["ACTIVE"];
@@ -31,7 +31,7 @@ function running(row) {
 
 export function Specifications({ row }) {
   return row.specifications.map((each, number) => html`<div key=${number}>${each.least === each.most ? count(each.least) : `${count(each.least)} to ${count(each.most)}`} × ${each.gpu}
-    <span class="sub">${each.instanceType}${each.concurrency > 1 ? `, ${count(each.concurrency)} requests each` : ""}</span></div>`);
+    <span class="sub">${each.instanceType}${each.concurrency > 1 ? `, ${several(each.concurrency, "request")} each` : ""}</span></div>`);
 }
 
 export function Troubles({ row }) {

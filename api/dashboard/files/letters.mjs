@@ -1,7 +1,7 @@
 // Requests that died: of what, and what to do with them.
 
 import { useEffect, useRef, useState } from "./vendor/hooks.mjs";
-import { Ago, brief, bytes, count, Head, html, Question, Trouble } from "./parts.mjs";
+import { Ago, brief, bytes, count, Head, html, Question, several, Trouble } from "./parts.mjs";
 import { ask, board, session, use } from "./state.mjs";
 
 const MEANING = {
@@ -56,13 +56,13 @@ export function DeadLetters() {
     await read();
   };
   const redriveAll = (of) => setQuestion({
-    title: `Start ${count(of.count)} requests again?`,
+    title: `Start ${several(of.count, "request")} again?`,
     text: `All that died of “${of.cause}”, as new requests. They take their places at the end of the queue.`,
     action: "Start again",
     work: () => inGoes("redrive", of.cause, (done) => done.redriven.length, (sum) => `${count(sum)} started again.`, setSaid),
   });
   const purgeAll = (of) => setQuestion({
-    title: `Throw ${count(of.count)} dead letters away?`,
+    title: `Throw ${several(of.count, "dead letter")} away?`,
     text: `All that died of “${of.cause}”, with their inputs. This cannot be undone; the receipts stay.`,
     action: "Throw away",
     danger: true,
@@ -86,7 +86,7 @@ export function DeadLetters() {
     ${causes && !causes.length && html`<section class="card"><p class="empty-state">There are none. Requests come here when their attempts are used up.</p></section>`}
     ${causes && causes.length > 0 && html`<section class="causes" aria-label="By cause">${causes.map((each) => html`<article class="card cause" key=${each.cause}>
       <h2>${each.cause}</h2>
-      <div><b>${count(each.count)}</b> <small>in ${count(each.versions.length)} ${each.versions.length === 1 ? "version" : "versions"}, the last <${Ago} at=${each.lastDiedAt} /></small></div>
+      <div><b>${count(each.count)}</b> <small>in ${several(each.versions.length, "version")}, the last <${Ago} at=${each.lastDiedAt} /></small></div>
       <p>${MEANING[each.cause] ?? ""}</p>
       <div class="row"><button class="main" disabled=${busy} onClick=${() => redriveAll(each)}>Redrive all</button>
         <button class="danger" disabled=${busy} onClick=${() => purgeAll(each)}>Purge all</button></div>

@@ -2,7 +2,7 @@
 
 import { Activity, pair, rate } from "./activity.mjs";
 import { Chart } from "./charts.mjs";
-import { Age, Badge, byName, count, FunctionName, Head, html, Meter, NONE, span, Table, Tile } from "./parts.mjs";
+import { Age, Badge, byName, count, FunctionName, Head, html, Meter, NONE, several, span, Table, Tile } from "./parts.mjs";
 import { board, session, use } from "./state.mjs";
 
 export function Overview() {
@@ -26,7 +26,7 @@ export function Figures({ rows, dead, recent }) {
     <${Tile} label="Waiting">${count(sum("queued"))}<//>
     <${Tile} label="Running">${count(sum("running"))}<//>
     <${Tile} label="Oldest waiting">${oldestAt ? html`<${Age} since=${oldestAt} />` : NONE}<//>
-    <${Tile} label="Workers busy" hint=${`${count(sum("workers"))} workers`}>${count(busy)} <small>of ${count(slots)}</small><//>
+    <${Tile} label="Workers busy" hint=${several(sum("workers"), "worker")}>${count(busy)} <small>of ${count(slots)}</small><//>
     <${Tile} label="Ended" hint="over five minutes">${rate(recent)} <small>/min</small><//>
     <${Tile} label="Wait, p50" hint=${`p90 ${span(recent?.wait[1])}`}>${span(recent?.wait[0])}<//>
     <${Tile} label="Run, p50" hint=${`p90 ${span(recent?.run[1])}`}>${span(recent?.run[0])}<//>
@@ -37,7 +37,7 @@ export function Figures({ rows, dead, recent }) {
 export function Depth({ history }) {
   const waiting = history.map((each) => each[1]);
   const running = history.map((each) => each[2]);
-  return html`<${Chart} title="Queue, last ten minutes" times=${history.map((each) => each[0])}
+  return html`<${Chart} title="Queue, last ten minutes" whole times=${history.map((each) => each[0])}
     series=${[
       { title: "waiting", hue: 1, values: waiting, show: count, fill: true },
       { title: "running", hue: 2, values: running, show: count },
@@ -49,7 +49,7 @@ export function Depth({ history }) {
 function Functions({ rows }) {
   const everybody = session.account === "*";
   const columns = [
-    { name: "name", title: "Function", value: (row) => row.name, show: (row) => html`<${FunctionName} row=${row} account=${everybody} />` },
+    { name: "name", title: "Function", value: (row) => row.name, show: (row) => html`<${FunctionName} row=${row} account=${everybody} /><span class="phone"><${Badge} state=${row.status} /></span>` },
     { name: "status", title: "Status", value: (row) => row.status, show: (row) => html`<${Badge} state=${row.status} />`, from: "mid" },
     { name: "queued", title: "Waiting", number: true, value: (row) => row.queued, show: (row) => count(row.queued) },
     { name: "running", title: "Running", number: true, value: (row) => row.running, show: (row) => count(row.running) },

@@ -22,6 +22,10 @@ export function count(number) {
   return number >= 100_000 ? short.format(number) : counts.format(number);
 }
 
+export function several(number, one) {
+  return `${count(number)} ${one}${number === 1 ? "" : "s"}`;
+}
+
 export function span(seconds) {
   if (seconds === undefined || seconds === null || Number.isNaN(seconds)) return NONE;
   if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
@@ -47,14 +51,20 @@ export function brief(id) {
   return id ? id.slice(0, 8) : NONE;
 }
 
+// An age grows, so that parts of seconds would only flicker.
+function age(since) {
+  const seconds = Math.max(0, Math.floor(clock.now - since));
+  return seconds < 60 ? `${seconds} s` : span(seconds);
+}
+
 export function Age({ since }) {
   use(clock);
-  return since ? html`<span>${span(Math.max(0, Math.floor(clock.now - since)))}</span>` : NONE;
+  return since ? html`<span>${age(since)}</span>` : NONE;
 }
 
 export function Ago({ at }) {
   use(clock);
-  return html`<time dateTime=${at} title=${moment(at)}>${span(Math.max(0, Math.floor(clock.now - Date.parse(at) / 1000)))} ago</time>`;
+  return html`<time dateTime=${at} title=${moment(at)}>${age(Date.parse(at) / 1000)} ago</time>`;
 }
 
 const KINDS = {

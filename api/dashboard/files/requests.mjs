@@ -164,7 +164,7 @@ function spans(of, ends) {
     from = ended;
   }
   if (!of.finishedAt && of.status === "queued") bars.push({ what: bars.length ? "Waits again" : "Waits in the queue", more: moment(new Date(from * 1000)), kind: "waits", from, to: ends });
-  else if (of.finishedAt && (!of.attempts.length || ends - from > 0.05)) bars.push({ what: of.attempts.length ? `Then ${of.status}` : `Waited, then ${of.status}`, more: of.reason ?? "", kind: "failed", from, to: ends });
+  else if (of.finishedAt && (!of.attempts.length || ends - from > 0.05)) bars.push({ what: of.attempts.length ? `Then ${of.status}` : `Waited, then ${of.status}`, more: of.reason ?? "", kind: "waits", from, to: ends });
   return bars;
 }
 

@@ -51,12 +51,9 @@ class Session extends Source {
   account = "";
 
   async begin() {
-    try {
-      this.#take(await this.#ask("GET"));
-    } catch (error) {
-      if (error.status !== 401) throw error;
-      this.end();
-    }
+    const who = await this.#ask("GET");
+    if (who) this.#take(who);
+    else this.end();
   }
 
   async logIn(key) {
