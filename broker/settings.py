@@ -391,6 +391,9 @@ class ApiSettings(SecretSettings):
         le=1000,
         description="Pages of it that one front end keeps up to date at once; one more is answered 503.",
     )
+    dashboard_refresh_s: float = Field(
+        2, ge=0.1, le=60, description="Seconds between two looks at the stores for all of them, while one is open."
+    )
     dashboard_idle_s: float = Field(
         3600,
         ge=60,

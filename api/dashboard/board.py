@@ -31,10 +31,9 @@ from broker.visibility import covers
 logger = logging.getLogger(__name__)
 
 EVERYBODY = "*"  # can be no account's name
-LOOK_S = 2.0
 # Definitions and dead letters change more slowly than queues, and cost more to read.
 SELDOM = 3
-HISTORY = 300  # looks, ten minutes of them
+HISTORY = 300  # looks; of two seconds, ten minutes
 
 FUNCTIONS, DEPLOYMENTS, WORKERS, GPUS = "functions", "deployments", "workers", "gpus"
 # The scope behind which the API says the same.
@@ -100,7 +99,7 @@ class _Seen:
 class Board:
     """How many pages may look at once is for the caller to see to."""
 
-    def __init__(self, broker: Broker, calls: Calls, *, look_s: float = LOOK_S) -> None:
+    def __init__(self, broker: Broker, calls: Calls, *, look_s: float) -> None:
         self._broker = broker
         self._calls = calls
         self._look_s = look_s

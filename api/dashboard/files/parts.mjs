@@ -161,7 +161,7 @@ export function Table({ caption, columns, rows, search, sort, empty, id }) {
             class="${each.number ? "number" : ""} ${each.from ?? ""}">${each.show(row)}</td>`)}</tr>`)}</tbody>
         </table>`}
     ${pages > 1 && html`<div class="pager">
-      <span aria-live="polite">${count(at * PAGE_ROWS + 1)}–${count(at * PAGE_ROWS + shown.length)} of ${count(sorted.length)}</span>
+      <span aria-live="polite">${count(at * PAGE_ROWS + 1)} to ${count(at * PAGE_ROWS + shown.length)} of ${count(sorted.length)}</span>
       <span class="row">
         <button type="button" disabled=${!at} onClick=${() => setPage(at - 1)}>Previous</button>
         <button type="button" disabled=${at >= pages - 1} onClick=${() => setPage(at + 1)}>Next</button>
