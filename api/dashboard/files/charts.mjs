@@ -8,6 +8,8 @@ const HEIGHT = 150;
 const LEAST_S = 120;
 const BAR_S = 60;
 const WHOLE = [1, 2, 5].flatMap((one) => Array.from({ length: 9 }, (_, power) => one * 10 ** power)).sort((one, other) => one - other);
+// Of times: what clocks and people count in, in seconds.
+const SPANS = [...[0.001, 0.01, 0.1, 1].flatMap((one) => [one, one * 2, one * 5]), 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 43_200, 86_400, 172_800, 604_800];
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 // `series`: {title, hue 1 to 4, values, show (value to text), bars, fill}; `times` in seconds. `summary` is for those who
@@ -67,7 +69,7 @@ function options(series, width, { marks, whole }) {
     scales: { x: { range: (_, least, most) => [Math.min(least, most - LEAST_S), most + after] }, y: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] } },
     axes: [
       { ...axis, space: 70, size: 26, values: [[60, "{HH}:{mm}", null, null, null, null, null, null, 1], [1, "{HH}:{mm}:{ss}", null, null, null, null, null, null, 1]] },
-      { ...axis, space: 30, size: 52, ...(whole ? { incrs: WHOLE } : {}), values: (_, ticks) => ticks.map((tick) => (tick ? series[0].show(tick) : "0")) },
+      { ...axis, space: 30, size: 52, incrs: whole ? WHOLE : SPANS, values: (_, ticks) => ticks.map((tick) => (tick ? series[0].show(tick) : "0")) },
     ],
     series: [
       {},

@@ -63,7 +63,7 @@ export function DeadLetters() {
   });
   const purgeAll = (of) => setQuestion({
     title: `Throw ${several(of.count, "dead letter")} away?`,
-    text: `All that died of “${of.cause}”, with their inputs. This cannot be undone; the receipts stay.`,
+    text: `All that died of “${of.cause}”, with their inputs; those too that were started again. This cannot be undone; the receipts stay.`,
     action: "Throw away",
     danger: true,
     work: () => inGoes("purge", of.cause, (done) => done.purged, (sum) => `${count(sum)} thrown away.`, setSaid),
@@ -87,7 +87,7 @@ export function DeadLetters() {
     ${causes && causes.length > 0 && html`<section class="causes" aria-label="By cause">${causes.map((each) => html`<article class="card cause" key=${each.cause}>
       <h2>${each.cause}</h2>
       <div><b>${count(each.count)}</b> <small>in ${several(each.versions.length, "version")}, the last <${Ago} at=${each.lastDiedAt} /></small></div>
-      <p>${MEANING[each.cause] ?? ""}</p>
+      <p>${MEANING[each.cause] ?? null}</p>
       <div class="row"><button class="main" disabled=${busy} onClick=${() => redriveAll(each)}>Redrive all</button>
         <button class="danger" disabled=${busy} onClick=${() => purgeAll(each)}>Purge all</button></div>
     </article>`)}</section>`}
@@ -98,7 +98,7 @@ export function DeadLetters() {
         <tbody>${page.letters.map((letter) => html`<tr key=${letter.requestId}>
           <td><a class="mono" href=${`#/requests/${letter.requestId}`}>${brief(letter.requestId)}</a></td>
           <td class="mid">${nameOf(letter)}</td>
-          <td>${letter.cause}<span class="sub">${letter.reason ?? ""}</span></td>
+          <td>${letter.cause}<span class="sub">${letter.reason ?? null}</span></td>
           <td class="number mid">${count(letter.attempts)}</td>
           <td class="number wide">${bytes(letter.sizeBytes)}</td>
           <td class="mid"><${Ago} at=${letter.diedAt} /></td>

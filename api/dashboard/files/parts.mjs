@@ -136,7 +136,14 @@ export function Table({ caption, columns, rows, search, sort, empty, id }) {
   const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
   const found = wanted.length ? rows.filter((row) => wanted.every((word) => search(row).includes(word))) : rows;
   const column = columns.find((each) => each.name === order.by) ?? columns[0];
-  const sorted = [...found].sort((one, other) => compare(column.value(one), column.value(other)) * (order.down ? -1 : 1) || compare(one.id, other.id));
+  // Rows stay where they are under a pointer, and under the focus, which would be lost on the way.
+  const body = useRef();
+  const before = useRef({});
+  const held = before.current.order === order && body.current?.matches(":hover, :focus-within");
+  const place = (row) => (held ? (before.current.places.get(row.id) ?? before.current.places.size) : 0);
+  const natural = (one, other) => compare(column.value(one), column.value(other)) * (order.down ? -1 : 1) || compare(one.id, other.id);
+  const sorted = [...found].sort((one, other) => place(one) - place(other) || natural(one, other));
+  before.current = { order, places: new Map(sorted.map((row, at) => [row.id, at])) };
   const pages = Math.max(1, Math.ceil(sorted.length / PAGE_ROWS));
   const at = Math.min(page, pages - 1);
   const shown = sorted.slice(at * PAGE_ROWS, (at + 1) * PAGE_ROWS);
@@ -157,7 +164,7 @@ export function Table({ caption, columns, rows, search, sort, empty, id }) {
           <thead><tr>${columns.map((each) => html`<th key=${each.name} scope="col" class="${each.number ? "number" : ""} ${each.from ?? ""}"
             aria-sort=${each.name === column.name ? (order.down ? "descending" : "ascending") : null}>
             <button type="button" onClick=${sortBy(each)}>${each.title}</button></th>`)}</tr></thead>
-          <tbody>${shown.map((row) => html`<tr key=${row.id}>${columns.map((each) => html`<td key=${each.name}
+          <tbody ref=${body}>${shown.map((row) => html`<tr key=${row.id}>${columns.map((each) => html`<td key=${each.name}
             class="${each.number ? "number" : ""} ${each.from ?? ""}">${each.show(row)}</td>`)}</tr>`)}</tbody>
         </table>`}
     ${pages > 1 && html`<div class="pager">
@@ -176,7 +183,7 @@ function compare(one, other) {
 
 export function FunctionName({ row, account }) {
   return html`<a class="name" href=${`#/functions/${row.versionId}`}>${row.name}</a>
-    <span class="sub">${account ? `${row.account} · ` : ""}<span class="mono">${brief(row.versionId)}</span></span>`;
+    <span class="sub">${account ? `${row.account} · ` : null}<span class="mono">${brief(row.versionId)}</span></span>`;
 }
 
 export const byName = (row) => `${row.name} ${row.versionId} ${row.functionId} ${row.account} ${row.status}`.toLowerCase();

@@ -50,7 +50,7 @@ function List({ version }) {
         <tbody>${(page?.requests ?? []).map((each) => html`<tr key=${each.requestId}>
           <td><a class="mono" href=${`#/requests/${each.requestId}`}>${brief(each.requestId)}</a></td>
           <td class="mid">${nameOf(each.functionVersionId)}</td>
-          <td><${Badge} state=${each.status} /><span class="sub">${each.cause ?? ""}</span></td>
+          <td><${Badge} state=${each.status} /><span class="sub">${each.cause ?? null}</span></td>
           <td class="mid"><${Ago} at=${each.createdAt} /></td>
           <td class="number">${each.finishedAt ? span(seconds(each.finishedAt) - seconds(each.createdAt)) : NONE}</td></tr>`)}</tbody></table>`}
       ${page?.cursor && html`<div class="pager"><span></span><button onClick=${() => read(page.cursor)}>Show more</button></div>`}
