@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,9 @@ from broker.visibility import covers
 logger = logging.getLogger(__name__)
 
 EVERYBODY = "*"  # can be no account's name
-# Definitions and dead letters change more slowly than queues, and cost more to read.
-SELDOM = 3
+# What changes more slowly than queues, and costs more to read, is read at every third look: each at another one, for
+# this process has calls to answer meanwhile.
+DEFINITIONS, ACTIVITY, DEAD = range(3)
 HISTORY = 300  # looks; of two seconds, ten minutes
 
 FUNCTIONS, DEPLOYMENTS, WORKERS, GPUS = "functions", "deployments", "workers", "gpus"
@@ -127,7 +129,7 @@ class Board:
             while True:
                 view = await admitted()
                 if audience is None or audience.view != view:
-                    audience, told = self._audience(view), 0
+                    audience, told = await self._audience(view), 0
                 if self._tick == told or not self._at:
                     yield await self._turn()
                     continue
@@ -141,11 +143,13 @@ class Board:
                 self._audiences.clear()
                 self._seen, self._at = _Seen(), 0.0  # it is old by the time that somebody looks again
 
-    def _audience(self, view: View) -> _Audience:
+    async def _audience(self, view: View) -> _Audience:
         found = self._audiences.get(view)
         if found is None:
             found = self._audiences[view] = _Audience(view)
-        found.wanted_at = time.monotonic()
+            found.wanted_at = time.monotonic()
+            with suppress(TryLater):
+                await found.count_dead(self._broker)
         return found
 
     def _told(self, audience: _Audience, told: int) -> bytes:
@@ -170,7 +174,8 @@ class Board:
         while True:
             began = time.monotonic()
             try:
-                await self._look(thorough=self._tick % SELDOM == 0 or not self._at)
+                blind = self._away or not self._at
+                await self._look([DEFINITIONS, ACTIVITY] if blind else [self._tick % 3])
                 self._away = ""
             except TryLater as exc:
                 if not self._away:  # once per streak
@@ -183,13 +188,16 @@ class Board:
             turned.set()
             await asyncio.sleep(max(self._look_s / 2, self._look_s - (time.monotonic() - began)))
 
-    async def _look(self, *, thorough: bool) -> None:
+    async def _look(self, parts: Sequence[int]) -> None:
         seen, catalog = self._seen, self._broker.catalog
-        if thorough:
+        if DEFINITIONS in parts:
             versions, deployments = await asyncio.gather(catalog.versions.list(), catalog.deployments.list())
             seen.versions = {row.item.id: row.item for row in versions}
             seen.deployments = {row.item.version_id: row.item for row in deployments}
+        if ACTIVITY in parts:
             await seen.activity.read(self._broker.results, seen.versions.keys())
+        if DEAD in parts:
+            await self._count_dead()
         deployed = [version_id for version_id in seen.deployments if version_id in seen.versions]
         ids = list(seen.versions)
         loads, gpus = await asyncio.gather(self._broker.results.load(ids), catalog.gpus())
@@ -199,8 +207,6 @@ class Board:
             found = await asyncio.gather(*(catalog.instances(version_id) for version_id in some))
             instances |= dict(zip(some, found, strict=True))
         self._write(dict(zip(ids, loads, strict=True)), instances, gpus)
-        if thorough:
-            await self._count_dead()
 
     def _write(
         self, loads: Mapping[str, Load], instances: Mapping[str, Sequence[Instance]], gpus: Sequence[Gpu]
@@ -239,7 +245,7 @@ class Board:
 
     def _forget_audiences(self) -> None:
         """Those that nobody has asked for since some looks ago: a key was changed, or a page closed."""
-        old = time.monotonic() - 2 * _SILENT_S - SELDOM * self._look_s
+        old = time.monotonic() - 2 * _SILENT_S - 3 * self._look_s
         self._audiences = {view: each for view, each in self._audiences.items() if each.wanted_at >= old}
 
 
