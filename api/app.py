@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from aiohttp import web
 
 from api import headers
+from api.dashboard import routes as dashboard
 from api.front import Front
 from api.middleware import answer_errors, observing, sharing
 from api.operations import FORM, JSON, Facts, Operation, Parameter, Reply, checking_itself, known, open_to_all, scoped
@@ -71,14 +72,15 @@ def make_app(front: Front) -> web.Application:
     app = web.Application(middlewares=[*traced(front), *inner])
     invoking = [*_invocations(front), *_tokens(front)]
     managing = [*_management(front), *_authorizations(front), *_clusters(front)]
-    app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front)])
+    app.add_routes([*(operation.route() for operation in operations(front)), *_blobs(front), *dashboard.routes(front)])
     app.add_routes(elsewhere([*invoking, *managing], *GATEWAYS))
     app.add_routes(elsewhere(managing, MIRROR))
     return app
 
 
 def operations(front: Front) -> list[Operation]:
-    """All that is documented: everything but the signed URLs, and what is served elsewhere once more."""
+    """All that is documented: everything but the signed URLs, the dashboard, and what is served elsewhere once
+    more."""
     described = [*_open(front), *_invocations(front), *_tokens(front), *_management(front)]
     described += [*_authorizations(front), *_accounts(front), *_keys(front), *_clusters(front), *_everyones(front)]
     described += _reference(front, described)

@@ -430,6 +430,23 @@ class ApiSettings(SecretSettings):
         le=7 * 86_400,
         description="Seconds a delegated invocation token works, or less: never longer than the key that asked for it.",
     )
+    dashboard: bool = Field(True, description="Serve the page for operators at `/dashboard`.")
+    dashboard_viewers: int = Field(
+        50,
+        ge=1,
+        le=1000,
+        description="Pages of it that one front end keeps up to date at once; one more is answered 503.",
+    )
+    dashboard_refresh_s: float = Field(
+        2, ge=0.1, le=60, description="Seconds between two looks at the stores for all of them, while one is open."
+    )
+    dashboard_idle_s: float = Field(
+        3600,
+        ge=60,
+        le=86_400,
+        description="Seconds after which a login to it ends whose pages are all closed. None lasts longer than twelve "
+        "hours, or than its key.",
+    )
     account_calls_per_s: int = Field(
         200,
         ge=0,

@@ -12,6 +12,7 @@ from fnqueue.calls import Answer, Failed, NotYet, Server
 
 NAME = "echo"
 IMAGE = "fnqueue/echo:latest"
+DASHBOARD = "/dashboard"
 FUNCTION = {
     "name": NAME,
     "inferenceUrl": "/echo",
@@ -34,9 +35,10 @@ _POLL_S = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """What was found, and the proof that it works."""
+    """What was found, and the proof that it works. `dashboard` is its URL, "" where there is none."""
 
     url: str
+    dashboard: str
     key: str
     function_id: str
     version_id: str
@@ -56,6 +58,7 @@ class Welcome:
     def facts(self) -> dict[str, Any]:
         return {
             "url": self.url,
+            "dashboard": self.dashboard,
             "key": self.key,
             "function": NAME,
             "functionId": self.function_id,
@@ -70,7 +73,8 @@ class Welcome:
         told = "\n".join(f"    {name}: {value}" for name, value in self.answer.headers.items())
         return (
             f"\n  URL        {self.url}\n"
-            f"  API key    {self.key}\n"
+            + (f"  Dashboard  {self.dashboard}\n" if self.dashboard else "")
+            + f"  API key    {self.key}\n"
             f"  Function   {NAME}, {self.function_id}\n"
             f"\n  Invoke it:\n\n    {self.curl}\n"
             f"\n  As just done, with HTTP {self.answer.status}:\n\n{told}\n\n    {self.answer.body.decode()}\n"
@@ -84,7 +88,8 @@ def welcome(url: str, key: str) -> Welcome:
     function_id, version_id = str(function["id"]), str(function["versionId"])
     _make_active(server, function_id, version_id)
     answer = _invoke(server, function_id)
-    return Welcome(url=url, key=key, function_id=function_id, version_id=version_id, answer=answer)
+    dashboard = _dashboard(server, url)
+    return Welcome(url=url, dashboard=dashboard, key=key, function_id=function_id, version_id=version_id, answer=answer)
 
 
 def _sample(server: Server) -> dict[str, Any]:
@@ -138,6 +143,14 @@ def _status(server: Server, path: str) -> str:
 def _why(server: Server, path: str) -> str:
     deployment = server.get(f"/v2/nvcf/deployments/{path}").json()["deployment"]
     return "; ".join(str(info.get("error", "")) for info in deployment.get("healthInfo", []))
+
+
+def _dashboard(server: Server, url: str) -> str:
+    try:
+        server.get(DASHBOARD)
+    except Failed:  # it is switched off
+        return ""
+    return url + DASHBOARD
 
 
 def _invoke(server: Server, function_id: str) -> Answer:

@@ -41,12 +41,15 @@ async def list_letters(front: Front, request: web.Request, principal: Principal)
 
 async def causes(front: Front, request: web.Request, principal: Principal) -> web.Response:
     """Of all those that the list would show, page by page."""
-    tallies = await dead_letters.causes(front.broker, principal, _wanted(request))
+    return payloads.answer(present(await dead_letters.causes(front.broker, principal, _wanted(request))))
+
+
+def present(tallies: Sequence[Tally]) -> wire.DeadLetterCauses:
     grouped: defaultdict[str, list[Tally]] = defaultdict(list)
     for tally in tallies:
         grouped[tally.cause].append(tally)
     groups = [_cause(cause, of_it) for cause, of_it in grouped.items()]
-    return payloads.answer(wire.DeadLetterCauses(causes=sorted(groups, key=lambda group: -group.count)))
+    return wire.DeadLetterCauses(causes=sorted(groups, key=lambda group: -group.count))
 
 
 async def get(front: Front, request: web.Request, principal: Principal) -> web.Response:

@@ -46,10 +46,10 @@ async def _events(front: Front, request: web.Request, record: Record, seen: Seen
     async with aclosing(events.follow(front.broker.results, front.places, record, seen)) as found:
         async for event in found:
             await auth.still(front, request, INVOKE)
-            yield await _encoded(front, request, event) if event is not None else sse.KEEP_ALIVE
+            yield await encoded(front, request, event) if event is not None else sse.KEEP_ALIVE
 
 
-async def _encoded(front: Front, request: web.Request, event: Event) -> bytes:
+async def encoded(front: Front, request: web.Request, event: Event) -> bytes:
     """A place in the queue has no ID: it is told anew to whoever comes back."""
     event_id = "" if event.kind is Kind.QUEUED else str(event.seen)
     estimate = None

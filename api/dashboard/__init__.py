@@ -1,0 +1,1 @@
+"""The page for operators, and what it asks for: everything behind `/dashboard`."""
