@@ -95,7 +95,7 @@ def main(tools: str) -> int:
     except Unfit as unfit:
         print(f"release: {unfit}", file=sys.stderr)
         return 1
-    print(f"{built.name} and {source.name} are in dist/. docs/releasing.md says what comes next.")
+    print(f"{built.name} and {source.name} are in dist/. CONTRIBUTING.md says what comes next.")
     return 0
 
 

@@ -23,7 +23,9 @@ _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_VARIES = re.compile(rf"{_ID}|\d{{4}}-\d\d-\d\dT[\d:.]+Z|http://127\.0\.0\.1:\d+|\d+\.\d+|…")
+_VARIES = re.compile(
+    rf"{_ID}|(?<=dur=)[\d.]+|(?<=dur=)[\d.]+|\d{{4}}-\d\d-\d\dT[\d:.]+Z|http://127\.0\.0\.1:\d+|\d+\.\d+|…"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ def blocks(page: Path) -> list[Block]:
     text = page.read_text()
     found = list(_BLOCK.finditer(text))
     made = []
-    for block, after in zip(found, [*found[1:], None], strict=True):
+    for block, after in zip(found, [*found[1:], None], strict=False):
         kind, _, detail = (block["mark"] or "").partition(": ")
         is_answered = after is not None and after["language"] == "" and block["language"] != "" and not after["mark"]
         made.append(

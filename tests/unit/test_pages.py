@@ -55,7 +55,7 @@ def test_marks_files_and_answers(tmp_path: Path) -> None:
         "<!-- not run: it would end the world -->\n```sh\nfalse\n```\n"
         "```python\nprint(1.5)\n```\n"
     )
-    file, command, left_out, program = blocks(page)
+    file, command, _, left_out, program = blocks(page)
     assert (file.kind, file.detail, file.is_run) == ("file", "a.txt", False)
     assert (command.said, command.is_run, command.line) == ("hel…\n", True, 5)
     assert (left_out.detail, left_out.is_run) == ("it would end the world", False)
