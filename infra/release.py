@@ -9,9 +9,10 @@ import re
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from pathlib import Path
+
+from fnqueue import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIST = REPOSITORY / "dist"
@@ -33,7 +34,7 @@ class Unfit(Exception):
 
 
 def version() -> str:
-    return str(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"])
+    return __version__
 
 
 def wheel(folder: Path) -> Path:

@@ -24,8 +24,9 @@ PAGES = [
 TIMEOUT_S = 180.0
 # `make run` prints URL, key and function, and the pages say so. `fnqueue` and `python` are this environment's.
 PREPARATION = """
-curl() {{ command curl -sS "$@"; echo; }} # what it writes ends its line, as a prompt would
-fnqueue() {{ "{python}" -P -m fnqueue "$@"; }}
+# What they write ends its line, as on a terminal.
+curl() {{ command curl -sS "$@" && echo; }}
+fnqueue() {{ "{python}" -P -m fnqueue "$@" && echo; }}
 python() {{ "{python}" -P "$@"; }}
 read -r FUNCTION VERSION < <(curl -sS "$URL/v2/nvcf/functions" -H "Authorization: Bearer $KEY" | "{python}" -c '
 import json, sys
