@@ -54,7 +54,7 @@ test: $(VENV)/.dev ## All tests, against real servers (installed if missing: nee
 
 docs: $(VENV)/.docs ## Write the pages that are made from code, and the site into build/site; a broken link is an error
 	$(PY) -m infra.docs
-	$(PY) -m sphinx -q -W --keep-going -b html -c docs -d build/doctrees . build/site
+	$(PY) -m sphinx -qEaW --keep-going -b html -c docs -d build/doctrees . build/site
 
 chaos: $(VENV)/.dev ## Strike at everything at random and check the promises: N=10000 KILLS=50 SEED=7 (0: a random one)
 	$(PY) -m infra.local.servers ensure

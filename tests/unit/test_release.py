@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import pkgutil
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 from importlib.metadata import version as installed
@@ -17,6 +20,18 @@ from infra.release import Unfit
 
 INFORMATION = f"fnqueue-{release.version()}.dist-info"
 WHOLE = {*release.NEEDED, f"{INFORMATION}/METADATA", f"{INFORMATION}/licenses/LICENSE"}
+SERVERS = (
+    "aiodocker",
+    "aiohttp",
+    "aio_pika",
+    "aiormq",
+    "boto3",
+    "cryptography",
+    "lightkube",
+    "psutil",
+    "pynvml",
+    "redis",
+)
 SOURCE = {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "fnqueue/py.typed", "examples/images.toml"}
 
 
@@ -64,3 +79,14 @@ def test_a_source_has_nothing_of_the_machine_that_built_it(tmp_path: Path, name:
 def test_there_is_one_version() -> None:
     """What was built of this, or of what it was before, tells the same."""
     assert fnqueue.__version__ == installed("fnqueue")
+
+
+def test_the_client_needs_nothing_of_the_servers() -> None:
+    """Whoever only calls functions may leave their packages out: `pip install --no-deps fnqueue`, and what is left."""
+    client = [
+        f"fnqueue.{module.name}" for module in pkgutil.walk_packages(fnqueue.__path__) if module.name != "__main__"
+    ]
+    left_out = [*SERVERS, *release.PACKAGES[:2], "workers"]
+    program = f"import sys; sys.modules.update(dict.fromkeys({left_out!r})); import {', '.join(client)}; fnqueue.Client"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
