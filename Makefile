@@ -15,7 +15,8 @@ COMPILE := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11
 	--custom-compile-command "make lock" $(UPGRADE)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo stack stack-down stack-status test lint check chaos fuzz bench format lock audit sbom clean
+.PHONY: help venv run demo stack stack-down stack-status test lint check docs chaos fuzz bench format lock audit sbom \
+	release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +52,10 @@ test: $(VENV)/.dev ## All tests, against real servers (installed if missing: nee
 	$(PY) -m pytest $(ALONE)
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore $(ALONE)
 
+docs: $(VENV)/.docs ## Write the pages that are made from code, and the site into build/site; a broken link is an error
+	$(PY) -m infra.docs
+	$(PY) -m sphinx -qEaW --keep-going -b html -c docs -d build/doctrees . build/site
+
 chaos: $(VENV)/.dev ## Strike at everything at random and check the promises: N=10000 KILLS=50 SEED=7 (0: a random one)
 	$(PY) -m infra.local.servers ensure
 	$(PY) -m tests.faults.chaos --requests $(or $(N),10000) --kills $(or $(KILLS),50) --seed $(or $(SEED),7)
@@ -71,11 +76,15 @@ lock: $(TOOLS)/.made ## Write requirements/*.txt anew after pyproject.toml chang
 	$(COMPILE) pyproject.toml --extra grpc --extra tracing -o requirements/run.txt
 	$(COMPILE) pyproject.toml --extra grpc --extra tracing --extra ocr -c requirements/run.txt -o requirements/ocr.txt
 	$(COMPILE) pyproject.toml --extra grpc --extra tracing --extra ocr --extra dev -c requirements/ocr.txt -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra grpc --extra tracing --extra docs -c requirements/dev.txt -o requirements/docs.txt
 	$(COMPILE) requirements/build.in -o requirements/build.txt
 	$(COMPILE) requirements/tools.in -o requirements/tools.txt
 
 audit: $(TOOLS)/.made ## Compare what is installed for production with PyPI's list of known vulnerabilities
 	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements/ocr.txt
+
+release: $(TOOLS)/.made ## Build wheel and sdist into dist/ and check what is in them; uploads nothing
+	$(PY) -m infra.release $(TOOLS)/bin/python
 
 sbom: $(TOOLS)/.made ## Write build/sbom.json (CycloneDX): what production is made of, with the hashes
 	@mkdir -p build
@@ -105,6 +114,10 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml requirements/dev.txt
 
 $(VENV)/.ocr: $(VENV)/.run requirements/ocr.txt
 	$(LOCKED) requirements/ocr.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.run requirements/docs.txt
+	$(LOCKED) requirements/docs.txt
 	@touch $@
 
 $(TOOLS)/.made: $(VENV)/.made requirements/tools.txt

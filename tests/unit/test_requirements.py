@@ -44,6 +44,7 @@ def test_all_that_is_installed_has_a_version_and_hashes(path: Path) -> None:
         ("run", wanted("grpc", "tracing")),
         ("ocr", wanted("grpc", "tracing", "ocr")),
         ("dev", wanted("grpc", "tracing", "ocr", "dev")),
+        ("docs", wanted("grpc", "tracing", "docs")),
         ("build", [Requirement(text) for text in PROJECT["build-system"]["requires"]]),
     ],
 )
@@ -57,7 +58,7 @@ def test_the_lock_is_in_step_with_what_asks_for_it(name: str, requirements: list
 
 
 def test_what_is_tested_is_what_runs() -> None:
-    for name, wider in (("run", "ocr"), ("ocr", "dev")):
+    for name, wider in (("run", "ocr"), ("ocr", "dev"), ("run", "docs")):
         assert pins(name).items() <= pins(wider).items()
 
 
