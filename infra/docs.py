@@ -93,8 +93,9 @@ monitoring up` runs it, and Kubernetes has PodMonitors ([component
 [infra/prometheus/alerts.yml](../infra/prometheus/alerts.yml), and what to do about each is in
 [operations](operations.md#alerts).
 
-**Several front ends on one port** (`SO_REUSEPORT`) have a status port each: every process shows its own figures, and
-Prometheus adds them up ([decision 32](decisions/0032-metrics.md)).
+**Several front ends on one port** (`fnqueue api --processes N`) show their own figures each, which Prometheus adds up
+([decision 32](decisions/0032-metrics.md)): set `FNQUEUE_STATUS_PORT`, and each has the next one. Only the first to come
+has the default one.
 
 **What it costs**: about five microseconds a request, and nothing while nobody looks. A page is written in a thread, one
 at a time, about a second of it for 5,000 histograms; who comes within half a second of another gets the same page.
