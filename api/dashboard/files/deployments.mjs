@@ -3,7 +3,8 @@
 import { Age, Badge, byName, count, FunctionName, Head, html, several, Table } from "./parts.mjs";
 import { board, session, use } from "./state.mjs";
 
-const WELL = ["ACTIVE"];
+// What needs somebody comes first.
+const WORST_FIRST = ["ERROR", "DEGRADED", "DEGRADING", "DEPLOYING", "DRAINING", "REMOVING"];
 
 export function Deployments() {
   use(board);
@@ -14,7 +15,7 @@ export function Deployments() {
   const unwell = rows.filter((row) => row.health.length).sort((one, other) => one.name.localeCompare(other.name));
   const columns = [
     { name: "name", title: "Function", value: (row) => row.name, show: (row) => html`<${FunctionName} row=${row} account=${session.account === "*"} />` },
-    { name: "state", title: "Health", value: (row) => `${WELL.includes(row.state) ? 1 : 0}${row.state}`, show: (row) => html`<${Badge} state=${row.state} />` },
+    { name: "state", title: "Health", value: (row) => (WORST_FIRST.includes(row.state) ? WORST_FIRST.indexOf(row.state) : WORST_FIRST.length), show: (row) => html`<${Badge} state=${row.state} />` },
     { name: "least", title: "Instances", value: (row) => row.specifications.reduce((sum, each) => sum + each.least, 0), show: (row) => html`<${Specifications} row=${row} />` },
     { name: "workers", title: "Running", number: true, from: "mid", value: running, show: (row) => count(running(row)) },
     { name: "updated", title: "Changed", number: true, from: "mid", value: (row) => row.updatedAt, show: (row) => html`<${Age} since=${row.updatedAt} /> ago` },

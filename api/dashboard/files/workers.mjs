@@ -1,6 +1,6 @@
 // What runs functions: GPUs on offer, and workers.
 
-import { Age, Badge, byName, count, FunctionName, Head, html, Meter, NONE, Table, bytes } from "./parts.mjs";
+import { Age, Badge, brief, byName, count, FunctionName, Head, html, Meter, NONE, Table, bytes } from "./parts.mjs";
 import { board, session, use } from "./state.mjs";
 
 export function Workers() {
@@ -27,7 +27,7 @@ function Gpus({ rows, workers }) {
 
 export function WorkerTable({ rows }) {
   const columns = [
-    { name: "id", title: "Worker", value: (row) => row.id, show: (row) => html`<span class="mono">${row.id.slice(0, 13)}</span>${row.error && html`<span class="sub">${row.error.slice(-120)}</span>`}` },
+    { name: "id", title: "Worker", value: (row) => row.id, show: (row) => html`<span class="mono" title=${row.id}>${brief(row.id)}</span>${row.error && html`<span class="sub">${row.error.slice(-120)}</span>`}` },
     { name: "function", title: "Function", value: (row) => row.name, show: (row) => html`<${FunctionName} row=${row} />` },
     { name: "state", title: "State", value: (row) => row.state, show: (row) => html`<${Badge} state=${row.state} />` },
     { name: "gpu", title: "GPU", from: "mid", value: (row) => row.gpu, show: (row) => html`${row.gpu}<span class="sub">${row.location || row.instanceType}</span>` },
