@@ -15,9 +15,10 @@ from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.backends.redis import keys
 from broker.backends.redis.connection import Connection
 from broker.backends.redis.store import open_store
+from broker.errors import Unavailable
 from broker.model import Draft, Job, Lease, Outcome, RequestState, Timings
 from broker.ports import LANDMARKS, Results, Upkeep
-from broker.settings import Settings
+from broker.settings import Settings, SidecarSettings
 from infra.local.servers import Redis
 from tests.eventually import eventually
 
@@ -274,3 +275,18 @@ async def test_a_damaged_minute_fails_no_request(redis_url: str, version_id: str
             await connection.run(*(("DEL", key) for key in minutes))
         finally:
             await connection.close()
+
+
+async def test_a_sidecars_user_notes_what_it_settles_and_reads_nothing(redis_server: Redis, version_id: str) -> None:
+    settings = SidecarSettings.model_construct(**SETTINGS.model_dump())
+    async with (
+        open_store(redis_server.url_for("api", DB), SETTINGS) as (front, *_),
+        open_store(redis_server.url_for("sidecar", DB), settings) as (sidecar, *_),
+    ):
+        job = await accept(front, version_id)
+        lease = await granted(sidecar, job)
+        assert await sidecar.settle(lease, job, RequestState.FULFILLED, OUTCOME) is RequestState.FULFILLED
+        assert (await lately(front, version_id)).runs.count == 1
+        with pytest.raises(Unavailable):
+            await sidecar.line(version_id)
+        assert (await lately(sidecar, version_id)).ends == {}
