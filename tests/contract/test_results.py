@@ -26,6 +26,7 @@ from broker.model import (
     Position,
     Progress,
     RequestState,
+    Timings,
     Verdict,
 )
 from broker.ports import FURTHEST, Results
@@ -105,6 +106,29 @@ async def test_a_created_record_reads_queued_with_its_deadline(results: Results,
     assert record.state is RequestState.QUEUED
     assert record.deadline_at - record.created_at == pytest.approx(60, abs=0.01)
     assert (record.account, record.function_id, record.version_id) == ("acme", draft.function_id, version_id)
+
+
+@pytest.mark.parametrize("interest", Interest)
+@pytest.mark.parametrize("end", [*(state for state in RequestState if state.terminal)])
+async def test_who_was_told_of_the_end_reads_what_everybody_reads(
+    results: Results, version_id: str, end: RequestState, interest: Interest
+) -> None:
+    job = await accept(results, version_id)
+    async with results.watch(job.id, interest) as watch:
+        await watch.read()
+        if end in (RequestState.FULFILLED, RequestState.ERRORED):
+            outcome = Outcome(status=200, headers=(("a", "b"),), body=b"done")
+            await results.settle(await granted(results, job), job, end, outcome, Timings(container_s=0.5))
+        elif end is RequestState.CANCELLED:
+            await results.cancel(job.id, reason="of no use any more")
+        elif end is RequestState.ABANDONED:
+            await results.abandon(job.id, version_id, reason="not published")
+        else:
+            await results.end(job, end, reason="over", cause="rejected" if end is RequestState.DEAD else "")
+        await watch.changed(30)
+        told = await watch.read()
+        assert told is not None
+        assert (told.state, told) == (end, await results.read(job.id))
 
 
 async def test_an_unknown_id_has_no_record(results: Results) -> None:

@@ -145,7 +145,7 @@ class Container:
     def keeps(self, _: int) -> bool:
         return False
 
-    async def infer(self, job: Job, headers: object, *, spill: Path, budget_s: float, **_: object) -> Answer:
+    async def infer(self, job: Job, headers: object, *, spill: Path | str, budget_s: float, **_: object) -> Answer:
         await self._process.there()
         order = json.loads(job.body)
         self._starts[order["name"]] += 1
@@ -160,7 +160,7 @@ class Container:
         if self._starts[order["name"]] <= order.get("busy", 0):
             raise ContainerBusy(Outcome(status=503), order["busy_s"])
         if order.get("large"):
-            return Answer(status=200, spilled=_written(spill))
+            return Answer(status=200, spilled=_written(Path(spill)))
         return Answer(status=200, body=uuid.uuid4().hex.encode())
 
 

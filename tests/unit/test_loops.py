@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 
 import pytest
 
@@ -195,6 +196,18 @@ async def test_a_cancelled_wait_for_a_clerk_ends_after_the_work() -> None:
         assert task.cancelled()
         assert finished.is_set()
         assert await clerk.run(int, "1") == 1
+
+
+async def test_what_was_slow_on_the_loop_is_the_clerks_from_then_on() -> None:
+    here = threading.get_ident()
+
+    def slow() -> int:
+        time.sleep(2 * loops.QUICK_S)  # a disk that is being flushed
+        return threading.get_ident()
+
+    with loops.Clerk() as clerk:
+        assert await clerk.soon(slow) == here
+        assert await clerk.soon(threading.get_ident) != here
 
 
 async def raising(error: BaseException, cause: Exception | None = None) -> None:
