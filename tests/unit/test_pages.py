@@ -13,9 +13,11 @@ from tests.pages import DOCS, REPOSITORY, RUN, assert_shows, blocks, pages, scri
 # Pages that have a test of their own, which runs all that is not marked.
 OWN = {
     REPOSITORY / "README.md": ("tests/e2e/test_client_page.py", "tests/e2e/test_pages.py"),
+    DOCS / "cli.md": ("tests/e2e/test_management_commands.py",),
     DOCS / "client.md": ("tests/e2e/test_client_page.py",),
     DOCS / "function-authors.md": ("tests/e2e/test_function_authors.py",),
     DOCS / "quickstart.md": ("tests/e2e/test_quickstart.py",),
+    DOCS / "webhooks.md": ("tests/unit/test_webhooks.py",),
 }
 PAGES = pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 _LANGUAGES = {*RUN, "", "toml", "json", "yaml", "text"}

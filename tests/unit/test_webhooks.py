@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from broker.model import (
 from broker.ports import Broker
 from broker.settings import SecretSettings
 from broker.webhooks import Answer, judge
+from tests.pages import DOCS, blocks
 from tests.receiver import verify
 
 ME = Principal(account="acme", subject="me", scopes=frozenset())
@@ -99,6 +101,20 @@ def test_the_signature_is_that_of_the_specification() -> None:
     assert verify("whsec_MfySTOb+T5s=", told, content, now=1_614_265_330) == {"test": 2432232314}
     with pytest.raises(ValueError, match="no signature"):
         verify("whsec_MfySTOb+T5s=", told, content + b" ", now=1_614_265_330)
+
+
+def test_what_the_page_shows_tells_genuine_messages_from_others() -> None:
+    (code,) = (block.code for block in blocks(DOCS / "webhooks.md") if block.language == "python")
+    shown: dict[str, Callable[[str, Mapping[str, str], bytes], bool]] = {}
+    exec(code, shown)  # noqa: S102  it is ours
+    is_genuine, content = shown["is_genuine"], webhooks.body(DELIVERY)
+    keys = [b"another key", b"\x31\xfc\x92\x4c\xe6\xfe\x4f\x9b"]
+    told = webhooks.headers(DELIVERY, content, keys, now=time.time())
+    assert is_genuine("whsec_MfySTOb+T5s=", told, content)
+    assert not is_genuine("whsec_MfySTOb+T5s=", told, content + b" ")
+    assert not is_genuine("whsec_AAAA", told, content)
+    old = webhooks.headers(DELIVERY, content, keys, now=time.time() - 3600)
+    assert not is_genuine("whsec_MfySTOb+T5s=", old, content)
 
 
 async def test_every_secret_that_is_good_signs(broker: Broker) -> None:
