@@ -454,7 +454,7 @@ def test_a_data_folder_in_use_is_one_line(dev: Dev, tmp_path_factory: pytest.Tem
         (["api"], {"FNQUEUE_QUEUE_URL": "carrier-pigeon://x", "FNQUEUE_STORE_URL": "redis://x"}, "SECRET_KEY"),
         (["keys", "list"], {}, "FNQUEUE_STORE_URL"),
         (["keys", "create", "--scope", "rule_the_world"], {}, "rule_the_world"),
-        (["nonsense"], {}, "known are api, assets, cancel, controller, dead-letters, dev, doctor, invoke, keys"),
+        (["nonsense"], {}, "known are api, assets, cancel, completion, controller, dead-letters, deploy, dev"),
         (["welcome"], {}, "--key"),
     ],
 )

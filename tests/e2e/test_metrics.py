@@ -22,7 +22,7 @@ from tests.house import RECORDER, Function, House, running, users
 from tests.prometheus import Prometheus
 from tests.unit.scrapes import Scrape
 
-DB = 5
+DB = 2
 API, CONTROLLER = "127.0.0.1:8090", "127.0.0.1:8091"
 
 

@@ -157,6 +157,7 @@ async def test_off_nothing_is_between_a_job_and_its_queue(monkeypatch: pytest.Mo
 async def test_what_cannot_be_had_is_logged_and_leaves_it_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, value: str, cause: str
 ) -> None:
+    caplog.set_level(logging.WARNING)
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
     monkeypatch.setenv(name, value)
     async with tracing.opened("fnqueue-api", system="memory") as found:
@@ -168,6 +169,7 @@ async def test_what_cannot_be_had_is_logged_and_leaves_it_off(
 async def test_a_missing_package_is_named_and_leaves_it_off(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:9")
     monkeypatch.delitem(sys.modules, "broker.telemetry.spans")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
@@ -372,6 +374,7 @@ class Hanging(SpanExporter):
 async def test_an_exporter_that_hangs_costs_spans_and_no_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "10")
     exporter = Hanging()
     settings = TracingSettings(bsp_max_queue_size="20")

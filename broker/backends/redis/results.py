@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import re
 import secrets
 import uuid
@@ -836,7 +837,8 @@ def _attempt(number: int, worker: str, started: int, ended: int, end: str) -> At
 
 def _numbers(outcome: Outcome, timings: Timings) -> str:
     parts = (timings.cold_start_s, timings.inputs_s, timings.container_s, timings.upload_s)
-    return " ".join(str(number) for number in (outcome.status, *(int(part * 1000) for part in parts)))
+    # Rounded up: 0 is what did not happen.
+    return " ".join(str(number) for number in (outcome.status, *(math.ceil(part * 1000) for part in parts)))
 
 
 def parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
