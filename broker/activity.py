@@ -46,7 +46,9 @@ class Minute:
     `ends` counts requests by terminal state, each once. `attempts` are those that these requests took together. Of
     requests that a worker settled, `waits` are from acceptance to the claim of the last attempt, `runs` from there to
     the settling, and `cold_starts` the parts of waits in which no instance was ready, told by the first request of
-    each instance that became so.
+    each instance that became so. Of instances, told with the first request that each settled: `starts` are from the
+    beginning of its worker until it was ready, and `leads`, of one that none was ready before, from the acceptance of
+    that request to the beginning of its worker.
     """
 
     at: float
@@ -55,6 +57,8 @@ class Minute:
     waits: Histogram = NO_TIMES
     runs: Histogram = NO_TIMES
     cold_starts: Histogram = NO_TIMES
+    starts: Histogram = NO_TIMES
+    leads: Histogram = NO_TIMES
 
 
 def step_of(seconds: float) -> int:

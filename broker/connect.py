@@ -13,6 +13,7 @@ from broker.backends import files, s3
 from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.dead_letters import MemoryDeadLetters
+from broker.backends.memory.instance_logs import MemoryInstanceLogs
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
@@ -63,6 +64,7 @@ async def open_broker(settings: Settings) -> AsyncIterator[Broker]:
             upkeep=store.upkeep,
             dead_letters=store.dead_letters,
             webhooks=store.webhooks,
+            instance_logs=store.instance_logs,
             blobs=blobs,
             settings=settings,
             keyring=keyring,
@@ -92,7 +94,16 @@ async def _memory_store(url: str, settings: Settings) -> AsyncIterator[Store]:
     results = MemoryResults(settings)
     streams = MemoryStreams(results, settings)
     letters, webhooks = MemoryDeadLetters(results, settings), MemoryWebhooks(results, settings)
-    yield Store(results, MemoryCatalog(), MemoryCounters(), streams, MemoryUpkeep(results), letters, webhooks)
+    yield Store(
+        results=results,
+        catalog=MemoryCatalog(),
+        counters=MemoryCounters(),
+        streams=streams,
+        upkeep=MemoryUpkeep(results),
+        dead_letters=letters,
+        webhooks=webhooks,
+        instance_logs=MemoryInstanceLogs(),
+    )
 
 
 QUEUES: Mapping[str, QueueOpener] = {

@@ -81,7 +81,7 @@ async def keep(broker: Broker, job: Job) -> None:
         kept = replace(job, body=b"", body_key=input_key(job.account, job.id))
         await broker.blobs.put(kept.body_key, job.body, content_type="application/octet-stream")
     if not await broker.dead_letters.keep(kept, size_bytes=size_bytes) and kept.body_key:
-        await broker.blobs.delete(kept.body_key)
+        await broker.blobs.discard(kept.body_key)
 
 
 async def find(broker: Broker, principal: Principal, request_id: str) -> DeadLetter:
@@ -182,7 +182,7 @@ async def purge(broker: Broker, principal: Principal, request_id: str) -> None:
     """Remove the caller's dead letter and its input; the record stays. Raises as `find`, and Unavailable."""
     letter = await _own(broker, principal, request_id)
     if letter.body_key:  # first, so that whoever is cut off here can ask again
-        await broker.blobs.delete(letter.body_key)
+        await broker.blobs.discard(letter.body_key)
     await broker.dead_letters.drop(letter.account, letter.id)
 
 
@@ -234,7 +234,7 @@ async def _start(broker: Broker, letter: DeadLetter, request_id: str, version: V
     except QueueFull:
         await broker.dead_letters.unbind(letter.id, request_id)
         if body_key:
-            await broker.blobs.delete(body_key)
+            await broker.blobs.discard(body_key)
         raise
     if record.state is RequestState.ABANDONED:
         return False

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from broker.activity import NO_TIMES, Histogram, Minute, bounds_s, merged
 from broker.model import Line
@@ -20,20 +21,24 @@ from broker.model import Line
 # From fewer runs nothing is told, nor of a run that has taken longer than all but so few. Those that go on are the
 # longer ones: where they are as many as those that have ended, they would be missed.
 FEWEST_RUNS = 10
-_RUNS_FOR_EACH_RUNNING = 5
+_RUNS_FOR_EACH_RUNNING = 20
+_MOST_NEEDED_RUNS = 200
 FEWEST_LONGER = 3
 # Of more than these, only the latest count.
-ENOUGH_RUNS = 200
+ENOUGH_RUNS = 1000
 ENOUGH_STARTS = 20
-# Until more instances are asked for, because requests wait (the autoscaler's backlog and its next look).
-ASKED_AFTER_S = 2.5
+# Requests have to wait for so long until the autoscaler asks for more instances than the first (its BACKLOG_S).
+BACKLOG_S = 2.0
+# Until a first instance begins to start, where that was never seen: half the time between two looks of the controller.
+_LEAD_S = 0.5
 # Starts of instances were seen seldom, and places in a line are not exact: no time is told as surer than to this part.
 _SPREAD_OF_START = 0.2
-_SPREAD = 0.03
+_SPREAD = 0.02
 _SHARES = (0.1, 0.5, 0.9)
 # Places so far back are told in steps of a 32nd.
 _EXACT_RANKS = 32
-_HALVINGS = 30
+_HALVINGS = 16
+_GROUPS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,23 +77,27 @@ class Lately:
         self._minutes: dict[float, Minute] = {}
         self.runs = NO_TIMES
         self.starts = NO_TIMES
+        self.leads = NO_TIMES
 
     def add(self, minutes: Iterable[Minute]) -> None:
         """Minutes as they stand now; one that was added before is replaced."""
-        self._minutes.update(
-            {minute.at: minute for minute in minutes if minute.runs.counts or minute.cold_starts.counts}
-        )
+        self._minutes.update({minute.at: minute for minute in minutes if minute.runs.counts or minute.starts.counts})
         kept: list[Minute] = []
+        ran: list[Histogram] = []
         runs = starts = 0
         for at in sorted(self._minutes, reverse=True):
             minute = self._minutes[at]
-            if runs < ENOUGH_RUNS or (starts < ENOUGH_STARTS and minute.cold_starts.counts):
+            if runs < ENOUGH_RUNS or (starts < ENOUGH_STARTS and minute.starts.counts):
                 kept.append(minute)
+                # Of a minute in which instances started, the long runs are in the next ones: no gaps.
+                if runs < ENOUGH_RUNS:
+                    ran.append(minute.runs)
                 runs += minute.runs.count
-                starts += minute.cold_starts.count
+                starts += minute.starts.count
         self._minutes = {minute.at: minute for minute in kept}
-        self.runs = merged(minute.runs for minute in kept)
-        self.starts = merged(minute.cold_starts for minute in kept)
+        self.runs = merged(ran)
+        self.starts = merged(minute.starts for minute in kept)
+        self.leads = merged(minute.leads for minute in kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +126,16 @@ class _Coming:
 class Forecast:
     """What is to be expected of one version's requests, as it stood at `line.at`."""
 
-    def __init__(self, line: Line, capacity: Capacity, runs: Histogram, starts: Histogram) -> None:
+    def __init__(
+        self, line: Line, capacity: Capacity, runs: Histogram, starts: Histogram, leads: Histogram = NO_TIMES
+    ) -> None:
         self.line = line
         self._capacity = capacity
         self._runs = runs
         self._starts = starts
-        needed = max(FEWEST_RUNS, min(ENOUGH_RUNS, _RUNS_FOR_EACH_RUNNING * line.running))
-        self._run = _moments(runs.counts) if runs.count >= needed else None
+        self._lead_s = leads.quantile(0.5) if leads.count else _LEAD_S
+        needed = max(FEWEST_RUNS, min(_MOST_NEEDED_RUNS, _RUNS_FOR_EACH_RUNNING * line.running))
+        self._run = replace(_moments(runs.counts), mean_s=runs.sum_s / runs.count) if runs.count >= needed else None
         self._parts = _parts(runs)
         self._at_once = Estimate(**{name: runs.quantile(share) for name, share in _named()})
         self._queued: dict[int, Estimate | None] = {}
@@ -142,7 +154,16 @@ class Forecast:
 
     def queued(self, rank: int, *, since_s: float = 0.0) -> Estimate | None:
         """Of a request that `rank` - 1 others were ahead of `since_s` ago, and that has not been started since."""
-        found = self._of_rank(rank)
+        return self._sooner(self._of_rank(rank), since_s)
+
+    def placed(self, rank: int, *, since_s: float) -> Estimate | None:
+        """Of a request that `rank` - 1 others are ahead of now, `since_s` after `line.at`: slots that are there have
+        gone on with the line since, but those that are coming have come nearer."""
+        coming = sum(each.slots for each in self._coming(rank))
+        return self._sooner(self._of_rank(rank), since_s * coming / max(1, coming + self._capacity.slots))
+
+    def _sooner(self, found: Estimate | None, since_s: float) -> Estimate | None:
+        """Its own run is always left."""
         if found is None or not since_s:
             return found
         least = self._at_once
@@ -155,7 +176,7 @@ class Forecast:
     def _of_rank(self, rank: int) -> Estimate | None:
         if rank > _EXACT_RANKS:
             step = 2 ** (rank.bit_length() - _EXACT_RANKS.bit_length())
-            rank = rank // step * step
+            rank = rank // step * step + step // 2
         if rank not in self._queued:
             self._queued[rank] = self._of_queued(max(1, rank))
         return self._queued[rank]
@@ -198,6 +219,10 @@ class Forecast:
         variance = (run.mean_s / slots) ** 2 * (run.variation * ended + steady * min(slots, ended))
         variance += (ended * run.mean_s / slots) ** 2 * run.variation / self._runs.count
         variance += sum((each.slots / slots) ** 2 * each.variance / each.instances for each in there)
+        # What is taken for the mean start all of them share.
+        variance += sum(each.slots / slots * math.sqrt(each.variance) for each in there) ** 2 / max(
+            1, self._starts.count
+        )
         return mean_s, variance + (_SPREAD * mean_s) ** 2
 
     def _when(self, ahead: int, run: _Moments, coming: Sequence[_Coming]) -> float:
@@ -226,34 +251,48 @@ class Forecast:
             return []
         capacity, line = self._capacity, self.line
         waited_s = line.at - line.landmarks[0][1] if line.landmarks else 0.0
-        found = [self._after(line.at - each.since, each.slots, 1) for each in capacity.starting]
+        # Those that were asked for together differ by what it takes to launch them.
+        alike = Counter((round(start.since, 1), start.slots) for start in capacity.starting)
+        found = [
+            each
+            for (since, slots), count in alike.items()
+            for each in self._after(max(0.0, line.at - since), count, slots)
+        ]
         starting = sum(each.slots for each in capacity.starting)
-        queued = max(line.queued, rank)
-        wanted = min(capacity.most_slots, queued + line.running) - capacity.slots - starting
-        if not capacity.slots and not starting and capacity.most_slots:
-            first = min(capacity.slots_each, capacity.most_slots)
-            found.append(self._after(waited_s, first, 1))
-            wanted -= first
-        in_vain = waited_s > ASKED_AFTER_S + self._starts.quantile(0.9) and not starting
+        wanted = min(capacity.most_slots, max(line.queued, rank) + line.running) - capacity.slots - starting
+        if wanted > 0 and not capacity.slots and not starting:
+            found += self._after(waited_s - self._lead_s, 1, capacity.slots_each)
+            wanted -= capacity.slots_each
+        asked_after_s = BACKLOG_S + self._lead_s - waited_s
+        in_vain = -asked_after_s > self._starts.quantile(0.9) and not starting
         if wanted > 0 and not in_vain:
-            more = self._after(0.0, wanted, math.ceil(wanted / capacity.slots_each))
-            if more is not None:
-                asked_after_s = max(0.0, ASKED_AFTER_S - waited_s)
-                found.append(_Coming(more.after_s + asked_after_s, more.variance, more.slots, more.instances))
-        return sorted((each for each in found if each), key=lambda each: each.after_s)
+            instances = math.ceil(wanted / capacity.slots_each)
+            found += self._after(min(0.0, -asked_after_s), instances, capacity.slots_each)
+        return sorted(found, key=lambda each: each.after_s)
 
-    def _after(self, elapsed_s: float, slots: int, instances: int) -> _Coming | None:
-        """None of an instance that has been starting for longer than any ever took."""
+    def _after(self, elapsed_s: float, instances: int, slots_each: int) -> list[_Coming]:
+        """None of instances that have been starting for longer than any ever took. Below 0, they are asked for only
+        then. Of several, some are there sooner."""
         left = {
             step: share
             for step, count in self._starts.counts.items()
             if (share := count * _beyond(elapsed_s, *bounds_s(step)))
         }
         if not left:
-            return None
+            return []
         start = _moments(left)
         spread_s = max(math.sqrt(start.variance), _SPREAD_OF_START * start.mean_s)
-        return _Coming(max(0.0, start.mean_s - elapsed_s), spread_s**2, slots, instances)
+        groups = min(instances, _GROUPS)
+        shares = [instances * (group + 1) // groups - instances * group // groups for group in range(groups)]
+        return [
+            _Coming(
+                _left(left, max(0.0, elapsed_s), (group + 0.5) / groups) + max(0.0, -elapsed_s),
+                spread_s**2,
+                slots_each * share,
+                share,
+            )
+            for group, share in enumerate(shares)
+        ]
 
 
 def _named() -> Sequence[tuple[str, float]]:

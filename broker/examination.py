@@ -33,13 +33,13 @@ _PROBE = b"fnqueue doctor"
 
 async def examine(settings: Settings, *, probe: bool) -> Facts:
     """What can be found out now; takes seconds at most, and a server that is away is a fact. `probe` also tries out
-    what leaves a trace for a moment: a message that goes nowhere, and an object by signed URL.
+    what leaves a trace: a message that goes nowhere, an object by signed URL, and a question about Redis' users.
 
     Raises:
         ConfigurationError: a URL cannot be read.
     """
     store, queue, blobs = await asyncio.gather(
-        _store(settings), _queue(settings, probe=probe), _blobs(settings, probe=probe)
+        _store(settings, users=probe), _queue(settings, probe=probe), _blobs(settings, probe=probe)
     )
     return Facts(store=store, queue=queue, blobs=blobs)
 
@@ -105,10 +105,10 @@ async def _verify(settings: Settings) -> bool:
     return not (facts.store.fault or facts.queue.fault or silent)
 
 
-async def _store(settings: Settings) -> StoreFacts:
+async def _store(settings: Settings, *, users: bool = False) -> StoreFacts:
     url = settings.store_url.get_secret_value()
     if url.partition("://")[0] in SCHEMES:
-        return await redis.look(url, settings)
+        return await redis.look(url, settings, users=users)
     return StoreFacts(kind=url.partition(":")[0])
 
 

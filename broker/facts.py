@@ -6,7 +6,7 @@ None stands for what nobody told: a server that is away, or one that keeps it to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -36,7 +36,8 @@ class Finding:
 class StoreFacts:
     """Of Redis. `config` is what CONFIG GET tells, None where that is not permitted; `skew_s` is how far its clock is
     ahead of ours. `address` names it without credentials. `sentinels`: how many of those before it know the primary,
-    and how many there are; None without."""
+    and how many there are; None without. `default_user` are the rights of the user `default` as ACL rules, None where
+    they may not be asked for, and '' where nobody did."""
 
     kind: str
     address: str = ""
@@ -48,6 +49,7 @@ class StoreFacts:
     sentinels: tuple[int, int] | None = None
     used_bytes: int | None = None
     writes_kept: bool | None = None
+    default_user: str | None = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +63,14 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueInfo:
-    """One queue as the management API shows it. `policy` is what all policies together make of it."""
+    """One queue as the management API shows it. `policy` is what all policies together make of it; None of a queue so
+    young that the API does not tell yet."""
 
     name: str
     kind: str
     members: int
     online: int
-    policy: Mapping[str, object] = field(default_factory=dict)
+    policy: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

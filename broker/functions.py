@@ -260,16 +260,13 @@ class CallableVersions:
     def __init__(self, broker: Broker, *, now: Callable[[], float] = time.monotonic) -> None:
         self._broker = broker
         self._now = now
-        self._found: dict[str, tuple[Family, float]] = {}
+        self._found: dict[str, _Found] = {}
         self._looking: dict[str, _Look] = {}
 
     def known(self, principal: Principal, function_id: str, version_id: str = "") -> Version | None:
         """What `pick` returns, where it would ask nobody; None where it is not known without asking."""
-        family, until = self._found.get(function_id, (None, 0.0))
-        if family is None or until <= self._now():
-            return None
-        candidates = [version for version in _candidates(principal, family, version_id) if version.status.invocable]
-        return _pick(family, candidates, version_id) if candidates else None
+        found = self._found.get(function_id)
+        return None if found is None or found.until <= self._now() else found.pick(principal, version_id)
 
     async def pick(self, principal: Principal, function_id: str, version_id: str = "") -> Version:
         """As `pick_callable`."""
@@ -297,9 +294,33 @@ class CallableVersions:
 
     def _remember(self, function_id: str, family: Family, until: float) -> None:
         self._found.pop(function_id, None)
-        self._found[function_id] = (family, until)
+        self._found[function_id] = _Found(family, until)
         if len(self._found) > _CACHE_FUNCTIONS:
             del self._found[next(iter(self._found))]
+
+
+class _Found:
+    """A function's versions, good until then."""
+
+    __slots__ = ("_family", "_only", "until")
+
+    def __init__(self, family: Family, until: float) -> None:
+        self._family = family
+        self.until = until
+        # Where there is nothing to choose. It is dropped with the rest, and so holds the callers of a second.
+        self._only: dict[tuple[Principal, str], Version] = {}
+
+    def pick(self, principal: Principal, version_id: str) -> Version | None:
+        only = self._only.get((principal, version_id))
+        if only is not None:
+            return only
+        candidates = [
+            version for version in _candidates(principal, self._family, version_id) if version.status.invocable
+        ]
+        picked = _pick(self._family, candidates, version_id) if candidates else None
+        if picked is not None and len(candidates) == 1:
+            self._only[principal, version_id] = picked
+        return picked
 
 
 async def _store(

@@ -11,7 +11,7 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,13 @@ from broker.model import (
     RequestState,
     Version,
 )
+from broker.nouns import noun
 from broker.ports import Broker, Sink, Watch
 from broker.visibility import check_request, is_covered
 
 logger = logging.getLogger(__name__)
 
-Spawn = Callable[[Coroutine[Any, Any, Record]], "asyncio.Task[Record]"]
+Spawn = Callable[[Coroutine[Any, Any, Record]], Awaitable[Record]]
 
 UNKNOWN = "no such request"
 NOT_PICKED_UP = "not picked up within the caller's wait"
@@ -70,7 +71,7 @@ class BodyFile:
             shutil.copyfileobj(file, sink, 1024 * 1024)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Submission:
     """What one caller asks to be run. `version_id` is "" for any callable version; `headers` are already
     filtered; `passthrough` asks for the container's answers as they are, `streaming` for them while they come.
@@ -99,9 +100,9 @@ class Submission:
 async def invoke(broker: Broker, submission: Submission, version: Version, *, wait_s: float, spawn: Spawn) -> Record:
     """Accept the submission, then wait up to `wait_s` seconds for its terminal record, or for progress.
 
-    `spawn` makes a task that outlives this call, so that a caller who leaves interrupts the wait and never the
-    steps from create to confirm. The body is let go once the request was submitted, not when the wait ends. An
-    Idempotency-Key that was used before leads to the first request's record.
+    `spawn` runs what outlives this call, and gives its end to whoever waits: a caller who leaves interrupts the wait
+    and never the steps from create to confirm. The body is let go once the request was submitted, not when the wait
+    ends. An Idempotency-Key that was used before leads to the first request's record.
 
     Raises:
         NotFound: an asset is unknown.
@@ -117,7 +118,7 @@ async def invoke(broker: Broker, submission: Submission, version: Version, *, wa
             work = broker.tracing.accept(work, request_id=request_id, version_id=version.id)
         submitting = spawn(work)
         del submission, work
-        record = await asyncio.shield(submitting)
+        record = await submitting
         if record.id == request_id:
             return await _until_news(watch, record, wait_s)
     try:
@@ -134,7 +135,7 @@ async def submit(broker: Broker, submission: Submission, version: Version, reque
     account, key = submission.principal.account, submission.idempotency_key
     if submission.assets:
         await assets.resolve(broker, account, submission.assets)
-    digest = _digest(submission)
+    digest = _digest(submission) if key else ""
     if key:
         bound = await broker.results.remember_key(account, key, request_id=request_id, digest=digest)
     else:
@@ -263,7 +264,7 @@ async def _create(broker: Broker, draft: Draft, submission: Submission, *, watch
         record = await broker.results.create(draft, queue_limit=broker.settings.queue_limit, watch=watch)
     except FnqueueError:
         if body_key:
-            await broker.blobs.delete(body_key)
+            await broker.blobs.discard(body_key)
         raise
     if record.state is not RequestState.QUEUED:
         return record
@@ -309,8 +310,7 @@ async def _park_body(broker: Broker, draft: Draft, body: bytes | BodyFile) -> tu
         return b"", key, body.sha256.hex()
     if len(body) <= broker.settings.inline_body_bytes:
         return body, "", ""
-    await broker.blobs.put(key, body, content_type="application/octet-stream")
-    return b"", key, (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
+    return b"", key, await broker.blobs.put(key, body, content_type="application/octet-stream")
 
 
 def input_key(account: str, request_id: str) -> str:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+from broker.nouns import noun
 
 # -- webhooks, as they are asked for -----------------------------------------------------------
 
@@ -455,7 +458,7 @@ class Channel:
     body_bytes: int = -1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Job:
     """What travels through the queue: enough to run the request and to rebuild its record.
 
@@ -499,7 +502,7 @@ class Job:
         return len(self.body) + self.blob_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What the container answered, or what we answer in its place.
 
@@ -549,37 +552,44 @@ class AttemptEnd(StrEnum):
     DEAD = "dead"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """One worker's turn: LOST when its lease ran out, FAILED when it lost its container, RETURNED when it gave the
-    request back unspent. `ended_at` is 0 while it runs."""
+    request back unspent. `ended_at` is 0 while it runs. `reason` is its worker's word on why it came to nothing, in one
+    sentence; '' where it said none."""
 
     number: int
     worker: str
     started_at: float
     ended_at: float
     end: AttemptEnd
+    reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Timings:
     """How long the parts of the attempt took that ended its request, by its worker's clock.
 
     `cold_start_s` is the part of the wait before it in which no instance of the version was ready, of which only the
     first instance to become so can tell. `inputs_s` is what laying out assets and body took, `container_s` the
     container's own time, `upload_s` that of storing a large answer.
+
+    `start_s` and `lead_s` are of the worker's instance, for the activity of its version, and not kept with the request:
+    how long its start took, and how long the request had waited when it began; 0 where there is nothing to tell.
     """
 
     cold_start_s: float = 0.0
     inputs_s: float = 0.0
     container_s: float = 0.0
     upload_s: float = 0.0
+    start_s: float = 0.0
+    lead_s: float = 0.0
 
 
 NO_TIMINGS = Timings()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Progress:
     """What a container said of its work so far: `percent` 0 to 100, and `partial`, a JSON object or `null`.
     `number` counts the updates of a request from 1, across attempts; the store gives it."""
@@ -589,7 +599,7 @@ class Progress:
     number: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Record:
     """Where one request stands. `outcome` is set when the container or the sidecar produced an answer, and
     `status_code` is its HTTP status; `reason` says in one sentence why a request ended without one; `head` is
@@ -765,7 +775,7 @@ class Interest(IntEnum):
     STEPS = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Draft:
     """A request that is about to be accepted. The limits count from acceptance, by the store's clock; those that are
     0 are none."""
@@ -782,7 +792,7 @@ class Draft:
     callback: Callback | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Epoch:
     """One life of a store's data. `number` (0 to 255) goes into every request ID minted meanwhile, so that an
     ID which the store does not know can be told to be from before it was wiped. `now` is when this was read."""
@@ -792,7 +802,7 @@ class Epoch:
     now: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Lease:
     """The right to run one attempt. `token` is a secret: settling needs it, so a worker that lost its
     lease cannot overwrite its successor's work. `started_at` is when it was granted, 0 when that is not known."""
@@ -812,7 +822,7 @@ class Verdict(StrEnum):
     SETTLED = "settled"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Claim:
     """GRANTED carries `lease`, and what is left until the deadline by the store's clock; HELD carries `wait_s`: when
     the other worker's lease ends unless renewed, or, with the `state` QUEUED, until when the request was postponed;
@@ -986,6 +996,14 @@ class WebhookLoan:
 
     delivery: WebhookDelivery
     lease: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookBacklog:
+    """What is due to be looked at, or sent, and for how long the first of it has been."""
+
+    count: int
+    late_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1189,3 +1207,56 @@ class Taken:
     @property
     def retry_after_s(self) -> float:
         return max((quota.reset_s for quota in self.quotas if not quota.remaining), default=0.0)
+
+
+class Part(StrEnum):
+    """Whose output it is, of the two that an instance consists of."""
+
+    CONTAINER = "container"
+    SIDECAR = "sidecar"
+
+
+class LogLine(NamedTuple):
+    """`at` in unix seconds: when it was written, or at the latest, where only that is known."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogExcerpt:
+    """What was written behind a position, and the one to go on from. Only whoever reads logs can read positions; none
+    is ''."""
+
+    lines: tuple[LogLine, ...]
+    position: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """An instance that is gone, while its last lines can still be read. `at` in unix seconds; `cause` is one line."""
+
+    instance_id: str
+    version_id: str
+    at: float
+    cause: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogBatch:
+    """Lines of one part of an instance, oldest first. `id` orders those of a version; '' before it has one."""
+
+    version_id: str
+    instance_id: str
+    part: Part
+    lines: tuple[LogLine, ...]
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Somebody of `account` reads what the instances of a version write, or only `instance_id`."""
+
+    account: str
+    version_id: str
+    instance_id: str = ""

@@ -72,7 +72,7 @@ class Outlooks:
         version.read_at = asyncio.get_running_loop().time()
         version.lately.add(minutes)
         capacity = _capacity(instances, row.item if row else None)
-        version.forecast = Forecast(line, capacity, version.lately.runs, version.lately.starts)
+        version.forecast = Forecast(line, capacity, version.lately.runs, version.lately.starts, version.lately.leads)
 
 
 class _Version:
@@ -98,7 +98,7 @@ class _Version:
         if record.state is RequestState.RUNNING:
             return self.forecast.running(max(0.0, now - record.started_at))
         if record.rank:
-            return self.forecast.queued(record.rank)
+            return self.forecast.placed(record.rank, since_s=age_s)
         since_s = min(age_s, max(0.0, now - record.created_at))
         return self.forecast.queued(self.forecast.rank(record.created_at), since_s=since_s)
 

@@ -28,6 +28,7 @@ from broker.model import (
     DeliveryState,
     Deployment,
     Draft,
+    Ended,
     Epoch,
     Excerpt,
     Flow,
@@ -40,8 +41,12 @@ from broker.model import (
     Lease,
     Line,
     Load,
+    LogBatch,
+    LogExcerpt,
     Login,
+    Look,
     Outcome,
+    Part,
     Position,
     Progress,
     Record,
@@ -57,6 +62,7 @@ from broker.model import (
     Tally,
     Timings,
     Version,
+    WebhookBacklog,
     WebhookDelivery,
     WebhookFilter,
     WebhookLoan,
@@ -229,11 +235,11 @@ class Results(Protocol):
     async def renew(self, lease: Lease, *, lease_s: float) -> RequestState:
         """Extend the lease. Anything but RUNNING means: stop, the attempt's result will be refused."""
 
-    async def release(self, lease: Lease, *, refund: bool) -> RequestState:
+    async def release(self, lease: Lease, *, refund: bool, reason: str = "") -> RequestState:
         """Give the attempt back: the record is `queued` again at its old place, or `errored` if a part of its answer
         was streamed. `refund` takes the attempt off the count, for work that never started. Of an attempt that was
-        taken for lost meanwhile, it only takes the worker's death off the record: who says so lives. Returns the
-        state left behind."""
+        taken for lost meanwhile, it only takes the worker's death off the record: who says so lives. `reason` is kept
+        with the attempt. Returns the state left behind."""
 
     async def postpone(self, lease: Lease, outcome: Outcome, *, wait_s: float) -> RequestState:
         """As `release` with a refund, and nobody is granted the request for `wait_s`: a claim before that is HELD.
@@ -362,6 +368,9 @@ class Webhooks(Protocol):
 
     async def put_back(self, loan: WebhookLoan, *, wait_s: float) -> None:
         """End the loan without a try. The delivery is due again after `wait_s`."""
+
+    async def backlog(self) -> WebhookBacklog:
+        """What is due and was taken by nobody yet."""
 
     async def read(self, request_id: str) -> WebhookDelivery | None: ...
 
@@ -579,6 +588,48 @@ class Counters(Protocol):
         """
 
 
+# -- Instance logs -----------------------------------------------------------------------------
+
+# Of one part of an instance, what is copied at once.
+LOG_LINES = 1000
+LOG_BYTES = 128 * 1024
+# Of one version, what is kept; and how long once nobody looks.
+LOGS_KEPT_BYTES = 4 * 1024 * 1024
+LOGS_KEPT_S = 60.0
+# Of instances that are gone: how long their last lines are shown, of how many of a version, and how much of each.
+ENDED_KEPT_S = 3600.0
+MOST_ENDED = 5
+ENDED_LINES = 200
+ENDED_BYTES = 64 * 1024
+# So much may be looked at at once, by all accounts and by one.
+MOST_LOOKS = 256
+MOST_ACCOUNT_LOOKS = 32
+
+
+class InstanceLogs(Protocol):
+    """What instances write, by way of those who run them to those who ask: it is copied here only while somebody looks,
+    and the latest LOGS_KEPT_BYTES of a version are kept. All methods raise StoreUnavailable."""
+
+    async def look(self, look: Look, *, ttl_s: float) -> None:
+        """Ask for copies for `ttl_s`, or for that long again. The first look at a version begins anew: nothing is
+        there, and no position.
+
+        Raises Overloaded: MOST_LOOKS or MOST_ACCOUNT_LOOKS others go on."""
+
+    async def looks(self) -> list[Look]:
+        """All that go on."""
+
+    async def positions(self, version_id: str) -> Mapping[tuple[str, Part], str]:
+        """Up to where each part of each instance was copied; none for those of which nothing was yet."""
+
+    async def append(self, batch: LogBatch, *, before: str, after: str) -> bool:
+        """Add the lines and move the part's position from `before` to `after`, or do nothing and return False where it
+        stands elsewhere: somebody else copied them. There may be no lines."""
+
+    async def read(self, version_id: str, *, after: str = "", limit: int) -> list[LogBatch]:
+        """The first `limit` batches behind the one of the ID `after`, in order."""
+
+
 # -- Blobs -------------------------------------------------------------------------------------
 
 
@@ -607,7 +658,8 @@ class Blobs(Protocol):
     async def list(self, prefix: str) -> list[Blob]:
         """Everything under `prefix`, which ends in '/'; content type and description may be empty."""
 
-    async def put(self, key: str, body: bytes, *, content_type: str) -> None: ...
+    async def put(self, key: str, body: bytes, *, content_type: str) -> str:
+        """Returns the body's SHA-256, in hex, which is worked out on the way."""
 
     async def get(self, key: str, *, limit_bytes: int) -> bytes:
         """Raises NotFound, or PayloadTooLarge past the limit."""
@@ -623,7 +675,11 @@ class Blobs(Protocol):
     async def copy(self, source: str, target: str) -> None:
         """Store an object once more under another key, without its description. Raises NotFound."""
 
-    async def delete(self, key: str) -> bool: ...
+    async def delete(self, key: str) -> bool:
+        """Whether it was there."""
+
+    async def discard(self, key: str) -> None:
+        """As `delete`, for who does not ask."""
 
     async def page(self, prefix: str, *, after: str, limit: int) -> tuple[Blob, ...]:
         """As `list`, by key, at most `limit` (up to 1000) of those behind the key `after`, "" for the first ones. None
@@ -695,6 +751,15 @@ class Launcher(Protocol):
     async def launched(self) -> list[Launched]:
         """Every instance started here and not yet stopped, the dead ones included."""
 
+    async def log(self, instance_id: str, part: Part, *, after: str) -> LogExcerpt:
+        """What a part of an instance wrote behind a position, or from the beginning with '': of it the latest
+        LOG_LINES in LOG_BYTES at most. Nothing of an instance that is not there and not one of `ended`. Raises
+        LauncherUnavailable."""
+
+    async def ended(self) -> Sequence[Ended]:
+        """The instances that were stopped here in the last ENDED_KEPT_S and whose logs are still there, newest first.
+        Raises LauncherUnavailable."""
+
 
 # -- Fleet -------------------------------------------------------------------------------------
 
@@ -746,6 +811,9 @@ class Fleet(Protocol):
 
     async def replicas(self) -> Sequence[Replica]:
         """Every instance of the kept specifications."""
+
+    async def log(self, instance_id: str, part: Part, *, after: str) -> LogExcerpt:
+        """As that of a Launcher."""
 
 
 # -- Users -------------------------------------------------------------------------------------
@@ -810,6 +878,7 @@ class Store(NamedTuple):
     upkeep: Upkeep
     dead_letters: DeadLetters
     webhooks: Webhooks
+    instance_logs: InstanceLogs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -825,6 +894,7 @@ class Broker:
     upkeep: Upkeep
     dead_letters: DeadLetters
     webhooks: Webhooks
+    instance_logs: InstanceLogs
     blobs: Blobs
     settings: Settings
     keyring: Keyring

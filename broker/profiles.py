@@ -7,6 +7,7 @@ in: a process that did not start because a replica is away would make an outage 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -29,6 +30,11 @@ FULL = 0.9
 LEAST_SENTINELS = 3
 LOW_DISK_BYTES = 1024 * MIB
 UNKNOWN = "unknown"
+
+# What user `default` of Redis may (docs/decisions/0055); nothing may be taken from it again.
+_WHOLE = "~* &* +@all"
+_WHOLE_RULES = frozenset(_WHOLE.split())
+_TAKEN = re.compile(r"(?:^| )-")
 
 _OK, _WARN, _FAIL = Level.OK, Level.WARN, Level.FAIL
 _ASSERT = "or set FNQUEUE_PROFILE_ASSERTED=true if you know that it is"
@@ -111,6 +117,8 @@ def store(facts: StoreFacts, settings: Settings) -> Iterator[Finding]:
             value=f"{settings.store_replicas}, or {settings.durable_replicas} when one is away for longer than "
             f"{settings.store_failover_s:g} s",
         )
+    if facts.default_user != "":
+        yield _default_user(facts, strict=strict)
     yield from _redis_state(facts)
 
 
@@ -145,6 +153,30 @@ class _Setting:
             mend="" if right else f"{cli} CONFIG SET {name} {wanted} && {cli} CONFIG REWRITE",
             needed=needed,
         )
+
+
+def _default_user(facts: StoreFacts, *, strict: bool) -> Finding:
+    """No profile stands and falls with it: fewer rights may do for what we write, and only some may ask."""
+    advice = f"needs {_WHOLE}, off or on: by its rights the append-only file is read back, and what it may not is lost"
+    cli = f"redis-cli {facts.address} ACL"
+    if facts.default_user is None:
+        return _unknown(
+            "redis",
+            "user default",
+            needed=False,
+            asserted=False,
+            advice=f"{advice}; it may not be asked for here",
+            mend=f"{cli} GETUSER default",
+        )
+    right = set(facts.default_user.split()) >= _WHOLE_RULES and not _TAKEN.search(facts.default_user)
+    return Finding(
+        server="redis",
+        name="user default",
+        level=_OK if right else (_FAIL if strict else _WARN),
+        value=facts.default_user,
+        advice="" if right else advice,
+        mend="" if right else f"{cli} SETUSER default {_WHOLE} && {cli} SAVE  # or its line in the ACL file",
+    )
 
 
 def _replicas(facts: StoreFacts) -> Finding:
@@ -282,7 +314,7 @@ def _partitions(facts: QueueFacts, settings: Settings) -> Finding:
 def _consumer_timeout(facts: QueueFacts, run_timeout_s: float) -> Finding:
     """RabbitMQ's default of 30 minutes closes the channel under a job that runs for longer."""
     least_ms = int((run_timeout_s + LONGER_S) * 1000)
-    told = [each.policy["consumer-timeout"] for each in facts.queues or () if "consumer-timeout" in each.policy]
+    told = [each.policy.get("consumer-timeout") for each in facts.queues or () if each.policy is not None]
     times_ms = [time for time in told if isinstance(time, int)]
     if not times_ms:
         return _unknown(
@@ -311,8 +343,9 @@ def _policy(facts: QueueFacts, settings: Settings) -> Iterator[Finding]:
         yield _unknown("rabbitmq", "queue policy", needed=False, asserted=False, advice="", mend=mend)
         return
     versions = [each.policy for each in facts.queues or () if each.name.startswith("fnq.v.")]
-    # Without queues yet, what the policies together would make of one.
-    effective = versions or [{key: value for policy in facts.policies.values() for key, value in policy.items()}]
+    # Without queues that are known yet, what the policies together would make of one.
+    together = {key: value for policy in facts.policies.values() for key, value in policy.items()}
+    effective = [policy for policy in versions if policy is not None] or [together]
     faults = sorted({fault for policy in effective for fault in _policy_faults(policy, wanted, settings)})
     needed = settings.profile != "A"
     yield Finding(

@@ -18,17 +18,16 @@ _EPOCH_AT = 10
 
 def mint(secret: bytes, account: str, epoch: int) -> str:
     """A new ID. `secret` is at most 64 bytes, `epoch` 0 to 255."""
-    head = bytearray(os.urandom(_EPOCH_AT))
-    head[6] = (head[6] & 0x0F) | 0x40
-    head[8] = (head[8] & 0x3F) | 0x80
-    head.append(epoch)
-    digits = (bytes(head) + _tag(secret, account, bytes(head))).hex()
+    chance = os.urandom(_EPOCH_AT)
+    versioned = (chance[6] & 0x0F | 0x40, chance[7], chance[8] & 0x3F | 0x80, chance[9], epoch)
+    head = chance[:6] + bytes(versioned)
+    digits = (head + _tag(secret, account, head)).hex()
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def belongs(secret: bytes, account: str, request_id: str) -> bool:
     """Whether `mint` made this ID for this account. `request_id` is a canonical UUID."""
-    raw = uuid.UUID(request_id).bytes
+    raw = bytes.fromhex(request_id.replace("-", ""))
     head, tag = raw[:-_TAG_BYTES], raw[-_TAG_BYTES:]
     return hmac.compare_digest(tag, _tag(secret, account, head))
 

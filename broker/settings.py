@@ -847,12 +847,11 @@ class SidecarSettings(Settings):
         description="Largest answer with its files, in bytes.",
     )
     beat_s: float = Field(2, gt=0, le=60, description="Seconds between two reports of this instance.")
-    status_port: int = Field(
+    status_port: Annotated[int, Field(ge=0, le=65_535)] | Literal["any"] = Field(
         0,
-        ge=0,
-        le=65_535,
-        description="Port of `/metrics`, `/v1/health/live` and `/v1/health/ready`; 0 serves none. Upstream uses 8080, "
-        "and 8010 for metrics. Launchers give the sidecars that they start one each.",
+        description="Port of `/metrics`, `/v1/health/live` and `/v1/health/ready`; 0 serves none, and `any` takes a "
+        "free one, which `/v1/targets` of the controllers tells. Upstream uses 8080, and 8010 for metrics. Launchers "
+        "give the sidecars that they start one each.",
     )
 
     @model_validator(mode="after")

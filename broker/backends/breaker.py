@@ -16,15 +16,15 @@ PAUSE_S = (0.2, 2.0)  # first and longest time between two probes
 
 class Breaker:
     """Opens once nothing but failures came for `after_s`. While it is open no call goes through, until the server was
-    `found`; then one does, and closes it if the server answers. A refusal by the server is an answer. `now` is a clock
-    in seconds. `opened` and `connections` count, for those who watch."""
+    `found`; then one does, and closes it if the server answers. A refusal by the server is an answer. `now` is the
+    clock, in seconds. `opened` and `connections` count, for those who watch."""
 
     def __init__(self, server: str, *, after_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self.server = server
         self.opened = 0
         self.connections = 0
+        self.now = now
         self._after_s = after_s
-        self._now = now
         self._failing_since: float | None = None
         self._open = False
         self._found = False
@@ -57,7 +57,7 @@ class Breaker:
     def failed(self, *, began_at: float) -> bool:
         """No answer came to a call that began then, by this breaker's clock. Whether it opens with this one: then
         somebody has to `seek` the server."""
-        now = self._now()
+        now = self.now()
         self._failing_since = began_at if self._failing_since is None else min(self._failing_since, began_at)
         if self._open or now - self._failing_since < self._after_s:
             return False
@@ -69,9 +69,6 @@ class Breaker:
     def connected(self) -> None:
         """A connection was made."""
         self.connections += 1
-
-    def now(self) -> float:
-        return self._now()
 
 
 async def seek(breaker: Breaker, ask: Callable[[], Awaitable[object]], pause_s: tuple[float, float] = PAUSE_S) -> None:

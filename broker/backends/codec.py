@@ -26,7 +26,9 @@ VERSION = 1
 _NEVER = 1e11
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 # What may be a part of a key.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"
+_NAMES = re.compile(f"{_UUID.pattern} {_NAME} {_NAME}")
+_BODY_KEY = re.compile(f"({_NAME}) inputs/\\1/{_NAME}")
 _WORD = re.compile(r"[!-~]{1,4096}")
 
 
@@ -49,8 +51,13 @@ def unpack(kind: type[T], raw: bytes | str) -> T:
 
 
 def pack_job(job: Job) -> tuple[bytes, bytes]:
-    """Envelope and body: the envelope holds everything but the body, which stays as the client sent it."""
-    fields = dict(zip(_JOB_FIELDS, _job_fields(job), strict=True))
+    """Envelope and body: the envelope holds everything but the body, which stays as the client sent it, and what has
+    its default."""
+    fields = {
+        name: value
+        for name, value, usual in zip(_JOB_FIELDS, _job_fields(job), _JOB_DEFAULTS, strict=True)
+        if value != usual
+    }
     fields["v"] = VERSION
     return orjson.dumps(fields), job.body
 
@@ -62,12 +69,14 @@ def unpack_job(envelope: bytes | str, body: bytes) -> Job:
         if fields.pop("v") != VERSION:
             raise Unreadable("written by another release")
         fields["headers"] = tuple([(str(name), str(value)) for name, value in fields["headers"]])
-        fields["assets"] = tuple([str(asset) for asset in fields["assets"]])
+        fields["assets"] = tuple(map(str, fields["assets"]))
         if fields.get("channel") is not None:
             fields["channel"] = _build(Channel, fields["channel"])
         if fields.get("callback") is not None:
             fields["callback"] = _build(Callback, fields["callback"])
-        job = Job(body=body, **{name: fields[name] for name in _JOB_FIELDS if name in fields})
+        if not fields.keys() <= _JOB_NAMES:
+            fields = {name: fields[name] for name in _JOB_FIELDS if name in fields}
+        job = Job(body=body, **fields)
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise Unreadable("not a job") from exc
     if not all(map(isinstance, _typed_fields(job), _JOB_KINDS)) or not _possible(job):
@@ -79,14 +88,13 @@ def _possible(job: Job) -> bool:
     """Whether a front end can have written it. What is not could not be claimed, or not be counted, and its message
     would come again and again."""
     times = (job.created_at, job.deadline_at, job.queue_deadline_at, job.run_timeout_s)
-    ids = (job.id, *job.assets)
-    folder, _, name = job.body_key.rpartition("/")
     return (
-        all(0 <= moment < _NEVER for moment in times)
-        and all(_UUID.fullmatch(each) for each in ids)
-        and bool(_NAME.fullmatch(job.account) and _NAME.fullmatch(job.version_id))
-        and (job.callback is None or all(_WORD.fullmatch(each) for each in (job.callback.url, *job.callback.events)))
-        and (not job.body_key or (folder == f"inputs/{job.account}" and bool(_NAME.fullmatch(name))))
+        min(times) >= 0
+        and max(times) < _NEVER
+        and _NAMES.fullmatch(f"{job.id} {job.account} {job.version_id}") is not None
+        and (not job.assets or all(map(_UUID.fullmatch, job.assets)))
+        and (job.callback is None or all(map(_WORD.fullmatch, (job.callback.url, *job.callback.events))))
+        and (not job.body_key or _BODY_KEY.fullmatch(f"{job.account} {job.body_key}") is not None)
     )
 
 
@@ -115,6 +123,13 @@ def unpack_outcome(raw: bytes) -> Outcome:
 
 
 _JOB_FIELDS = tuple(f.name for f in dataclasses.fields(Job) if f.name != "body")
+_JOB_NAMES = frozenset(_JOB_FIELDS)
+# Of what is left out of an envelope; releases of before read none without its headers and assets.
+_JOB_DEFAULTS = tuple(
+    dataclasses.MISSING if f.name in ("headers", "assets") else f.default
+    for f in dataclasses.fields(Job)
+    if f.name != "body"
+)
 _JOB_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "id": str,
     "account": str,

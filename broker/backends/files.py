@@ -125,8 +125,16 @@ class FileBlobs:
         _checked(prefix.removesuffix("/"))
         return [*await _in_thread(self._found, prefix)]
 
-    async def put(self, key: str, body: bytes, *, content_type: str) -> None:
-        await self._store(key, content_type, lambda draft: draft.write_bytes(body))
+    async def put(self, key: str, body: bytes, *, content_type: str) -> str:
+        sha256 = ""
+
+        def write(draft: Path) -> None:
+            nonlocal sha256
+            draft.write_bytes(body)
+            sha256 = hashlib.sha256(body).hexdigest()
+
+        await self._store(key, content_type, write)
+        return sha256
 
     async def get(self, key: str, *, limit_bytes: int) -> bytes:
         return await _in_thread(self._read, _checked(key), limit_bytes)
@@ -153,6 +161,9 @@ class FileBlobs:
 
     async def delete(self, key: str) -> bool:
         return await _in_thread(self._delete, _checked(key))
+
+    async def discard(self, key: str) -> None:
+        await self.delete(key)
 
     async def ping(self) -> None:
         await _in_thread(self._make_folders)
@@ -394,3 +405,5 @@ async def _ended(running: asyncio.Future[T], stop: Callable[[], None] | None = N
         return running.result()
     except OSError as exc:
         raise BlobsUnavailable(f"the blob folder failed: {exc.strerror}") from exc
+    finally:
+        del running  # it holds the error, which holds this frame and those of its callers

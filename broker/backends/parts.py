@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
+from broker.backends.s3_objects import Objects
 from broker.ports import Sink
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Parts:
     def __init__(
         self,
         client: S3Client,
+        objects: Objects,
         threads: ThreadPoolExecutor,
         folder: Path,
         *,
@@ -46,6 +48,7 @@ class Parts:
         part_bytes: int,
     ) -> None:
         self._client = client
+        self._objects = objects
         self._threads = threads
         self._place = folder / f"part-{secrets.token_hex(4)}"
         self._bucket = bucket
@@ -131,13 +134,15 @@ class Parts:
 
     def _send_part(self, number: int, path: Path) -> CompletedPartTypeDef:
         try:
-            with path.open("rb") as body:
-                answer = self._client.upload_part(
-                    Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, PartNumber=number, Body=body
-                )
+            etag = self._objects.put_part(self._key, path, upload_id=self._upload_id, number=number)
+            if not etag:
+                with path.open("rb") as body:
+                    etag = self._client.upload_part(
+                        Bucket=self._bucket, Key=self._key, UploadId=self._upload_id, PartNumber=number, Body=body
+                    )["ETag"]
         finally:
             path.unlink(missing_ok=True)
-        return {"ETag": answer["ETag"], "PartNumber": number}
+        return {"ETag": etag, "PartNumber": number}
 
     def _complete(self) -> None:
         if self._stopped.is_set():
@@ -155,8 +160,11 @@ class Parts:
     def _put(self) -> None:
         path = self._finish_file()
         try:
-            with path.open("rb") as body:
-                self._client.put_object(Bucket=self._bucket, Key=self._key, Body=body, ContentType=self._content_type)
+            if not self._objects.put_file(self._key, path, content_type=self._content_type):
+                with path.open("rb") as body:
+                    self._client.put_object(
+                        Bucket=self._bucket, Key=self._key, Body=body, ContentType=self._content_type
+                    )
         finally:
             path.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import re
 import threading
 import time
@@ -30,6 +31,7 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from boto3.session import Session
 from botocore.config import Config
+from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError
 from s3transfer.exceptions import RetriesExceededError
 from s3transfer.futures import TransferFuture
@@ -38,6 +40,7 @@ from urllib3.exceptions import HTTPError
 
 from broker.backends.breaker import Breaker, seek
 from broker.backends.parts import Parts, Stopped
+from broker.backends.s3_objects import Objects
 from broker.errors import (
     BadRequest,
     BlobsUnavailable,
@@ -76,9 +79,19 @@ OURS_ALREADY = frozenset({"BucketAlreadyOwnedByYou", "BucketAlreadyExists"})
 class S3Blobs:
     """`Blobs` on one bucket, by boto3 in threads of its own. `open_blobs` opens and closes it."""
 
-    def __init__(self, *, calls: S3Client, signer: S3Client, bucket: str, timeout_s: float, patience_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        calls: S3Client,
+        signer: S3Client,
+        credentials: Credentials | None,
+        bucket: str,
+        timeout_s: float,
+        patience_s: float,
+    ) -> None:
         """`patience_s`: after so long without an answer the server is not asked any more, until it is found again."""
         self._client = calls
+        self._objects = Objects(calls, credentials, bucket)
         self._signer = signer
         self._bucket = bucket
         self._timeout_s = timeout_s
@@ -138,8 +151,8 @@ class S3Blobs:
             blobs += _blobs(page)
         return blobs
 
-    async def put(self, key: str, body: bytes, *, content_type: str) -> None:
-        await self._call(self._client.put_object, size_bytes=len(body), Key=key, Body=body, ContentType=content_type)
+    async def put(self, key: str, body: bytes, *, content_type: str) -> str:
+        return await self._call(self._write, size_bytes=len(body), Key=key, Body=body, ContentType=content_type)
 
     async def get(self, key: str, *, limit_bytes: int) -> bytes:
         return await self._call(self._read, size_bytes=limit_bytes, Key=key, limit_bytes=limit_bytes)
@@ -149,6 +162,7 @@ class S3Blobs:
         await self._await_bucket()
         parts = Parts(
             self._client,
+            self._objects,
             self._part_threads,
             scratch,
             bucket=self._bucket,
@@ -196,8 +210,11 @@ class S3Blobs:
         """Of two that delete one object at the same moment, both may hear True: S3 itself does not say."""
         known = await self.head(key)
         if known is not None:
-            await self._call(self._client.delete_object, Key=key)
+            await self.discard(key)
         return known is not None
+
+    async def discard(self, key: str) -> None:
+        await self._call(self._discard, Key=key)
 
     async def page(self, prefix: str, *, after: str, limit: int) -> tuple[Blob, ...]:
         found = await self._call(self._client.list_objects_v2, Prefix=prefix, StartAfter=after, MaxKeys=limit)
@@ -303,7 +320,20 @@ class S3Blobs:
         with _translated():
             transfer.result()
 
+    def _write(self, *, Bucket: str, Key: str, Body: bytes, ContentType: str) -> str:  # noqa: N803  boto3's names
+        sha256 = hashlib.sha256(Body).hexdigest()
+        if not self._objects.put(Key, Body, content_type=ContentType, sha256=sha256):
+            self._client.put_object(Bucket=Bucket, Key=Key, Body=Body, ContentType=ContentType)
+        return sha256
+
+    def _discard(self, *, Bucket: str, Key: str) -> None:  # noqa: N803  boto3's names
+        if not self._objects.delete(Key):
+            self._client.delete_object(Bucket=Bucket, Key=Key)
+
     def _read(self, *, limit_bytes: int, Bucket: str, Key: str) -> bytes:  # noqa: N803  boto3's names
+        found = self._objects.get(Key, limit_bytes=limit_bytes)
+        if found is not None:
+            return found
         answer = self._client.get_object(Bucket=Bucket, Key=Key)
         with contextlib.closing(answer["Body"]) as body:
             if answer["ContentLength"] > limit_bytes:
@@ -457,13 +487,21 @@ def _open(place: _Place, timeout_s: float, patience_s: float) -> S3Blobs:
     try:
         session = Session(place.access_key, place.secret_key)
         region = place.region or session.region_name or "us-east-1"
+        credentials = session.get_credentials()
         calls, signer = (
             session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
             for endpoint in (place.endpoint, place.public_endpoint or place.endpoint)
         )
     except (ValueError, BotoCoreError) as exc:
         raise ConfigurationError(f"boto3 refuses the S3 settings: {type(exc).__name__}") from exc
-    return S3Blobs(calls=calls, signer=signer, bucket=place.bucket, timeout_s=timeout_s, patience_s=patience_s)
+    return S3Blobs(
+        calls=calls,
+        signer=signer,
+        credentials=credentials,
+        bucket=place.bucket,
+        timeout_s=timeout_s,
+        patience_s=patience_s,
+    )
 
 
 def _transfer_config() -> TransferConfig:

@@ -46,18 +46,27 @@ def configure(level: str, log_format: Literal["json", "text"]) -> None:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
-def note(logger: logging.Logger, event: str, facts: dict[str, object]) -> None:
-    """As `logger.info(event, extra=facts)`, for what is logged once an invocation: where lines go nowhere but to our
-    own handler, nothing else is told of them."""
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    handler = _only_handler(logger)
-    if handler is None:
-        logger.info(event, extra=facts)
-    else:
-        now = time.time()
-        line = {"time": _timestamp(now), "level": "INFO", "logger": logger.name, "event": event, **facts}
-        handler.add(orjson.dumps(line, default=str).decode())
+class Note:
+    """As `logger.info(event, extra={**constant, **facts})`, for what is logged once an invocation: where lines go
+    nowhere but to our own handler, nothing else is told of them, and `constant` is packed once."""
+
+    def __init__(self, logger: logging.Logger, event: str, constant: dict[str, object]) -> None:
+        self._logger = logger
+        self._event = event
+        self._constant = constant
+        head = {"level": "INFO", "logger": logger.name, "event": event, **constant}
+        self._packed = orjson.dumps(head, default=str)[1:-1].decode()
+
+    def add(self, facts: dict[str, object]) -> None:
+        """A line with these too, of which there is at least one."""
+        if not self._logger.isEnabledFor(logging.INFO):
+            return
+        handler = _only_handler(self._logger)
+        if handler is None:
+            self._logger.info(self._event, extra={**self._constant, **facts})
+        else:
+            rest = orjson.dumps(facts, default=str).decode()
+            handler.add(f'{{"time":"{_timestamp(time.time())}",{self._packed},{rest[1:]}')
 
 
 def _only_handler(logger: logging.Logger) -> _Lines | None:
@@ -99,9 +108,12 @@ class _Lines(logging.StreamHandler[TextIO]):
     def flush(self) -> None:
         with self.lock or nullcontext():
             lines, self._lines = self._lines, []
-            if lines:
-                self.stream.write("\n".join(lines) + self.terminator)
-            super().flush()
+            try:
+                if lines:
+                    self.stream.write("\n".join(lines) + self.terminator)
+                super().flush()
+            except (OSError, ValueError):
+                return  # Whoever read is gone, the disk is full, or the stream closed: there is nobody to be told.
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -132,10 +144,15 @@ class _Text(logging.Formatter):
         return _scrubbed(record, f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
 
 
+def scrubbed(text: str) -> str:
+    """Without passwords of URLs, what URLs are signed with, bearer tokens and secrets of webhooks."""
+    return _CREDENTIAL.sub(r"\g<before>***", text)
+
+
 def _scrubbed(record: logging.LogRecord, line: str) -> str:
     """Without the credentials that libraries put into what they raise. No line of ours has any; this is for trouble
     that nobody foresaw."""
-    return _CREDENTIAL.sub(r"\g<before>***", line) if record.levelno >= logging.WARNING else line
+    return scrubbed(line) if record.levelno >= logging.WARNING else line
 
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:

@@ -7,16 +7,20 @@ without bound: there is none for requests, accounts or instances, and functions 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
+from prometheus_client.utils import floatToGoString
 
 
 class Process(StrEnum):
@@ -425,6 +429,37 @@ DEAD_LETTERS = Counter(
     labels=(*OF_VERSION, "cause"),
 )
 
+WEBHOOK_TRIES = Counter(
+    name="fnqueue_webhook_tries_total",
+    help="Webhooks that were sent, by what the receiver said: `2xx` to `5xx`, or `none`: no answer, no connection, no "
+    "address that may be reached or no secret to sign with.",
+    by=(Process.CONTROLLER,),
+    labels=("answer",),
+)
+WEBHOOKS = Counter(
+    name="fnqueue_webhooks_total",
+    help="Webhooks that are done with: `delivered`, or `failed`: given up.",
+    by=(Process.CONTROLLER,),
+    labels=(*OF_VERSION, "state"),
+)
+WEBHOOK_DELIVERY = Histogram(
+    name="fnqueue_webhook_delivery_seconds",
+    help="From the end of a request until its receiver had taken the webhook, retries included; not of one that was "
+    "asked for again.",
+    by=(Process.CONTROLLER,),
+    buckets=_JOB_S,
+)
+WEBHOOKS_DUE = Gauge(
+    name="fnqueue_webhooks_due",
+    help="Webhooks that are due and that no controller has taken yet. All controllers tell the same.",
+    by=(Process.CONTROLLER,),
+)
+WEBHOOKS_LATE = Gauge(
+    name="fnqueue_webhooks_due_age_seconds",
+    help="For how long the oldest of them has been due; 0 where there is none.",
+    by=(Process.CONTROLLER,),
+)
+
 REGISTRY: tuple[AnyMetric, ...] = tuple(
     found for found in list(globals().values()) if isinstance(found, Counter | Total | Gauge | Histogram)
 )
@@ -442,20 +477,18 @@ OF_THE_PROCESS = (
 
 # -- what a process has of them ----------------------------------------------------------------
 
-Key = tuple[Metric, tuple[str, ...]]
+Labels = tuple[str, ...]
 
 
 class Metrics:
-    """Those of one process. `count` and `observe` cost about a microsecond, hold nothing up, and belong to the loop."""
+    """Those of one process. `count` and `observe` take half a microsecond, hold nothing up, and belong to the
+    loop. Values are not kept by prometheus-client, which takes a lock for each and looks through all buckets."""
 
     def __init__(self) -> None:
-        # They would be a second series for each of ours, which nobody asks for.
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._vendor = CollectorRegistry()
         ProcessCollector(registry=self._vendor)
-        self._families: dict[Metric, prometheus_client.Counter | prometheus_client.Histogram] = {}
-        self._counters: dict[Key, prometheus_client.Counter] = {}
-        self._histograms: dict[Key, prometheus_client.Histogram] = {}
+        self._counters: dict[Counter, dict[Labels, float]] = {}
+        self._histograms: dict[Histogram, dict[Labels, _Spread]] = {}
         self._reads: list[Read] = []
 
     def announce(self, process: Process) -> None:
@@ -463,23 +496,27 @@ class Metrics:
         for metric in REGISTRY:
             if process in metric.by:
                 if isinstance(metric, Counter):
-                    self._counter(metric)
+                    counts = self._counters.setdefault(metric, {})
+                    if not metric.labels:
+                        counts.setdefault((), 0.0)
                 elif isinstance(metric, Histogram):
-                    self._histogram(metric)
+                    spreads = self._histograms.setdefault(metric, {})
+                    if not metric.labels:
+                        spreads.setdefault((), _Spread(metric.buckets))
 
     def count(self, metric: Counter, *labels: str, more: float = 1.0) -> None:
-        child = self._counters.get((metric, labels))
-        if child is None:
-            family = self._counter(metric)
-            child = self._counters[metric, labels] = family.labels(*labels) if labels else family
-        child.inc(more)
+        try:
+            self._counters[metric][labels] += more
+        except KeyError:
+            self._counters.setdefault(metric, {})[_named(metric, labels)] = more
 
     def observe(self, metric: Histogram, value: float, *labels: str) -> None:
-        child = self._histograms.get((metric, labels))
-        if child is None:
-            family = self._histogram(metric)
-            child = self._histograms[metric, labels] = family.labels(*labels) if labels else family
-        child.observe(value)
+        try:
+            spread = self._histograms[metric][labels]
+        except KeyError:
+            spread = self._histograms.setdefault(metric, {})[_named(metric, labels)] = _Spread(metric.buckets)
+        spread.counts[bisect_left(metric.buckets, value)] += 1
+        spread.total += value
 
     @contextmanager
     def reading(self, read: Read) -> Iterator[None]:
@@ -492,46 +529,89 @@ class Metrics:
 
     def versions(self) -> set[str]:
         """Those that anything was counted of."""
-        return {
-            labels[metric.labels.index(VERSION)]
-            for metric, labels in (*self._counters, *self._histograms)
-            if VERSION in metric.labels
-        }
+        return {labels[at] for at, children in self._of_versions() for labels in children}
 
     def forget(self, version_id: str) -> None:
         """Drop every series of this version. They begin at zero if anything of it is counted again."""
-        for children in (self._counters, self._histograms):
-            for metric, labels in [key for key in children if VERSION in key[0].labels]:
-                if labels[metric.labels.index(VERSION)] == version_id:
-                    children.pop((metric, labels), None)
-                    self._families[metric].remove(*labels)
+        for at, children in self._of_versions():
+            for labels in [labels for labels in children if labels[at] == version_id]:
+                del children[labels]
 
     def read(self) -> Page:
         """All of it now. To be called in the loop; what it returns may be rendered in a thread."""
-        return Page(self._vendor, [reading for read in self._reads for reading in read()])
+        return Page(
+            self._vendor,
+            {metric: counts.copy() for metric, counts in self._counters.items()},
+            {
+                metric: {labels: spread.copy() for labels, spread in spreads.items()}
+                for metric, spreads in self._histograms.items()
+            },
+            [reading for read in self._reads for reading in read()],
+        )
 
-    def _counter(self, metric: Counter) -> prometheus_client.Counter:
-        family = self._families.get(metric)
-        if not isinstance(family, prometheus_client.Counter):
-            family = prometheus_client.Counter(metric.name, metric.help, metric.labels, registry=self._vendor)
-            self._families[metric] = family
-        return family
+    def _of_versions(self) -> Iterator[tuple[int, dict[Labels, Any]]]:
+        """Where the version is among the labels, and what there is by those labels."""
+        told: list[tuple[Metric, dict[Labels, Any]]] = [*self._counters.items(), *self._histograms.items()]
+        for metric, children in told:
+            if VERSION in metric.labels:
+                yield metric.labels.index(VERSION), children
 
-    def _histogram(self, metric: Histogram) -> prometheus_client.Histogram:
-        family = self._families.get(metric)
-        if not isinstance(family, prometheus_client.Histogram):
-            family = prometheus_client.Histogram(
-                metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self._vendor
-            )
-            self._families[metric] = family
-        return family
+
+class _Spread:
+    """The values that a histogram was told."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def copy(self) -> _Spread:
+        made = _Spread(self._bounds)
+        made.counts, made.total = self.counts.copy(), self.total
+        return made
+
+    def up_to(self, bounds: Iterable[str]) -> list[tuple[str, float]]:
+        """How many values there are up to each of the bounds, as they are spelled."""
+        return list(zip(bounds, accumulate(map(float, self.counts)), strict=True))
+
+
+def _named(metric: Metric, labels: Labels) -> Labels:
+    """Raises ValueError: one is missing, or too many."""
+    if len(labels) != len(metric.labels):
+        raise ValueError(f"{metric.name} has {len(metric.labels)} labels, not {len(labels)}")
+    return labels
+
+
+def _counted(metric: Counter, counts: Mapping[Labels, float]) -> Family:
+    family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, value in counts.items():
+        family.add_metric(labels, value)
+    return family
+
+
+def _spread(metric: Histogram, spreads: Mapping[Labels, _Spread]) -> Family:
+    bounds = [floatToGoString(bound) for bound in (*metric.buckets, math.inf)]  # type: ignore[no-untyped-call]
+    family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+    for labels, spread in spreads.items():
+        family.add_metric(labels, spread.up_to(bounds), spread.total)
+    return family
 
 
 class Page:
     """What one look at a process found."""
 
-    def __init__(self, vendor: CollectorRegistry, readings: Iterable[Reading]) -> None:
+    def __init__(
+        self,
+        vendor: CollectorRegistry,
+        counters: Mapping[Counter, Mapping[Labels, float]],
+        histograms: Mapping[Histogram, Mapping[Labels, _Spread]],
+        readings: Iterable[Reading],
+    ) -> None:
         self._vendor = vendor
+        self._counters = counters
+        self._histograms = histograms
         self._readings = readings
 
     def text(self) -> bytes:
@@ -540,6 +620,8 @@ class Page:
 
     def collect(self) -> Iterator[Family]:
         yield from self._vendor.collect()
+        yield from (_counted(metric, counts) for metric, counts in self._counters.items())
+        yield from (_spread(metric, spreads) for metric, spreads in self._histograms.items())
         sums: dict[Gauge | Total, dict[tuple[str, ...], float]] = {}
         for metric, value, labels in self._readings:
             found = sums.setdefault(metric, {})

@@ -27,7 +27,7 @@ class _Tally:
     ends: dict[RequestState, int] = field(default_factory=dict)
     attempts: int = 0
     times: Mapping[str, _Times] = field(
-        default_factory=lambda: {name: _Times() for name in ("waits", "runs", "cold_starts")}
+        default_factory=lambda: {name: _Times() for name in ("waits", "runs", "cold_starts", "starts", "leads")}
     )
 
 
@@ -37,7 +37,7 @@ class MemoryActivity:
         self._versions: dict[str, dict[int, _Tally]] = {}
 
     def ended(self, version_id: str, state: RequestState, *, attempts: int, **times_s: float) -> None:
-        """`times_s` are the request's `waits`, `runs` and `cold_starts`, where they are known."""
+        """`times_s` are the request's `waits` and `runs`, and what else Minute has, where they are known."""
         minutes, minute = self._versions.setdefault(version_id, {}), int(self._now() // 60)
         if minute not in minutes:
             for old in [each for each in minutes if each <= minute - KEPT_MINUTES]:

@@ -158,12 +158,19 @@ class Entry:
             redriven_as=self.redriven_as,
         )
 
-    def turn(self, end: AttemptEnd, ended_at: float) -> Attempt:
-        return Attempt(number=self.attempt, worker=self.worker, started_at=self.started_at, ended_at=ended_at, end=end)
+    def turn(self, end: AttemptEnd, ended_at: float, reason: str = "") -> Attempt:
+        return Attempt(
+            number=self.attempt,
+            worker=self.worker,
+            started_at=self.started_at,
+            ended_at=ended_at,
+            end=end,
+            reason=reason,
+        )
 
-    def close(self, end: AttemptEnd, ended_at: float) -> None:
+    def close(self, end: AttemptEnd, ended_at: float, reason: str = "") -> None:
         if self.worker:
-            self.past = (*self.past, self.turn(end, ended_at))[-MOST_ATTEMPTS_KEPT:]
+            self.past = (*self.past, self.turn(end, ended_at, reason))[-MOST_ATTEMPTS_KEPT:]
             self.worker = ""
 
 
@@ -352,7 +359,7 @@ class MemoryResults:
         entry.lease_until = self._now() + lease_s
         return RequestState.RUNNING
 
-    async def release(self, lease: Lease, *, refund: bool) -> RequestState:
+    async def release(self, lease: Lease, *, refund: bool, reason: str = "") -> RequestState:
         entry = self._entries.get(lease.request_id)
         if entry is None:
             return RequestState.QUEUED
@@ -362,7 +369,7 @@ class MemoryResults:
             if entry.log.written:
                 self.finish(entry, RequestState.ERRORED, reason=STREAM_CUT)
                 return entry.state
-            entry.close(AttemptEnd.RETURNED if refund else AttemptEnd.FAILED, self._now())
+            entry.close(AttemptEnd.RETURNED if refund else AttemptEnd.FAILED, self._now(), reason)
             entry.attempt -= refund
             entry.token, entry.lease_until = "", 0.0
             self._move(entry, RequestState.QUEUED)
@@ -388,11 +395,11 @@ class MemoryResults:
             entry = self._rebuild(job)
             entry.state, entry.attempt, entry.token = RequestState.RUNNING, lease.attempt, lease.token
         if entry.state is RequestState.RUNNING and entry.token == lease.token:
-            entry.timings = timings
+            entry.timings = replace(timings, start_s=0.0, lead_s=0.0)
             now = self._now()
             times_s = {"waits": entry.started_at - entry.created_at, "runs": now - entry.started_at}
-            if timings.cold_start_s:
-                times_s["cold_starts"] = timings.cold_start_s
+            told = {"cold_starts": timings.cold_start_s, "starts": timings.start_s, "leads": timings.lead_s}
+            times_s |= {name: seconds for name, seconds in told.items() if seconds}
             self.finish(entry, state, outcome=outcome, times_s=times_s if entry.started_at else {})
         return entry.state
 

@@ -18,13 +18,13 @@ class MemoryStreams:
 
     @asynccontextmanager
     async def write(self, lease: Lease) -> AsyncIterator[_Writer]:
-        watch = Watch()
+        watch = Watch(self._results.hints.alarms)
         with self._results.hints.watching(f"{lease.request_id}/w", watch):
             yield _Writer(self._results, self._settings, lease, watch)
 
     @asynccontextmanager
     async def follow(self, request_id: str) -> AsyncIterator[_Reader]:
-        watch = Watch()
+        watch = Watch(self._results.hints.alarms)
         with self._results.hints.watching(f"{request_id}/r", watch):
             yield _Reader(self._results, self._settings, request_id, watch)
 

@@ -9,6 +9,7 @@ from itertools import count
 from broker.backends.memory.results import Entry, MemoryResults
 from broker.model import (
     DeliveryState,
+    WebhookBacklog,
     WebhookDelivery,
     WebhookFilter,
     WebhookLoan,
@@ -82,6 +83,12 @@ class MemoryWebhooks:
         kept = self._find(loan.delivery.request_id)
         if kept is not None and kept.lease == loan.lease:
             kept.lease, kept.look_at = 0, self._results.now() + wait_s
+
+    async def backlog(self) -> WebhookBacklog:
+        self._collect()
+        now = self._results.now()
+        due = [kept.look_at for kept in self._kept.values() if kept.look_at is not None and kept.look_at <= now]
+        return WebhookBacklog(count=len(due), late_s=now - min(due, default=now))
 
     async def read(self, request_id: str) -> WebhookDelivery | None:
         kept = self._find(request_id)

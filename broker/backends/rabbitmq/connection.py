@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 30
 REFUSED_S = 0.2  # a connect that failed speaks for those that follow it this closely
 CLOSE_S = 5.0
+MOST_CHANNELS = 65_535  # AMQP's own limit, where the broker names none
 
 _BAD_URL = "the queue's URL must look like amqp://user:password@host:5672/vhost, with host:5672,host:5672 for a cluster"
 _LOST = (
@@ -66,6 +67,7 @@ class Line:
         self._messages: _Link[Wire] = _Link(self, self._open_wire, lambda wire: wire.is_opened)
         self._topology: _Link[PikaConnection] = _Link(self, self._open_topology, _is_open)
         self._closers: set[asyncio.Task[None]] = set()
+        self._last_number = 0
         self.closed = False
 
     async def channel(self, *, confirms: bool = False) -> Channel:
@@ -85,7 +87,8 @@ class Line:
         channel: TopologyChannel | None = None
         try:
             async with answering(self.answer_s, Unavailable, self.away):
-                channel = (await self._topology.connected()).channel(publisher_confirms=False)
+                connection = await self._topology.connected()
+                channel = connection.channel(self._next_number(connection), publisher_confirms=False)
                 await channel.initialize()
                 yield channel
         except Unavailable as exc:
@@ -97,6 +100,17 @@ class Line:
         finally:
             if channel is not None and not channel.is_closed:
                 self.close_soon(channel)
+
+    def _next_number(self, connection: PikaConnection) -> int | None:
+        """aiormq takes a number for free once the broker has closed its channel, and may open another one of that
+        number before the broker was told that this is known: the broker ends the connection then. Taken in turn, a
+        number comes again late."""
+        assert connection.transport is not None, "it is connected"
+        wire = connection.transport.connection
+        most = wire.connection_tune.channel_max or MOST_CHANNELS
+        numbers = (number % most + 1 for number in range(self._last_number, self._last_number + most))
+        self._last_number = next((number for number in numbers if number not in wire.channels), 0)
+        return self._last_number or None
 
     def forget(self, wire: Wire) -> None:
         """The next channel comes of a new connection; whoever uses this one still closes it."""

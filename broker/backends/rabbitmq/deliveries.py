@@ -158,12 +158,14 @@ class Lane:
                 logger.info("unsubscribe_failed", extra={"queue": self._queue, "cause": repr(exc.__cause__)})
 
     async def hears_within(self, silence_s: float) -> bool:
-        """Wait for an arrival or the subscription's end; false once the silence is `silence_s` old."""
+        """Wait for an arrival or the subscription's end; false once the silence is `silence_s` old, and again when it
+        has lasted as long once more."""
         self._changed.clear()
         try:
             async with asyncio.timeout_at(self._heard_at + silence_s):
                 await self._changed.wait()
         except TimeoutError:
+            self._heard_at = asyncio.get_running_loop().time()
             return False
         return True
 
@@ -180,14 +182,15 @@ class Lane:
         self._ended = True
         self._close_if_idle()
 
-    def settle(self, send: Callable[[], None]) -> None:
+    def settle(self, send: Callable[[int], None], tag: int) -> None:
         """End one loan. On a lost channel there is nothing to end: the broker delivers the message again."""
         try:
-            send()
+            send(tag)
         except ChannelInvalidStateError as exc:
             logger.info("loan_lost", extra={"queue": self._queue, "cause": repr(exc.__cause__)})
         self.loans -= 1
-        self._close_if_idle()
+        if self._ended:
+            self._close_if_idle()
 
     def _on_message(self, message: Message) -> None:
         loan = self._lend(message)
@@ -201,17 +204,18 @@ class Lane:
         tag = message.delivery_tag
         self.loans += 1
         try:
-            return Loan(self, tag, read(message, self._version_id, self._signatures), death(message))
+            job = read(message, self._version_id, self._signatures)
+            return Loan(self, tag, job, death(message))
         except (Unreadable, NotOurs) as exc:
             fault = str(exc)
             facts = {"queue": self._queue, "message_id": message.message_id, "cause": fault}
             logger.error("message_unreadable", extra=facts)
         if self._version_id and can_die(message):
-            self.settle(lambda: self.channel.reject(tag))
+            self.settle(self.channel.reject, tag)
         elif not self._version_id and (claimed := claims_to_be(message)) is not None:
             return Loan(self, tag, claimed, death(message), fault=fault)
         else:
-            self.settle(lambda: self.channel.ack(tag))
+            self.settle(self.channel.ack, tag)
         return None
 
     def _hear(self) -> None:
@@ -241,16 +245,15 @@ class Loan:
         self._open = True
 
     async def ack(self) -> None:
-        self._end(lambda: self._lane.channel.ack(self._tag))
+        self._end(self._lane.channel.ack)
 
     async def requeue(self) -> None:
-        # nack, not reject: from RabbitMQ 4.3 on only reject counts towards the delivery limit
-        self._end(lambda: self._lane.channel.nack(self._tag, requeue=True))
+        self._end(self._lane.channel.requeue)
 
     async def reject(self) -> None:
-        self._end(lambda: self._lane.channel.reject(self._tag))
+        self._end(self._lane.channel.reject)
 
-    def _end(self, send: Callable[[], None]) -> None:
+    def _end(self, send: Callable[[int], None]) -> None:
         if self._open:
             self._open = False
-            self._lane.settle(send)
+            self._lane.settle(send, self._tag)

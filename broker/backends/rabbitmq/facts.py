@@ -73,7 +73,8 @@ async def _dead_letters(channel: Channel) -> int | None:
     return declared.message_count if isinstance(declared, commands.Queue.DeclareOk) else None
 
 
-async def _is_blocked(line: Line) -> bool:
+async def _is_blocked(line: Line) -> bool | None:
+    """None: this user may not publish, and so is not told."""
     channel = await line.channel(confirms=True)
     message = properties({}, content_type="", expiration="0", message_id=_NOWHERE, app_id="fnqueue")
     try:
@@ -84,6 +85,8 @@ async def _is_blocked(line: Line) -> bool:
     except Unavailable as exc:
         if isinstance(exc.__cause__, TimeoutError):
             return True
+        if isinstance(exc.__cause__, amqp.ChannelAccessRefused):
+            return None
         raise
     return False
 
@@ -146,10 +149,12 @@ def _node(item: Mapping[str, Any]) -> Node:
 
 
 def _queue(item: Mapping[str, Any]) -> QueueInfo:
+    # Absent for up to 10 s after a declaration: it comes with a queue's statistics.
+    policy = item.get("effective_policy_definition")
     return QueueInfo(
         name=str(item["name"]),
         kind=str(item.get("type", "")),
         members=len(item.get("members", ())),
         online=len(item.get("online", ())),
-        policy=dict(item.get("effective_policy_definition") or {}),
+        policy=None if policy is None else dict(policy),
     )

@@ -131,8 +131,21 @@ class RabbitQueue:
         if not self._breaker.admits():
             raise CircuitOpen(self._publishing.away)
         began_at = self._breaker.now()
+        until = self._loop.time() + timeout_s
         try:
-            await self._publish(job, timeout_s=timeout_s)
+            publisher = self._publisher
+            if publisher is None or not publisher.usable or publisher.blocked:
+                publisher = await self._ready_publisher(timeout_s)
+            envelope, body = pack_job(job)
+            publisher.measure(len(envelope))
+            await publisher.send(
+                queue_name(job.version_id),
+                job.id,
+                properties(job, envelope, self._signatures.sign(job.version_id, envelope, body)),
+                body,
+                until=until,
+                exchange=exchange_name(job.version_id) if self._confined else "",
+            )
         except (PublishRejected, QueueMissing):
             self._breaker.answered()
             raise
@@ -142,25 +155,15 @@ class RabbitQueue:
             raise
         self._breaker.answered()
 
-    async def _publish(self, job: Job, *, timeout_s: float) -> None:
-        until = self._loop.time() + timeout_s
-        envelope, body = pack_job(job)
+    async def _ready_publisher(self, timeout_s: float) -> Publisher:
+        """One that takes messages now. Raises Unavailable."""
         publisher = self._publisher
         if publisher is None or not publisher.usable:
             async with answering(timeout_s, Unavailable, self._publishing.away):
                 publisher = await self._new_publisher()
         if publisher.blocked:
             await publisher.ready(min(UNBLOCK_S, timeout_s))
-        publisher.measure(len(envelope))
-        signed = properties(job, envelope, self._signatures.sign(job.version_id, envelope, body))
-        await publisher.send(
-            queue_name(job.version_id),
-            job.id,
-            signed,
-            body,
-            until=until,
-            exchange=exchange_name(job.version_id) if self._confined else "",
-        )
+        return publisher
 
     @asynccontextmanager
     async def consume(self, version_id: str, *, prefetch: int) -> AsyncIterator[AsyncIterator[Delivery]]:

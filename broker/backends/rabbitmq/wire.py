@@ -25,6 +25,9 @@ from pamqp.header import ProtocolHeader
 
 logger = logging.getLogger(__name__)
 
+# While the broker sends on without them, acknowledgements wait for each other: one that is sent alone is an entry of
+# its own in the log of a quorum queue. What they are about is settled by then, so that to lose one costs a claim.
+GATHER_S = 0.02
 # An open connection that is silent for so many heartbeats is lost.
 _SILENT_BEATS = 2.5
 
@@ -51,6 +54,7 @@ _settling = struct.Struct(">BHIIQBB")
 _content = struct.Struct(">BHIHHQ")
 _PUBLISH = struct.pack(">HHH", 60, 40, 0)
 _MANDATORY = 1
+_REQUEUE = 2
 
 Answer = TypeVar("Answer", bound=Frame)
 Received = Callable[["Message"], None]
@@ -77,9 +81,10 @@ class Message:
 
 
 class Wire(asyncio.Protocol):
-    """One connection; whoever connects it closes it. Its errors are aiormq's."""
+    """One connection; whoever connects it closes it. Its errors are aiormq's. `gather_s` is how long an acknowledgement
+    may wait for others."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, *, gather_s: float = GATHER_S) -> None:
         # It reads the URL, with all that can be asked for there, and is never connected.
         self._wanted = aiormq.Connection(url)
         self._name = name
@@ -88,6 +93,8 @@ class Wire(asyncio.Protocol):
         self._rest = b""
         self._out: list[bytes] = []
         self._flushing = False
+        self._gather_s = gather_s
+        self._settling: asyncio.TimerHandle | None = None
         self._channels: dict[int, Channel] = {}
         self._highest = 0
         self._channel_max = 2047
@@ -96,7 +103,6 @@ class Wire(asyncio.Protocol):
         self._answer: asyncio.Future[Frame] | None = None
         self._unblocked = asyncio.Event()
         self._unblocked.set()
-        self._ended: asyncio.Future[BaseException] = self._loop.create_future()
         self._cause: BaseException | None = None
         self._opened = False
         self._beat: asyncio.TimerHandle | None = None
@@ -104,7 +110,7 @@ class Wire(asyncio.Protocol):
 
     @property
     def is_opened(self) -> bool:
-        return self._opened and self._cause is None and not self._ended.done()
+        return self._opened and self._cause is None
 
     async def connect(self) -> None:
         """To be bounded by its caller. Raises amqp.AMQPError, OSError."""
@@ -148,7 +154,7 @@ class Wire(asyncio.Protocol):
 
     async def close(self, cause: BaseException | None = None) -> None:
         """Say good-bye and wait for the answer; bounded by its caller."""
-        if self._opened and not self._ended.done() and self._cause is None:
+        if self.is_opened:
             self._cause = cause or amqp.ConnectionClosed(200, "closed by us")
             answer = self._answer = self._loop.create_future()
             self.send(frame.marshal(commands.Connection.Close(200, "closed by us", 0, 0), 0))
@@ -175,6 +181,11 @@ class Wire(asyncio.Protocol):
             self._flushing = True
             self._loop.call_soon(self._flush)
 
+    def settle_later(self) -> None:
+        """As `settle_soon`, but that others may come along."""
+        if self._settling is None and not self._flushing:
+            self._settling = self._loop.call_later(self._gather_s, self._flush)
+
     def forget(self, channel: Channel) -> None:
         if self._channels.get(channel.number) is channel:
             del self._channels[channel.number]
@@ -189,9 +200,7 @@ class Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._beat is not None:
             self._beat.cancel()
-        cause = self._cause or exc or amqp.AMQPConnectionError("the broker closed the connection")
-        if not self._ended.done():
-            self._ended.set_result(cause)
+        cause = self._cause = self._cause or exc or amqp.AMQPConnectionError("the broker closed the connection")
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(_as_lost(cause))
         for channel in list(self._channels.values()):
@@ -203,17 +212,24 @@ class Wire(asyncio.Protocol):
         if self._rest:
             data = self._rest + data
         at, end = 0, len(data)
+        channels, unpack, largest = self._channels, _head.unpack_from, self.frame_max
         try:
             while end - at >= 8:
-                kind, number, size = _head.unpack_from(data, at)
-                if size > self.frame_max:
-                    raise amqp.InvalidFrameError(f"{size} bytes")
+                kind, number, size = unpack(data, at)
                 after = at + 8 + size
-                if after > end:
+                if after > end and size <= largest:
                     break
-                if data[after - 1] != _END:
-                    raise amqp.InvalidFrameError("no frame end")
-                self._take(kind, number, data, at + 7, after)
+                if size > largest or data[after - 1] != _END:
+                    raise amqp.InvalidFrameError(f"{size} bytes without an end")
+                channel = channels.get(number)
+                if channel is None:
+                    self._take(kind, number, data[at:after])
+                elif kind == _METHOD:
+                    channel.heard(data, at, after)
+                elif kind == _HEADER:
+                    channel.head(data, at + 7, after - 1)
+                elif kind == _BODY:
+                    channel.part(data[at + 7 : after - 1])
                 at = after
         except Exception as exc:  # noqa: BLE001  whatever it is, it is not AMQP, and nobody else would hear of it
             logger.warning("queue_unreadable", extra={"cause": repr(exc)[:200]})
@@ -223,25 +239,10 @@ class Wire(asyncio.Protocol):
 
     # -- pieces -----------------------------------------------------------------------------------
 
-    def _take(self, kind: int, number: int, data: bytes, at: int, after: int) -> None:
-        channel = self._channels.get(number)
-        if channel is None:
-            if number == 0 and kind == _METHOD:
-                self._control(cast("Frame", frame.unmarshal(data[at - 7 : after])[2]))
-            return
-        if kind == _METHOD:
-            (method,) = _u32.unpack_from(data, at)
-            if method == _DELIVER:
-                tag_at = at + 5 + data[at + 4]
-                channel.begin(data[at + 5 : tag_at], _u64.unpack_from(data, tag_at)[0])
-            elif method == _ACK:
-                channel.confirmed(_u64.unpack_from(data, at + 4)[0], multiple=bool(data[at + 12] & 1))
-            else:
-                channel.take(method, cast("Frame", frame.unmarshal(data[at - 7 : after])[2]))
-        elif kind == _HEADER:
-            channel.head(data, at, after - 1)
-        elif kind == _BODY:
-            channel.part(data[at : after - 1])
+    def _take(self, kind: int, number: int, data: bytes) -> None:
+        """What is for no channel that there is."""
+        if number == 0 and kind == _METHOD:
+            self._control(cast("Frame", frame.unmarshal(data)[2]))
 
     def _control(self, said: Frame) -> None:
         match said:
@@ -290,10 +291,12 @@ class Wire(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flushing = False
-        for channel in self._channels.values():
-            if channel.settled:
-                self._out.append(channel.settlements())
-        out, self._out = self._out, []
+        if self._settling is not None:
+            self._settling.cancel()
+            self._settling = None
+        # First, for a channel that is closed has nothing to say any more.
+        settled = [channel.settlements() for channel in self._channels.values() if channel.settled]
+        out, self._out = settled + self._out, []
         if out and self._transport is not None and not self._transport.is_closing():
             self._said_at = self._loop.time()
             self._transport.write(out[0] if len(out) == 1 else b"".join(out))
@@ -328,6 +331,7 @@ class Channel:
         self._unconfirmed: dict[int, tuple[asyncio.Future[None], str]] = {}
         self._returned: set[str] = set()
         self._lent: dict[int, None] = {}
+        self._prefetch = 0
         self._receiver: Received | None = None
         self._tag = 0
         self._left = 0
@@ -355,6 +359,7 @@ class Channel:
         await self.call(commands.Confirm.Select())
 
     async def prefetch(self, count: int) -> None:
+        self._prefetch = count
         await self.call(commands.Basic.Qos(prefetch_count=count))
 
     async def consume(self, queue: str, received: Received, *, tag: str) -> None:
@@ -424,12 +429,16 @@ class Channel:
     def ack(self, delivery_tag: int) -> None:
         self._check()
         self.settled[delivery_tag] = None
-        self.wire.settle_soon()
+        if len(self._lent) < self._prefetch:
+            self.wire.settle_later()
+        else:  # the broker sends no more, or may be told now as well as later
+            self.wire.settle_soon()
 
-    def nack(self, delivery_tag: int, *, requeue: bool) -> None:
+    def requeue(self, delivery_tag: int) -> None:
+        # nack, not reject: from RabbitMQ 4.3 on only reject counts towards the delivery limit
         self._check()
         self._lent.pop(delivery_tag, None)
-        self.wire.send(_settling.pack(_METHOD, self.number, 13, _NACK, delivery_tag, 2 if requeue else 0, _END))
+        self.wire.send(_settling.pack(_METHOD, self.number, 13, _NACK, delivery_tag, _REQUEUE, _END))
 
     def reject(self, delivery_tag: int) -> None:
         """Never to be delivered again, but to the dead letters."""
@@ -438,7 +447,7 @@ class Channel:
         self.wire.send(_settling.pack(_METHOD, self.number, 13, _REJECT, delivery_tag, 0, _END))
 
     def settlements(self) -> bytes:
-        """All acknowledgements of this turn: one for everything up to the first that is still on loan, and one for
+        """All acknowledgements since the last: one for everything up to the first that is still on loan, and one for
         each behind it."""
         settled, self.settled = self.settled, {}
         last, count = 0, 0
@@ -457,33 +466,45 @@ class Channel:
 
     # -- what the wire hears ----------------------------------------------------------------------
 
-    def begin(self, consumer: bytes, delivery_tag: int) -> None:
-        """A delivery; its header and body follow."""
-        self._receiver = self._consumers.get(consumer, _ignore)
-        self._tag = delivery_tag
-        self._lent[delivery_tag] = None
+    def heard(self, data: bytes, at: int, after: int) -> None:
+        """A method's frame is there from `at` to `after`."""
+        (method,) = _u32.unpack_from(data, at + 7)
+        if method == _DELIVER:  # its header and body follow
+            tag_at = at + 12 + data[at + 11]
+            self._receiver = self._consumers.get(data[at + 12 : tag_at], _ignore)
+            (self._tag,) = _u64.unpack_from(data, tag_at)
+            self._lent[self._tag] = None
+            if self.settled and len(self._lent) >= self._prefetch:
+                self.wire.settle_soon()
+        elif method == _ACK:
+            self._confirmed(_u64.unpack_from(data, at + 11)[0], multiple=bool(data[at + 19] & 1))
+        else:
+            self._take(cast("Frame", frame.unmarshal(data[at:after])[2]))
 
     def head(self, data: bytes, at: int, end: int) -> None:
         (self._left,) = _u64.unpack_from(data, at + 4)
         self._headers, self._message_id = _properties(data, at + 12, end)
         self._parts = []
         if not self._left:
-            self._complete()
+            self._complete(b"")
 
     def part(self, data: bytes) -> None:
-        self._parts.append(data)
         self._left -= len(data)
-        if self._left <= 0:
-            self._complete()
+        if self._left > 0:
+            self._parts.append(data)
+        elif self._parts:
+            self._complete(b"".join((*self._parts, data)))
+        else:
+            self._complete(data)
 
-    def confirmed(self, tag: int, *, multiple: bool) -> None:
+    def _confirmed(self, tag: int, *, multiple: bool) -> None:
         if not multiple:
             self._conclude(tag)
             return
         while self._unconfirmed and (first := next(iter(self._unconfirmed))) <= tag:
             self._conclude(first)
 
-    def take(self, method: int, said: Frame) -> None:
+    def _take(self, said: Frame) -> None:
         match said:
             case commands.Basic.Nack():
                 error = Refused("the queue took no message")
@@ -530,7 +551,7 @@ class Channel:
     # -- pieces -----------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        if self.is_closed:
+        if self._ended is not None or not self.wire.is_opened:
             raise amqp.ChannelInvalidStateError("the channel is closed") from self._ended
 
     def _reply(self, said: Frame) -> None:
@@ -539,10 +560,8 @@ class Channel:
             if not answer.done():
                 answer.set_result(said)
 
-    def _complete(self) -> None:
-        receiver, self._receiver = self._receiver, None
-        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts = []
+    def _complete(self, body: bytes) -> None:
+        receiver, self._receiver, self._parts = self._receiver, None, []
         if receiver is not None:
             receiver(Message(self._tag, self._headers, self._message_id, body))
 
@@ -598,6 +617,15 @@ _FLAGS = struct.pack(">H", 1 << 15 | 1 << 13 | 1 << 12 | 1 << 8 | 1 << 7 | 1 << 
 
 def _properties(data: bytes, at: int, end: int) -> tuple[Mapping[str, object], str]:
     """Headers and message ID of a content header. Raises ValueError, struct.error, IndexError."""
+    if data[at : at + 2] == _FLAGS:  # as we send them
+        table_at = at + 7 + data[at + 2]
+        (size,) = _u32.unpack_from(data, table_at - 4)
+        expiration_at = table_at + size + 1
+        id_at = expiration_at + 1 + data[expiration_at]
+        after_id = id_at + 1 + data[id_at]
+        if after_id + 1 + data[after_id] > end:
+            raise ValueError("properties that are longer than their frame")
+        return _table(data, table_at, table_at + size), data[id_at + 1 : after_id].decode()
     flags = data[at] << 8 | data[at + 1]
     at += 2
     headers: Mapping[str, object] = {}

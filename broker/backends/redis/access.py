@@ -11,7 +11,7 @@ from collections.abc import Mapping
 _CONNECTION = "+ping +select +time +wait"
 _SCRIPTS = "+evalsha +script|load"
 _DATA = (
-    "+del +exists +get +set +pexpire +pttl"
+    "+append +del +exists +get +getdel +set +pexpire +pttl"
     " +hdel +hexists +hget +hgetall +hincrby +hlen +hmget +hset +hsetnx"
     " +lindex +llen +lpop +lrange +rpush +sadd +smembers +type"
     " +xadd +xrange +xtrim"
@@ -38,9 +38,10 @@ SIDECAR = " ".join(
         " +xadd +xtrim ~fnq:{*}:[rbpsh])",
         "(+del +zadd +zrem +zscore ~fnq:{*}:[qxd])",
         "(+del +hincrby +pexpire ~fnq:{*}:m:*)",
-        "(+del +hdel +hexists +hget +hincrby +hlen +hset +pexpire +pttl ~fnq:{*}:n)",
+        "(+append +del +getdel +pexpire ~fnq:{*}:e:*)",
+        "(+del +hdel +hexists +hget +hincrby +hlen +hmget +hset +pexpire +pttl ~fnq:{*}:n ~fnq:{*}:n:*)",
         "(+del +zadd +zcount +pexpire +zremrangebyrank +zremrangebyscore ~fnq:{*}:a)",
-        "(+zadd ~fnq:{webhooks}:w)",
+        "(+evalsha +zadd ~fnq:{webhooks}:w)",
         "(+hset +hdel +hgetall +pexpire ~fnq:i:{*})",
         "(+del +sadd +smembers +pexpire ~fnq:i:{*}:*)",
         "(+get %R~fnq:epoch)",

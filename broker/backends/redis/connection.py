@@ -18,9 +18,10 @@ from redis.exceptions import TimeoutError as RedisTimeout
 
 from broker.backends.breaker import Breaker, seek
 from broker.backends.redis import keys
+from broker.backends.redis.forms import parts_of
 from broker.backends.redis.pools import SentinelPool, open_pool
 from broker.backends.redis.replication import Replication
-from broker.backends.redis.scripts import MEND, SOURCES
+from broker.backends.redis.scripts import MEND, MEND_LEDGER, SOURCES
 from broker.backends.redis.wire import Command, Question, Wire
 from broker.errors import RecordDamaged, StoreUnavailable
 from broker.settings import Settings
@@ -99,19 +100,22 @@ class Connection:
         kinds = {key: kind for command in commands for key in _keys_of(command) if (kind := keys.rebuildable(key))}
         if not kinds:
             return False
-        mended = await self._ask([MEND.call((key,), kind) for key, kind in kinds.items()], durable=False)
+        mended = await self._ask(
+            [MEND_LEDGER.call((key,)) if kind == "ledger" else MEND.call((key,), kind) for key, kind in kinds.items()],
+            durable=False,
+        )
         for key, was in zip(kinds, mended, strict=True):
             if was:
                 logger.error("key_mended", extra={"key": key})
         return any(mended)
 
-    async def _ask(self, commands: Sequence[Command], *, durable: bool) -> list[Any]:
+    def _ask(self, commands: Sequence[Command], *, durable: bool) -> asyncio.Future[list[Any]]:
         if not self.breaker.admits():
             raise StoreUnavailable(_AWAY)
         lane = self._durable if durable and self.replication.needed else self._plain
         asked = _Asked(lane, commands)
         lane.ask(asked)
-        return await asked.reply
+        return asked.reply
 
     async def look_for_replicas(self) -> None:
         """See whether all of them are there, apart from what is asked: those who ask do not wait for one that is known
@@ -166,7 +170,7 @@ class Connection:
 
     async def _ping(self) -> None:
         """Over no connection that is waiting for an answer: to make one takes answers. Raises StoreUnavailable."""
-        wire = Wire(heard=_unheard, lost=_unused)
+        wire = Wire(heard=_unheard, lost=_unused, idle=_nothing)
         try:
             await self.connect(wire)
         except _SILENCE as exc:
@@ -179,14 +183,15 @@ class Connection:
 class _Asked:
     """What one caller asks, and gets."""
 
-    __slots__ = ("answer_by", "asked_at", "commands", "lane", "replies", "reply", "twice")
+    __slots__ = ("_breaker", "answer_by", "asked_at", "commands", "lane", "replies", "reply", "twice")
 
     def __init__(self, lane: _Lane, commands: Sequence[Command]) -> None:
+        self._breaker = breaker = lane.connection.breaker
         self.lane = lane
         self.commands = commands
         self.replies: list[Any] = []
         self.reply: asyncio.Future[list[Any]] = lane.loop.create_future()
-        self.asked_at = lane.connection.breaker.now()
+        self.asked_at = breaker.now()
         self.answer_by = 0.0
         self.twice = False
 
@@ -195,7 +200,7 @@ class _Asked:
             self.conclude()
 
     def conclude(self) -> None:
-        self.lane.connection.breaker.answered()
+        self._breaker.answered()
         for reply in self.replies:
             if isinstance(reply, BaseException):
                 self.refused(reply)
@@ -236,7 +241,7 @@ class _Taught(_Asked):
 
     def __init__(self, first: _Asked, places: Sequence[int]) -> None:
         commands = [first.commands[at] for at in places]
-        scripts = dict.fromkeys(str(command[1]) for command in commands)
+        scripts = dict.fromkeys(_text(_parts(command)[1]) for command in commands)
         super().__init__(first.lane, [*(("SCRIPT", "LOAD", SOURCES[sha]) for sha in scripts), *commands])
         self._first = first
         self._places = places
@@ -321,9 +326,15 @@ class _Lane:
         self._asked.append(asked)
         if self._wire is None:
             self._connect()
-        elif not self._flushing:
+        else:
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """What the rest of this loop turn asks comes along, and so does all that is asked while something is under way:
+        the server would take it behind that anyway, and of many that come together each costs both sides less."""
+        if self._asked and not self._flushing and self._wire is not None and not self._wire.busy:
             self._flushing = True
-            self.loop.call_soon(self._flush)  # what the rest of this loop turn asks comes along
+            self.loop.call_soon(self._flush)
 
     async def listen(self, channel: str, heard: Heard, gap: Callable[[], None]) -> None:
         self._channel, self._heard, self._gap = channel, heard, gap
@@ -372,7 +383,7 @@ class _Lane:
         return self._connecting
 
     async def _open(self) -> None:
-        wire = Wire(heard=self._told, lost=self._lost)
+        wire = Wire(heard=self._told, lost=self._lost, idle=self._flush_soon)
         try:
             if self._closed:
                 raise LostConnection("closed")
@@ -465,6 +476,15 @@ def _is_lonely(fault: BaseException) -> bool:
 
 
 def _keys_of(command: Command) -> Sequence[str]:
-    if command[0] == "EVALSHA":
-        return [key for key in command[3 : 3 + command[2]] if isinstance(key, str)]
-    return [key for key in command[1:2] if isinstance(key, str)]
+    parts = _parts(command)
+    if _text(parts[0]) == "EVALSHA":
+        return [_text(key) for key in parts[3 : 3 + int(parts[2])]]
+    return [_text(key) for key in parts[1:2] if isinstance(key, str | bytes)]
+
+
+def _parts(command: Command) -> Sequence[Any]:
+    return parts_of(command) if isinstance(command, bytes) else command
+
+
+def _text(part: str | bytes) -> str:
+    return part.decode(errors="replace") if isinstance(part, bytes) else part

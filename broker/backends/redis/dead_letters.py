@@ -155,16 +155,16 @@ def _read(request_id: str, reply: Sequence[Any] | RecordDamaged) -> DeadLetter |
 
 
 def _parse(request_id: str, reply: Sequence[Any]) -> DeadLetter | None:
-    account, function_id, version_id, cause, reason, attempts, accepted, died, until, size, key, redrive, redriven = (
-        _text(part or b"") for part in reply[: len(_FIELDS)]
+    account, cause, reason, attempts, accepted, died, until, size, key, redrive, redriven = (
+        _text(part or b"") for part in (reply[0], *reply[3 : len(_FIELDS)])
     )
     if not died:
         return None
     return DeadLetter(
         id=request_id,
         account=account,
-        function_id=function_id,
-        version_id=version_id,
+        function_id=keys.unpacked(reply[1] or b""),
+        version_id=keys.unpacked(reply[2] or b""),
         cause=cause,
         reason=reason,
         attempts=int(attempts),

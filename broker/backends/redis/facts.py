@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,11 +17,14 @@ from broker.backends.redis.pools import SentinelPool, open_pool
 from broker.facts import StoreFacts
 from broker.settings import Settings
 
+# What patterns of an ACL user's rules begin with.
+_SIGNS = {"keys": "~", "channels": "&"}
 _PATTERNS = ("append*", "maxmemory*", "min-replicas-*")
 
 
-async def look(url: str, settings: Settings) -> StoreFacts:
-    """Bounded by the store's time-out for each question. A server that is away is a fault, and no error.
+async def look(url: str, settings: Settings, *, users: bool = False) -> StoreFacts:
+    """Bounded by the store's time-out for each question. A server that is away is a fault, and no error. Only with
+    `users` it is asked for those: a refusal stands in its log.
 
     Raises ConfigurationError for a URL that cannot be read.
     """
@@ -31,7 +34,8 @@ async def look(url: str, settings: Settings) -> StoreFacts:
     try:
         if isinstance(pool, SentinelPool):
             facts = replace(facts, sentinels=await _sentinels(pool))
-        return await _ask(client, facts, pool)
+        facts = await _ask(client, facts, pool)
+        return replace(facts, default_user=await _default_user(client)) if users else facts
     except AuthenticationError as exc:
         return replace(facts, address=_address(pool), fault=f"it refuses the URL's user or password: {exc}")
     except (RedisError, OSError, TimeoutError) as exc:
@@ -83,6 +87,18 @@ async def _info(client: Redis) -> Mapping[str, Any]:
         return dict(await client.info())
     except ResponseError:  # not permitted
         return {}
+
+
+async def _default_user(client: Redis) -> str | None:
+    try:
+        found = await cast("Awaitable[Mapping[str, Sequence[str]] | None]", client.acl_getuser("default"))
+    except ResponseError:  # not permitted, or not there
+        return None
+    if found is None:
+        return None
+    # Redis 6 leaves out the signs.
+    patterns = [f"{sign}{each.removeprefix(sign)}" for name, sign in _SIGNS.items() for each in found.get(name, ())]
+    return " ".join([*patterns, *found["categories"], *found["commands"]])
 
 
 async def _config(client: Redis) -> Mapping[str, str] | None:

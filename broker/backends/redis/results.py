@@ -6,11 +6,13 @@ import asyncio
 import hashlib
 import logging
 import math
+import random
 import re
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import orjson
@@ -22,11 +24,13 @@ from broker.backends.codec import Unreadable, pack_outcome, unpack_outcome
 from broker.backends.hints import Hints, RecordWatch
 from broker.backends.redis import activity, scripts
 from broker.backends.redis.connection import Connection, TooFewReplicas
-from broker.backends.redis.keys import WEBHOOKS
+from broker.backends.redis.forms import OPEN, filled, form
+from broker.backends.redis.keys import WEBHOOKS, packed, unpacked
 from broker.backends.redis.keys import account as _account
 from broker.backends.redis.keys import body as _body
 from broker.backends.redis.keys import due as _due
 from broker.backends.redis.keys import ledger as _ledger
+from broker.backends.redis.keys import ledger_page as _ledger_page
 from broker.backends.redis.keys import record as _record
 from broker.backends.redis.keys import running as _running
 from broker.backends.redis.keys import stream as _stream
@@ -64,7 +68,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # The further arguments of LEAVE.
-End = tuple[str | int, ...]
+End = tuple[str | int | bytes, ...]
+_NO_TIMES = b"0 0 0 0 0"
 
 _EPOCH_REFRESH_S = 2.0
 _EPOCH = re.compile(rb"(\d{1,3}):(\d{1,15})")
@@ -79,12 +84,20 @@ _FINISHED_LIVES_MS = 180_000
 # What is behind the id in a hint; of what a newer process may say, everybody is told.
 _HINTS = {"1": Interest.PROGRESS, "2": Interest.STEPS}
 _MEMBER_BYTES = 16
+# Of a ledger.
+_SUMS = (b"*", b"#")
+_PAGES_LOOKED_AT = 256
 _QUEUED = RequestState.QUEUED.encode()
 # One of the dead has a cause, and may have been started again.
 _OVER = frozenset(state.value.encode() for state in RequestState if state.terminal and state is not RequestState.DEAD)
 # What of another is of use to who waited for its end.
-_ENDED = ("s", "a", "f", "v", "c", "d", "n", "b", "e", "Q", "U", "w", "m", "G", "I", "x")
+_END_OF = form(("HMGET", OPEN, *"safvcdnbewmQUGIx"))
+_BODY_OF = form(("GET", OPEN))
+_ENDS = {end.value: end for end in AttemptEnd}
 _STATES = {state.value.encode(): state for state in RequestState}
+_VERDICTS = {verdict.value.encode(): verdict for verdict in Verdict}
+# A kilobyte each, by what callers, functions and versions differ in.
+_MOST_FORMS = 2048
 # From here on, one answer with the whole front of the queue costs less than a command each.
 _MANY = 32
 
@@ -105,6 +118,9 @@ class RedisResults:
         self._epoch: Epoch | None = None
         self.subscribed = asyncio.Event()
         self._cursors: dict[str, int] = {}
+        self._create_form = lru_cache(_MOST_FORMS)(self._make_create_form)
+        self._claim_form = lru_cache(_MOST_FORMS)(self._make_claim_form)
+        self._settle_form = lru_cache(_MOST_FORMS)(self._make_settle_form)
 
     @property
     def circuit(self) -> Breaker:
@@ -126,65 +142,92 @@ class RedisResults:
         await self._connection.run(scripts.FORGET_KEY.call((_idempotency(account, key),), request_id))
 
     async def create(self, draft: Draft, *, queue_limit: int, watch: bool) -> Record:
-        nonce = secrets.token_hex(4)
+        nonce = f"{random.getrandbits(32):08x}"  # tells two calls for one request apart, guards nothing
         command = self._creating(draft, nonce, queue_limit, self.channel if watch else "")
-        # First, so that there is no record with a callback that nobody looks at.
-        expected = (_expecting(draft.id),) if draft.callback else ()
         try:
-            *_, made = await self._connection.run(*expected, command, durable=True)
+            if draft.callback is None:
+                [made] = await self._connection.run(command, durable=True)
+            else:  # first what looks at it, so that there is no record with a callback that nobody looks at
+                _, made = await self._connection.run(_expecting(draft.id), command, durable=True)
         except TooFewReplicas:
             with suppress(StoreUnavailable):
                 await self._discard(draft, nonce)
             raise
-        with reading(draft.id):
+        try:
             if int(made[0]) < 0:
                 raise limit_met(_text(made[2]), _text(made[1]), self._settings, queue_limit)
             _, state, created, deadline, function_id, version_id, queue_deadline, run_ms, rank = made
             return Record(
                 id=draft.id,
                 account=draft.account,
-                function_id=_text(function_id),
-                version_id=_text(version_id),
-                state=RequestState(_text(state)),
+                function_id=unpacked(function_id),
+                version_id=unpacked(version_id),
+                state=_STATES[state],
                 created_at=int(created) / 1000,
                 deadline_at=int(deadline) / 1000,
                 queue_deadline_at=int(queue_deadline) / 1000,
                 run_timeout_s=int(run_ms) / 1000,
                 rank=int(rank),
             )
+        except _UNREADABLE as exc:
+            raise _damaged(draft.id) from exc
 
     def _creating(self, draft: Draft, nonce: str, queue_limit: int, channel: str) -> Command:
-        settings, version, member = self._settings, draft.version_id, _member(draft.id)
-        deadline_ms = int(draft.deadline_s * 1000)
-        keys = (
-            _record(draft.id),
-            _waiting(version),
-            _due(version),
-            _ledger(version),
-            _account(draft.account),
-            _ledger(draft.account),
-        )
-        return scripts.CREATE.call(
-            keys,
-            draft.id,
-            member,
-            nonce,
-            channel,
+        shape = self._create_form(
             draft.account,
             draft.function_id,
-            version,
-            deadline_ms,
-            self._retention_ms,
-            int(draft.queue_timeout_s * 1000),
-            int(draft.run_timeout_s * 1000),
-            draft.size_bytes,
+            draft.version_id,
+            draft.deadline_s,
             queue_limit,
-            settings.listed_requests,
-            deadline_ms + self._retention_ms + _FINISHED_LIVES_MS,
-            settings.version_requests,
-            settings.version_bytes,
-            pack_callback(draft.callback, settings),
-            *self._account_most,
+            channel,
+        )
+        request_id = draft.id.encode()
+        return shape % filled(
+            _record_of(request_id),
+            request_id,
+            _member(draft.id),
+            nonce.encode(),
+            b"%d" % int(draft.queue_timeout_s * 1000),
+            b"%d" % int(draft.run_timeout_s * 1000),
+            b"%d" % draft.size_bytes,
+            pack_callback(draft.callback, self._settings).encode(),
+        )
+
+    def _make_create_form(
+        self,
+        account: str,
+        function_id: str,
+        version: str,
+        deadline_s: float,
+        queue_limit: int,
+        channel: str,
+    ) -> bytes:
+        """Open: record id member nonce queue_ms run_ms bytes callback."""
+        settings, deadline_ms = self._settings, int(deadline_s * 1000)
+        keys = (OPEN, _waiting(version), _due(version), _ledger(version), _account(account), _ledger(account))
+        return form(
+            scripts.CREATE.call(
+                keys,
+                OPEN,
+                OPEN,
+                OPEN,
+                channel,
+                account,
+                packed(function_id),
+                packed(version),
+                deadline_ms,
+                deadline_ms + self._retention_ms,
+                OPEN,
+                OPEN,
+                OPEN,
+                queue_limit,
+                settings.listed_requests,
+                deadline_ms + self._retention_ms + _FINISHED_LIVES_MS,
+                settings.version_requests,
+                settings.version_bytes,
+                OPEN,
+                *self._account_most,
+            )
         )
 
     async def _discard(self, draft: Draft, nonce: str) -> None:
@@ -215,9 +258,9 @@ class RedisResults:
         if before is None:
             return None
         with reading(request_id):
-            stood, version = RequestState(_text(before)), _text(version_id)
+            stood, version = RequestState(_text(before)), unpacked(version_id)
             state, announced = stood if stood.terminal else RequestState.CANCELLED, callback is not None
-            await self._leave(account, version, request_id, state, attempts=int(attempts), announced=announced)
+            await self._leave(account, version, request_id, state, attempts=int(attempts or 0), announced=announced)
             return stood
 
     # -- readers ----------------------------------------------------------------------------------
@@ -367,58 +410,80 @@ class RedisResults:
 
     async def claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int, token: str = "") -> Claim:
         token = token or secrets.token_hex(16)
-        return await self.healing(
-            job.id, lambda: self._claim(job, worker=worker, lease_s=lease_s, max_attempts=max_attempts, token=token)
-        )
+        try:
+            return await self._claim(job, worker, lease_s, max_attempts, token)
+        except RecordDamaged as damaged:
+            return await self._healing(job.id, damaged, lambda: self._claim(job, worker, lease_s, max_attempts, token))
 
-    async def _claim(self, job: Job, *, worker: str, lease_s: float, max_attempts: int, token: str) -> Claim:
-        keys = (_record(job.id), _body(job.id), _waiting(job.version_id), _running(job.version_id))
-        [claimed] = await self._connection.run(
-            scripts.CLAIM.call(
-                keys,
-                worker,
-                token,
-                self.channel,
-                int(lease_s * 1000),
-                max_attempts,
-                self._retention_ms,
-                *job_arguments(job, self._settings),
-                self._settings.max_worker_deaths,
-            ),
-            durable=True,
+    async def _claim(self, job: Job, worker: str, lease_s: float, max_attempts: int, token: str) -> Claim:
+        shape = self._claim_form(job.version_id, worker, lease_s, max_attempts)
+        request_id = job.id.encode()
+        command = shape % filled(
+            _record_of(request_id), _body_of(request_id), token.encode(), told(job, self._settings)
         )
-        with reading(job.id):
-            verdict, state = Verdict(_text(claimed[0])), RequestState(_text(claimed[1]))
+        [claimed] = await self._connection.run(command, durable=True)
+        try:
+            verdict, state = _VERDICTS[claimed[0]], _STATES[claimed[1]]
             attempt, wait_s, lost = int(claimed[2]), int(claimed[3]) / 1000, _lost(claimed)
-            started_at = int(claimed[9]) / 1000 if verdict is Verdict.GRANTED else 0.0
+            granted = verdict is Verdict.GRANTED
+            started_at, remaining_s = (int(claimed[9]) / 1000, int(claimed[4]) / 1000) if granted else (0.0, 0.0)
+            misplaced = granted and int(claimed[5]) > 0  # lost, or set aside
+        except _UNREADABLE as exc:
+            raise _damaged(job.id) from exc
         if verdict is Verdict.SETTLED:
             announced = job.callback is not None
             await self._leave(job.account, job.version_id, job.id, state, attempts=attempt, announced=announced)
         elif state is RequestState.QUEUED:
             await self._back_in_line(job.version_id, job.id)
-        elif verdict is Verdict.GRANTED and int(claimed[5]):  # lost, or set aside
+        elif misplaced:
             with suppress(StoreUnavailable):
                 await self._connection.run(*self.entering(job))
         lease = Lease(request_id=job.id, version_id=job.version_id, attempt=attempt, token=token, started_at=started_at)
         return Claim(
             verdict=verdict,
             state=state,
-            lease=lease if verdict is Verdict.GRANTED else None,
-            remaining_s=int(claimed[4]) / 1000 if verdict is Verdict.GRANTED else 0.0,
+            lease=lease if granted else None,
+            remaining_s=remaining_s,
             wait_s=wait_s,
             lost=lost,
+        )
+
+    def _make_claim_form(self, version: str, worker: str, lease_s: float, max_attempts: int) -> bytes:
+        """Open: record body token told."""
+        return form(
+            scripts.CLAIM.call(
+                (OPEN, OPEN, _waiting(version), _running(version)),
+                worker,
+                OPEN,
+                self.channel,
+                int(lease_s * 1000),
+                max_attempts,
+                self._retention_ms,
+                OPEN,
+                self._settings.max_worker_deaths,
+            )
         )
 
     async def healing(self, request_id: str, verb: Callable[[], Awaitable[T]]) -> T:
         """What `verb` returns, for somebody who has the request's message and so can do without its record. A damaged
         one is put right if it tells how the request ended, and is else, or if that was not enough, as good as lost."""
-        for how_much in ("", "all"):
-            try:
-                return await verb()
-            except RecordDamaged as damaged:
-                logger.error("record_healed", extra={"request_id": request_id, "cause": repr(damaged.__cause__)[:200]})
-                await self._heal(request_id, how_much)
+        try:
+            return await verb()
+        except RecordDamaged as damaged:
+            return await self._healing(request_id, damaged, verb)
+
+    async def _healing(self, request_id: str, damaged: RecordDamaged, verb: Callable[[], Awaitable[T]]) -> T:
+        """As `healing`, of a verb that failed once."""
+        await self._put_right(request_id, "", damaged)
+        try:
+            return await verb()
+        except RecordDamaged as still:
+            await self._put_right(request_id, "all", still)
         return await verb()
+
+    async def _put_right(self, request_id: str, how_much: str, damaged: RecordDamaged) -> None:
+        logger.error("record_healed", extra={"request_id": request_id, "cause": repr(damaged.__cause__)[:200]})
+        await self._heal(request_id, how_much)
 
     async def _heal(self, request_id: str, how_much: str) -> bool:
         family = (_record(request_id), _body(request_id), _updates(request_id), _stream(request_id))
@@ -454,7 +519,7 @@ class RedisResults:
                 return RequestState(_text(state))
         return RequestState.RUNNING
 
-    async def release(self, lease: Lease, *, refund: bool) -> RequestState:
+    async def release(self, lease: Lease, *, refund: bool, reason: str = "") -> RequestState:
         state, account, callback = RequestState.QUEUED, "", None
         with suppress(RecordDamaged):
             reply, [raw, callback] = await self._connection.run(
@@ -464,6 +529,7 @@ class RedisResults:
                     int(refund),
                     self._retention_ms,
                     lease.attempt,
+                    reason,
                 ),
                 ("HMGET", _record(lease.request_id), "a", "C"),
             )
@@ -498,32 +564,51 @@ class RedisResults:
     async def settle(
         self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings = NO_TIMINGS
     ) -> RequestState:
-        return await self.healing(job.id, lambda: self._settle(lease, job, state, outcome, timings))
+        try:
+            return await self._settle(lease, job, state, outcome, timings)
+        except RecordDamaged as damaged:
+            return await self._healing(job.id, damaged, lambda: self._settle(lease, job, state, outcome, timings))
 
     async def _settle(
         self, lease: Lease, job: Job, state: RequestState, outcome: Outcome, timings: Timings
     ) -> RequestState:
-        version = job.version_id
-        orders = (_waiting(version), _running(version), _due(version))
-        reply, *_ = await self._connection.run(
-            scripts.SETTLE.call(
-                (_record(job.id), _body(job.id), _ledger(job.account), _ledger(version), *orders),
-                lease.token,
-                lease.attempt,
-                state,
-                pack_outcome(outcome),
-                _numbers(outcome, timings),
-                self._retention_ms,
-                *job_arguments(job, self._settings),
-                job.id,
-                _member(job.id),
-                *_times_ms(lease, job, timings),
-            ),
-            *([_due_now(job.id)] if job.callback else ()),
-            durable=True,
+        shape = self._settle_form(job.account, job.version_id, lease.attempt, state)
+        request_id = job.id.encode()
+        command = shape % filled(
+            _record_of(request_id),
+            _body_of(request_id),
+            lease.token.encode(),
+            pack_outcome(outcome),
+            _numbers(outcome, timings),
+            told(job, self._settings),
+            request_id,
+            _member(job.id),
+            _times_ms(lease, job, timings),
         )
-        with reading(job.id):
-            return RequestState(_text(reply))
+        if job.callback is None:
+            [reply] = await self._connection.run(command, durable=True)
+        else:
+            reply, _ = await self._connection.run(command, _due_now(job.id), durable=True)
+        try:
+            return _STATES[reply]
+        except _UNREADABLE as exc:
+            raise _damaged(job.id) from exc
+
+    def _make_settle_form(self, account: str, version: str, attempt: int, state: RequestState) -> bytes:
+        """Open: record body token outcome numbers told id member times."""
+        orders = (_waiting(version), _running(version), _due(version))
+        return form(
+            scripts.SETTLE.call(
+                (OPEN, OPEN, _ledger(account), _ledger(version), *orders),
+                OPEN,
+                attempt,
+                state,
+                OPEN,
+                OPEN,
+                self._retention_ms,
+                *(OPEN,) * 4,
+            )
+        )
 
     async def report(self, lease: Lease, progress: Progress, *, sequence: int) -> RequestState:
         with suppress(RecordDamaged):
@@ -548,7 +633,7 @@ class RedisResults:
     async def _end(self, job: Job, state: RequestState, *, reason: str, cause: str) -> Claim:
         keys = (_record(job.id), _body(job.id))
         [ended] = await self._connection.run(
-            scripts.END.call(keys, state, reason, self._retention_ms, *job_arguments(job, self._settings), cause),
+            scripts.END.call(keys, state, reason, self._retention_ms, told(job, self._settings), cause),
             durable=True,
         )
         with reading(job.id):
@@ -570,9 +655,8 @@ class RedisResults:
 
     async def _sweep_ledger(self, version_id: str, limit: int) -> int:
         """What a crash left on the ledgers. It goes on where the last sweep stopped."""
-        cursor, found = await self._scan(version_id, limit)
-        self._cursors[version_id] = int(cursor)
-        strange = [member for member, _ in found if member != b"*" and not _is_member(member)]
+        found = await self._scan(version_id, limit)
+        strange = [member for member, _ in found if member not in _SUMS and not _is_member(member)]
         if strange:
             await self._connection.run(("HDEL", _ledger(version_id), *strange))
         entries = {
@@ -601,11 +685,33 @@ class RedisResults:
             await self._leave(entries[each].partition(" ")[2], version_id, each, state, attempts=attempts)
         return len(gone)
 
-    async def _scan(self, version_id: str, limit: int) -> tuple[int, list[tuple[bytes, bytes]]]:
+    async def _scan(self, version_id: str, limit: int) -> list[tuple[bytes, bytes]]:
+        """The next entries of the ledger itself, or of the next pages that have any. The cursor of HSCAN is never
+        negative: what is stands for a page."""
         cursor = self._cursors.get(version_id, 0)
-        [(after, flat)] = await self._connection.run(("HSCAN", _ledger(version_id), cursor, "COUNT", limit))
-        fields = [part for pair in flat.items() for part in pair] if isinstance(flat, dict) else list(flat)
-        return int(after), list(zip(fields[::2], fields[1::2], strict=True))
+        if cursor < 0:
+            return await self._scan_pages(version_id, -1 - cursor, limit)
+        (after, flat), pages = await self._connection.run(
+            ("HSCAN", _ledger(version_id), cursor, "COUNT", limit), ("HEXISTS", _ledger(version_id), "#")
+        )
+        self._cursors[version_id] = int(after) or (-1 if pages else 0)
+        return _entries(flat)
+
+    async def _scan_pages(self, version_id: str, first: int, limit: int) -> list[tuple[bytes, bytes]]:
+        numbers = range(first, min(first + _PAGES_LOOKED_AT, scripts.LEDGER_PAGES))
+        lengths = await self._connection.run(*(("HLEN", _ledger_page(version_id, number)) for number in numbers))
+        wanted: list[str] = []
+        total, after = 0, first
+        for number, length in zip(numbers, lengths, strict=True):
+            after = number + 1
+            if length:
+                wanted.append(_ledger_page(version_id, number))
+                total += int(length)
+            if total >= limit:
+                break
+        self._cursors[version_id] = -1 - after if after < scripts.LEDGER_PAGES else 0
+        replies = await self._connection.run(*(("HGETALL", page) for page in wanted)) if wanted else []
+        return [entry for reply in replies for entry in _entries(reply)]
 
     async def _sweep_due(self, version_id: str, now: float, limit: int) -> int:
         """Queue timeouts end in another order than that of the queue, and far behind what a sweep looks at there; what
@@ -664,15 +770,23 @@ class RedisResults:
     async def _read_watching(self, request_id: str, interest: Interest) -> Record | None:
         return await self._read(request_id, self.channel, interest)
 
-    async def _read_end(self, request_id: str) -> Record | None:
-        """The record if it is over: what is over has no deadline to see to and takes no listeners, so that two plain
-        commands do for it, at a third of what the script costs. None also for what is damaged."""
+    async def _read_end(self, request_id: str, news: bytes) -> Record | None:
+        """The record if it is over. What is over never changes, and may have come with the hint; not where a replica
+        has to have it, which only an exchange can tell. What is over has no deadline to see to and takes no listeners,
+        either, so that two plain commands do for it, at a third of what the script costs. None also for what is
+        damaged."""
+        if news and not self._connection.replication.needed and (shown := _shown(request_id, news)) is not None:
+            return shown
+        known = request_id.encode()
         fields, packed = await self._connection.each(
-            ("HMGET", _record(request_id), *_ENDED), ("GET", _body(request_id)), durable=True
+            _END_OF % filled(_record_of(known)), _BODY_OF % filled(_body_of(known)), durable=True
         )
         if isinstance(fields, RecordDamaged) or isinstance(packed, RecordDamaged):
             return None
-        state, account, function_id, version_id, *numbers, worker, reason, attempts, result, hidden = fields
+        state, account, function_id, version_id, created, deadline, attempt, started, ended, worker, reason = fields[
+            :11
+        ]
+        queue_deadline, run_ms, past, numbers, hidden = fields[11:]
         if state not in _OVER or hidden is not None:
             return None
         reply = (
@@ -680,23 +794,29 @@ class RedisResults:
             account or b"",
             function_id or b"",
             version_id or b"",
-            *[number or b"0" for number in numbers[:5]],
+            created or 0,
+            deadline or 0,
+            attempt or 0,
+            started or 0,
+            ended or 0,
             worker or b"",
             reason or b"",
             packed or b"",
             0,
-            numbers[5] or b"0",
-            numbers[6] or b"0",
-            attempts or b"",
-            result or b"",
+            queue_deadline or 0,
+            run_ms or 0,
+            past or b"",
+            numbers or b"",
             b"",
             b"",
             0,
             b"",
             b"",
         )
-        record = _parse(request_id, reply)
-        return record if isinstance(record, Record) else None
+        try:
+            return _read_record(request_id, reply)
+        except _UNREADABLE:
+            return None
 
     async def _read(
         self, request_id: str, channel: str, interest: Interest = Interest.END, *, whole: bool = True
@@ -797,54 +917,131 @@ def _parse(request_id: str, reply: Sequence[Any] | RecordDamaged | None) -> Reco
 
 
 def _read_record(request_id: str, reply: Sequence[Any]) -> Record:
-    state, account, function_id, version_id = _STATES[reply[0]], reply[1].decode(), reply[2].decode(), reply[3].decode()
-    created, deadline, attempt, started, ended = map(int, reply[4:9])
-    worker = reply[9].decode()
-    attempts = tuple([_attempt(*each) for each in orjson.loads(reply[15])]) if reply[15] else ()
-    if worker:
-        attempts += (_attempt(attempt, worker, started, ended, state.value),)
-    status_code, timings = parse_numbers(reply[16])
+    """Of what READ returns."""
+    state, account, function_id, version_id, created, deadline, attempt, started, ended, worker, reason = reply[:11]
+    packed_outcome, _, queue_deadline, run_ms, past, numbers, head, progress, unread, cause, redriven_as = reply[11:]
+    stands, number, at, started_s, ended_s = (
+        _STATES[state],
+        int(attempt),
+        worker.decode(),
+        int(started) / 1000,
+        int(ended) / 1000,
+    )
+    attempts = tuple([_attempt(*each) for each in orjson.loads(past)]) if past else ()
+    if at:
+        end = _ENDS[stands.value]
+        attempts += (Attempt(number=number, worker=at, started_at=started_s, ended_at=ended_s, end=end),)
+    status_code, timings = parse_numbers(numbers)
     return Record(
         id=request_id,
-        account=account,
-        function_id=function_id,
-        version_id=version_id,
-        state=state,
-        created_at=created / 1000,
-        deadline_at=deadline / 1000,
-        attempt=attempt,
-        started_at=started / 1000,
-        finished_at=ended / 1000,
-        worker=worker,
-        reason=reply[10].decode(),
-        outcome=_outcome(request_id, reply[11]),
-        head=_outcome(request_id, reply[17]),
+        account=account.decode(),
+        function_id=unpacked(function_id),
+        version_id=unpacked(version_id),
+        state=stands,
+        created_at=int(created) / 1000,
+        deadline_at=int(deadline) / 1000,
+        attempt=number,
+        started_at=started_s,
+        finished_at=ended_s,
+        worker=at,
+        reason=reason.decode(),
+        outcome=_outcome(request_id, packed_outcome) if packed_outcome else None,
+        head=_outcome(request_id, head) if head else None,
         status_code=status_code,
-        queue_deadline_at=int(reply[13]) / 1000,
-        run_timeout_s=int(reply[14]) / 1000,
+        queue_deadline_at=int(queue_deadline) / 1000,
+        run_timeout_s=int(run_ms) / 1000,
         attempts=attempts,
         timings=timings,
-        progress=_progress(reply[18]) if reply[18] else None,
-        unread=bool(reply[19]),
-        cause=_text(reply[20]),
-        redriven_as=_text(reply[21]),
+        progress=_progress(progress) if progress else None,
+        unread=bool(unread),
+        cause=cause.decode(),
+        redriven_as=redriven_as.decode(),
     )
 
 
-def _attempt(number: int, worker: str, started: int, ended: int, end: str) -> Attempt:
-    return Attempt(number=number, worker=worker, started_at=started / 1000, ended_at=ended / 1000, end=AttemptEnd(end))
+def _shown(request_id: str, news: bytes) -> Record | None:
+    """What a hint that a request was settled says of it, as `scripts` has it: no past attempts, so only its last."""
+    try:
+        line, worker, story, packed_outcome = _texts(news, 3)
+        state, attempt, started, ended, numbers = line.split(b" ", 4)
+        if state not in _OVER:
+            return None
+        names_bytes = _length(story, 3)
+        account, function_id, version_id = _names_told(story[:names_bytes])
+        times, _ = _texts(story[names_bytes:], 1)
+        created, deadline, queue_deadline, run_ms = map(int, times.split())
+        stands, last = _STATES[state], _attempt(int(attempt), worker.decode(), int(started), int(ended), state.decode())
+        status_code, timings = parse_numbers(numbers)
+        return Record(
+            id=request_id,
+            account=account,
+            function_id=function_id,
+            version_id=version_id,
+            state=stands,
+            created_at=created / 1000,
+            deadline_at=deadline / 1000,
+            attempt=last.number,
+            started_at=last.started_at,
+            finished_at=last.ended_at,
+            worker=last.worker,
+            outcome=_outcome(request_id, packed_outcome) if packed_outcome else None,
+            status_code=status_code,
+            queue_deadline_at=queue_deadline / 1000,
+            run_timeout_s=run_ms / 1000,
+            attempts=(last,) if last.worker else (),
+            timings=timings,
+        )
+    except _UNREADABLE:
+        return None
 
 
-def _numbers(outcome: Outcome, timings: Timings) -> str:
-    parts = (timings.cold_start_s, timings.inputs_s, timings.container_s, timings.upload_s)
+def _texts(raw: bytes, count: int) -> list[bytes]:
+    """`count` texts, each behind its length, and what follows them. Raises ValueError, IndexError."""
+    found, at = [], 0
+    for _ in range(count):
+        begin = at + 2
+        at = begin + (raw[at] << 8 | raw[at + 1])
+        found.append(raw[begin:at])
+    if at > len(raw):
+        raise ValueError("cut off")
+    found.append(raw[at:])
+    return found
+
+
+def _length(raw: bytes, count: int) -> int:
+    """Of the first `count` texts, each behind its length. Raises IndexError."""
+    at = 0
+    for _ in range(count):
+        at += 2 + (raw[at] << 8 | raw[at + 1])
+    return at
+
+
+def _attempt(number: int, worker: str, started: int, ended: int, end: str, reason: str = "") -> Attempt:
+    return Attempt(
+        number=number,
+        worker=worker,
+        started_at=started / 1000,
+        ended_at=ended / 1000,
+        end=_ENDS[end],
+        reason=reason,
+    )
+
+
+def _numbers(outcome: Outcome, timings: Timings) -> bytes:
     # Rounded up: 0 is what did not happen.
-    return " ".join(str(number) for number in (outcome.status, *(math.ceil(part * 1000) for part in parts)))
+    return b"%d %d %d %d %d" % (
+        outcome.status,
+        math.ceil(timings.cold_start_s * 1000),
+        math.ceil(timings.inputs_s * 1000),
+        math.ceil(timings.container_s * 1000),
+        math.ceil(timings.upload_s * 1000),
+    )
 
 
 def parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
     if not raw:
         return 0, None
-    status, cold_start, inputs, container, upload = (int(part) for part in raw.split())
+    status, cold_start, inputs, container, upload = map(int, raw.split())
     return status, Timings(
         cold_start_s=cold_start / 1000,
         inputs_s=inputs / 1000,
@@ -855,7 +1052,7 @@ def parse_numbers(raw: bytes) -> tuple[int, Timings | None]:
 
 def _outcome(request_id: str, packed: bytes) -> Outcome | None:
     try:
-        return unpack_outcome(packed) if packed else None
+        return unpack_outcome(packed)
     except Unreadable:
         logger.error("outcome_unreadable", extra={"request_id": request_id})
         return None
@@ -866,18 +1063,30 @@ def _progress(packed: bytes) -> Progress:
     return Progress(number=int(number), percent=int(percent), partial=partial)
 
 
-def job_arguments(job: Job, settings: Settings) -> tuple[str | int, ...]:
-    """What scripts rebuild a lost record from."""
-    return (
-        job.account,
-        job.function_id,
-        job.version_id,
+def told(job: Job, settings: Settings) -> bytes:
+    """What scripts rebuild a lost record from, as `scripts` has it."""
+    times = b"%d %d %d %d" % (
         int(job.created_at * 1000),
         int(job.deadline_at * 1000),
         round(job.queue_deadline_at * 1000),
         round(job.run_timeout_s * 1000),
-        pack_callback(job.callback, settings),
     )
+    names = _told_names(job.account, job.function_id, job.version_id)
+    return b"%b%b%b%b" % (names, len(times).to_bytes(2), times, pack_callback(job.callback, settings).encode())
+
+
+@lru_cache(_MOST_FORMS)
+def _told_names(account: str, function_id: str, version_id: str) -> bytes:
+    names = (account, packed(function_id), packed(version_id))
+    raw = [name.encode() if isinstance(name, str) else name for name in names]
+    return b"".join([len(name).to_bytes(2) + name for name in raw])
+
+
+@lru_cache(_MOST_FORMS)
+def _names_told(raw: bytes) -> tuple[str, str, str]:
+    """What `_told_names` made it of. Raises ValueError, IndexError."""
+    account, function_id, version_id, _ = _texts(raw, 3)
+    return account.decode(), unpacked(function_id), unpacked(version_id)
 
 
 def pack_callback(callback: Callback | None, settings: Settings) -> str:
@@ -896,6 +1105,14 @@ def _member(request_id: str) -> bytes:
     return bytes.fromhex(request_id.replace("-", ""))
 
 
+def _record_of(request_id: bytes) -> bytes:
+    return b"fnq:{%b}:r" % request_id
+
+
+def _body_of(request_id: bytes) -> bytes:
+    return b"fnq:{%b}:b" % request_id
+
+
 def _is_member(raw: bytes) -> bool:
     return len(raw) == _MEMBER_BYTES
 
@@ -912,18 +1129,25 @@ def _order(seconds: float) -> int:
 
 def noted(state: RequestState, attempts: int) -> End:
     """What there is to note of an end; nothing of a request that was never accepted."""
-    return (state.value, attempts, 0, 0, 0) if state.terminal and state is not RequestState.ABANDONED else ()
+    return (state.value, attempts, _NO_TIMES) if state.terminal and state is not RequestState.ABANDONED else ()
 
 
-def _times_ms(lease: Lease, job: Job, timings: Timings) -> tuple[int, ...]:
-    """Of an attempt, what LEAVE notes of a request that was settled."""
-    times = (job.created_at, lease.started_at, timings.cold_start_s) if lease.started_at else (0.0, 0.0, 0.0)
-    return tuple(round(time * 1000) for time in times)
+def _times_ms(lease: Lease, job: Job, timings: Timings) -> bytes:
+    """Of an attempt, what there is to note of a request that was settled."""
+    if not lease.started_at:
+        return _NO_TIMES
+    return b"%d %d %d %d %d" % (
+        round(job.created_at * 1000),
+        round(lease.started_at * 1000),
+        round(timings.cold_start_s * 1000),
+        round(timings.start_s * 1000),
+        round(timings.lead_s * 1000),
+    )
 
 
 def _due_now(request_id: str) -> Command:
     """Its delivery."""
-    return ("ZADD", WEBHOOKS, 0, _member(request_id))
+    return scripts.WEBHOOK_DUE.call((WEBHOOKS,), _member(request_id))
 
 
 def leaving(
@@ -945,6 +1169,13 @@ def leaving(
         scripts.LEAVE.call((_ledger(version_id), *orders), member, request_id, *end),
         *([_due_now(request_id)] if announced else ()),
     )
+
+
+def _entries(reply: Any) -> list[tuple[bytes, bytes]]:
+    """Of a hash: RESP3 answers a dict, and HSCAN a flat list."""
+    if isinstance(reply, dict):
+        return list(reply.items())
+    return list(zip(reply[::2], reply[1::2], strict=True))
 
 
 def _idempotency(account: str, key: str) -> str:

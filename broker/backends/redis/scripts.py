@@ -11,8 +11,10 @@ what ends it, changes all three at once: Redis has to be one that holds all keys
 A version's order is rebuildable:
     fnq:{<version>}:q   sorted set of waiting ids by order      fnq:{<version>}:x   the running ones, same score
     fnq:{<version>}:d   sorted set of ids by when they are due, of those with a queue deadline or without a place
-    fnq:{<version>}:n   hash, the ledger (_ADMIT) of those queued, unless set aside, and running, by id as 16 bytes
-     fnq:{<version>}:m:<minute>   hash, what ended in that minute (LEAVE), for a day
+    fnq:{<version>}:n   hash, the ledger (_ADMIT) of those queued, unless set aside, and running, by id as 16 bytes;
+                        those that it has no room for are in the hashes fnq:{<version>}:n:<000 to fff>
+    fnq:{<version>}:m:<minute>  hash, what ended in that minute (_NOTE), for a day
+    fnq:{<version>}:e:<hour>    string, what ended in that hour and is not counted yet
 An account's requests are bounded, and mended by whoever reads them:
     fnq:{<account>}:a   sorted set of ids, as 16 bytes, by acceptance in microseconds, no two alike
     fnq:{<account>}:n   its ledger. A request enters the version's first and leaves it last, so that what a crash left
@@ -22,20 +24,22 @@ An account's requests are bounded, and mended by whoever reads them:
 Those requests that have a callback and are not done with it:
     fnq:{webhooks}:w    sorted set of ids, as 16 bytes, by when to look at them in milliseconds; 0: now
 
-Record fields: s state · a account · f function · v version · c created · d deadline · n attempt · p submitters
-o nonce of the creating call · t lease token · l lease end · w worker · k the worker's channel · b started
+Record fields: s state · a account · f function and v version, UUIDs as 16 bytes (keys.packed) · c created · d deadline
+n attempt, none before the first one · p submitters, none while there is one · o nonce of the creating call
+t lease token · l lease end · w worker · k the worker's channel · b started
 e ended · m reason · h channels to hint, space separated · x hidden · Z not to be claimed before (POSTPONE)
 Q queue deadline · U run timeout · I numbers of the result: "status cold_start inputs container upload"
 D numbers of the attempts whose worker died, space separated: its lease ran out, and it did not come back to say no
 C its callback: "<ms to keep the delivery> <states, separated by commas, or *> <url>"
 K why it is dead · L its dead letter was made · V the request that it was started again as
-G attempts that came to nothing, as JSON: [[number, worker, started, ended, how], …]; w is gone after such a one
+G attempts that came to nothing, as JSON: [[number, worker, started, ended, how, why], …]; w is gone after such a one
 and of a stream: u its head, packed · z bytes written · q offset up to which they were read · g until when a reader
 means to be there · i channels of readers · j channel of a writer that waits, and how many unread bytes it waits for
 and of progress: hs those channels that want every step · pn number of the last update · pi its sequence in the
 attempt · pb bytes kept · pu number last given to a poll · pz nonce of that poll
 A hint is the id, alone for what concerns all who wait, with ` 1` for progress and ` 2` for a step; with `/r` and `/w`
-behind it, it is for readers and the writer of the stream.
+behind it, it is for readers and the writer of the stream. Behind the id of what was settled there may be a new line and
+all of the record (finish): that saves who waits for it an exchange.
 """
 
 from __future__ import annotations
@@ -61,6 +65,10 @@ class Script:
 SOURCES: dict[str, str] = {}
 """Every script by its SHA."""
 
+LEDGER_PAGES = 4096
+_LEDGER_ROOM = 128
+_UNCOUNTED_BYTES = 4096
+
 _NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -74,16 +82,16 @@ local function tell(channels, hint)
 end
 """
 
-# close(): an attempt came to nothing. Of those, the newest 32 are kept.
+# close(): an attempt came to nothing; `why` may be '' or nil. Of those, the newest 32 are kept.
 _CLOSE = (
     _NOW
     + _UPDATES
     + """
-local function close(r, how, at)
+local function close(r, how, at, why)
   local f = redis.call('HMGET', r, 'n', 'w', 'b', 'G')
   if not f[2] then return end
   local past = f[4] and cjson.decode(f[4]) or {}
-  past[#past + 1] = {tonumber(f[1]), f[2], tonumber(f[3]), tonumber(at), how}
+  past[#past + 1] = {tonumber(f[1]), f[2], tonumber(f[3]), tonumber(at), how, why ~= '' and why or nil}
   if #past > 32 then table.remove(past, 1) end
   redis.call('HSET', r, 'G', cjson.encode(past))
   redis.call('HDEL', r, 'w')
@@ -94,6 +102,9 @@ end
 # Leases and deadlines that are further ahead were written by nobody: settings allow 300 s and 30 days. A request would
 # be held by them as good as for ever.
 _BOUNDS = "local longest_lease, longest_life = 3600000, 5184000000\n"
+
+# Of outcomes, what hints carry.
+_SHOWN_BYTES = 8192
 
 # announce(): what is to be told to a callback. Its fields: C a f v s c b e m I as in the record · u its attempts
 # d state of the delivery · x when it is due · k tries · j tries of this series · L the last of them, as JSON: [[number,
@@ -110,11 +121,45 @@ local function announce(r, state, reason)
 end
 """
 
-# finish(): the only place where a record becomes terminal. The record outlives every copy of its message. The key of
-# the stream is made here, because few requests have one; it is in the record's slot.
+# over(): the only place where a record becomes terminal; returns its time to live. The record outlives every copy of
+# its message. `f` is what whoever ends a request looks up of its record first, _FIELDS.
+# Who waits is shown the record with the hint that it is over, where `told` (rebuild) is there, it is not large and
+# there are no past attempts: the texts "<state> <attempt> <started> <ended> <numbers>", worker and `told`, each behind
+# its length in two bytes, and then the outcome. Redis sends it as it answers: once it is on disk, if it has to be.
+_FIELDS = "redis.call('HMGET', r, 's', 't', 'd', 'h', 'n', 'b', 'w', 'z', 'i', 'pn', 'C', 'G')"
+_OVER = (
+    _BOUNDS
+    + f"local shown_bytes = {_SHOWN_BYTES}\n"
+    + """
+local function over(r, b, state, reason, retention, body, f, numbers, told)
+  local life = math.min(longest_life, math.floor(tonumber(f[3]) or now) - now)
+  local ttl, at = string.format('%d', math.max(retention, life + 180000)), string.format('%d', now)
+  if numbers then
+    redis.call('HSET', r, 's', state, 'e', at, 'm', reason, 'I', numbers)
+  else
+    redis.call('HSET', r, 's', state, 'e', at, 'm', reason)
+  end
+  redis.call('HDEL', r, 'h', 'k', 'l', 't')
+  redis.call('PEXPIRE', r, ttl)
+  if body then redis.call('SET', b, body, 'PX', ttl) end
+  if f[4] then
+    local hint = string.match(r, '{(.-)}')
+    if told and not f[12] and f[5] and f[6] and f[7] and #body + #told <= shown_bytes then
+      local line = table.concat({state, f[5], f[6], at, numbers}, ' ')
+      hint = table.concat({hint, '\\n', struct.pack('>Hc0Hc0Hc0', #line, line, #f[7], f[7], #told, told), body})
+    end
+    for channel in string.gmatch(f[4], '%S+') do redis.call('PUBLISH', channel, hint) end
+  end
+  return ttl
+end
+"""
+)
+
+# finish(): ends any request, whatever there is of it. The key of the stream is made here, because few requests have
+# one; it is in the record's slot.
 _FINISH = (
     _CLOSE
-    + _BOUNDS
+    + _OVER
     + _ANNOUNCE
     + """
 local terminal = {fulfilled=1, errored=1, expired=1, ['timed-out']=1, cancelled=1, dead=1, abandoned=1}
@@ -122,28 +167,26 @@ local function held(lease)
   local ends = tonumber(lease or 0)
   return ends and ends > now and ends <= now + longest_lease
 end
-local function open_fields(r) return redis.call('HMGET', r, 'd', 'h', 'k', 's', 'l', 'Z', 'i', 'z', 'pn', 't', 'C') end
-local function finish(r, b, state, reason, retention, body, old, numbers)
-  old = old or open_fields(r)
-  if old[4] == 'running' and not body and not held(old[5]) then close(r, 'lost', tonumber(old[5]) or now) end
-  local id = string.match(r, '{(.-)}')
-  local life = math.min(longest_life, math.floor(tonumber(old[1]) or now) - now)
-  local ttl = math.max(retention, life + 180000)
-  if numbers then
-    redis.call('HSET', r, 's', state, 'e', now, 'm', reason, 'I', numbers)
-  else
-    redis.call('HSET', r, 's', state, 'e', now, 'm', reason)
+local function finish(r, b, state, reason, retention, body, f, numbers, told)
+  f = f or """
+    + _FIELDS
+    + """
+  local id, worker = string.match(r, '{(.-)}'), nil
+  if not body then
+    local k, l, postponed = unpack(redis.call('HMGET', r, 'k', 'l', 'Z'))
+    if f[1] == 'running' then
+      worker = k
+      if not held(l) then close(r, 'lost', tonumber(l) or now) end
+    end
+    if postponed then redis.call('DEL', b) end
   end
-  redis.call('HDEL', r, 'h', 'k', 'l', 't')
-  if old[7] or old[8] or old[9] then redis.call('HDEL', r, 'hs', 'i', 'j') end
-  redis.call('PEXPIRE', r, ttl)
-  if old[8] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
-  if body then redis.call('SET', b, body, 'PX', ttl) elseif old[6] then redis.call('DEL', b) end
-  if old[9] then redis.call('PEXPIRE', updates(r), 300000) end
-  if old[11] and state ~= 'abandoned' then announce(r, state, reason) end
-  tell(old[2], id)
-  tell(old[7], id .. '/r')
-  if old[3] and old[4] == 'running' and not body then redis.call('PUBLISH', old[3], id) end
+  local ttl = over(r, b, state, reason, retention, body, f, numbers, told)
+  if f[8] or f[9] or f[10] then redis.call('HDEL', r, 'hs', 'i', 'j') end
+  if f[8] then redis.call('PEXPIRE', string.sub(r, 1, -2) .. 's', ttl) end
+  if f[10] then redis.call('PEXPIRE', updates(r), 300000) end
+  if f[11] and state ~= 'abandoned' then announce(r, state, reason) end
+  tell(f[9], id .. '/r')
+  if worker then redis.call('PUBLISH', worker, id) end
   return state
 end
 local function overdue(r, b, retention)
@@ -152,7 +195,7 @@ local function overdue(r, b, retention)
   local due, reason = tonumber(f[2]), 'not finished before its deadline'
   if f[1] and (not due or due > now + longest_life) then error('no deadline') end
   if f[1] ~= 'queued' and (f[1] ~= 'running' or held(f[3])) then return false end
-  if f[4] and tonumber(f[5]) == 0 and not f[6] and tonumber(f[4]) < due then
+  if f[4] and tonumber(f[5] or 0) == 0 and not f[6] and tonumber(f[4]) < due then
     due, reason = tonumber(f[4]), 'no worker took it before its queue timeout'
   end
   if now < due then return false end
@@ -184,79 +227,147 @@ end
 
 # A ledger is a hash of what its version or account has queued and running: bytes by member, with the account behind
 # them in a version's, and `*` their sum. Entering and leaving are by member, so that neither ever counts twice.
-# fits(): '' if one more may enter, else which limit it meets; and the sum with it, unless it is there already.
-_ADMIT = """
-local function fits(ledger, member, bytes, most, most_bytes, queue, longest)
-  if redis.call('HEXISTS', ledger, member) == 1 then return '' end
-  if queue and redis.call('ZCARD', queue) >= longest then return 'queued' end
-  if most > 0 and redis.call('HLEN', ledger) > most then return 'requests' end
-  local sum = tonumber(redis.call('HGET', ledger, '*') or 0) + bytes
-  if most_bytes > 0 and sum > most_bytes then return 'bytes' end
-  return '', sum
-end
-local function enter(ledger, member, entry, sum)
-  if sum then redis.call('HSET', ledger, member, entry, '*', sum) end
+# A hash of many takes two to three times the memory for each. What comes when _LEDGER_ROOM are in it goes into one of
+# 4096 pages beside it, by the end of the member, and `#` is how many have gone there.
+# fits(): '' if one more may enter, else which limit it meets; and, unless it is there already, {sum with it, how many
+# are on pages with it if it goes there}. enter(): with that; returns the page.
+_PAGE = f"""
+local pages, ledger_room = {LEDGER_PAGES}, {_LEDGER_ROOM}
+local function page(ledger, member)
+  local high, low = string.byte(member, -2, -1)
+  return string.format('%s:%03x', ledger, ((high or 0) * 256 + (low or 0)) % pages)
 end
 """
 
-_LEAVE = """
+_ADMIT = (
+    _PAGE
+    + """
+local function fits(ledger, member, bytes, most, most_bytes, queued, longest)
+  local f = redis.call('HMGET', ledger, member, '*', '#')
+  if f[1] or (f[3] and redis.call('HEXISTS', page(ledger, member), member) == 1) then return '' end
+  if queued and queued >= longest then return 'queued' end
+  local here, paged = redis.call('HLEN', ledger) - (f[2] and 1 or 0) - (f[3] and 1 or 0), tonumber(f[3] or 0)
+  if most > 0 and here + paged >= most then return 'requests' end
+  local sum = tonumber(f[2] or 0) + bytes
+  if most_bytes > 0 and sum > most_bytes then return 'bytes' end
+  return '', {string.format('%d', sum), here >= ledger_room and string.format('%d', paged + 1)}
+end
+local function enter(ledger, member, entry, place)
+  if not place then return nil end
+  if not place[2] then
+    redis.call('HSET', ledger, member, entry, '*', place[1])
+    return nil
+  end
+  local to = page(ledger, member)
+  redis.call('HSET', to, member, entry)
+  redis.call('HSET', ledger, '*', place[1], '#', place[2])
+  return to
+end
+"""
+)
+
+# A page whose ledger is gone counts for nothing any more. The last to leave takes the ledger along, whatever its sum:
+# one that was damaged would hold room for ever.
+_LEAVE = (
+    """
 local function leave(ledger, member)
-  local held = redis.call('HGET', ledger, member)
-  if not held then return 0 end
-  redis.call('HDEL', ledger, member)
+  local held, from, counted = redis.call('HGET', ledger, member), ledger, true
+  if not held then
+"""
+    + _PAGE
+    + """
+    from, counted = page(ledger, member), redis.call('HGET', ledger, '#')
+    held = redis.call('HGET', from, member)
+    if not held then return 0 end
+  end
+  redis.call('HDEL', from, member)
+  if not counted then return 1 end
+  if from ~= ledger and redis.call('HINCRBY', ledger, '#', -1) < 1 then redis.call('HDEL', ledger, '#') end
   if redis.call('HLEN', ledger) == 1 then
     redis.call('DEL', ledger)
   else
-    redis.call('HINCRBY', ledger, '*', 0 - string.match(held, '^%d+'))
+    redis.call('HINCRBY', ledger, '*', string.format('%d', 0 - string.match(held, '^%d+')))
   end
   return 1
 end
 """
+)
 
 # note(): counts an end in its version's minute: <state> requests that ended so · a their attempts; and of times in ms
-# w waits, r runs, s cold starts: their sum as `w:`, and as `w<step>` how many fell into a step of broker.activity.
-# No request may fail for its sake: a minute that is damaged is begun anew.
+# w waits, r runs, s cold starts, i starts of instances, l what came before those: their sum as `w:`, and as `w<step>`
+# how many fell into a step of broker.activity. `times` are "<accepted> <started> <cold> <start> <lead>", or 0 for each.
+# One write for each end: they gather by the hour, as lines "<ended> <state> <attempts> <times>", and are counted
+# together once there are some. Who reads takes in those that are not counted yet.
+# No request may fail for its sake: an hour or a minute that is damaged is begun anew.
 _NOTE = (
-    f"local steps, kept_ms = {STEPS}, {KEPT_MINUTES * 60_000}\n"
+    """
+local function note(ledger, state, attempts, times)
+  local base = string.sub(ledger, 1, -2)
+  local hour = string.format('%se:%d', base, math.floor(now / 3600000))
+  local line = string.format('%d %s %s %s\\n', now, state, attempts, times)
+"""
+    + f"  local steps, kept_ms, uncounted_bytes = {STEPS}, {KEPT_MINUTES * 60_000}, {_UNCOUNTED_BYTES}"
     + """
-local function note(ledger, state, attempts, accepted, started, cold_ms)
-  local minute = string.format('%sm:%d', string.sub(ledger, 1, -2), math.floor(now / 60000))
-  local function add(field, by)
-    local sum = redis.pcall('HINCRBY', minute, field, by)
-    if type(sum) == 'number' then return sum end
-    if not string.find(sum.err, 'OOM', 1, true) then redis.call('DEL', minute) end
-    return 0
+  local bytes = redis.pcall('APPEND', hour, line)
+  if type(bytes) ~= 'number' then
+    if string.find(bytes.err, 'OOM', 1, true) then return end
+    redis.pcall('DEL', hour)
+    bytes = redis.pcall('APPEND', hour, line)
   end
+  if bytes == #line then redis.pcall('PEXPIRE', hour, kept_ms + 3600000) end
+  if type(bytes) ~= 'number' or bytes <= uncounted_bytes then return end
+  local minutes, fields, present = {}, nil, nil
+  local function add(field, by) fields[field] = (fields[field] or 0) + by end
   local function spent(kind, ms)
     ms = math.max(0, math.floor(ms))
-    add(kind .. ':', string.format('%d', ms))
+    add(kind .. ':', ms)
     add(kind .. (ms > 1 and math.floor(math.log(ms) / math.log(2) * steps) or 0), 1)
   end
-  if add(state, 1) == 1 then redis.pcall('PEXPIRE', minute, kept_ms) end
-  if attempts ~= '0' then add('a', attempts) end
-  if started == '0' then return end
-  spent('w', started - accepted)
-  spent('r', now - started)
-  if cold_ms ~= '0' then spent('s', cold_ms) end
+  local format = '(%d+) (%S+) (%d+) (%d+) (%d+) (%d+ %d+ %d+)\\n'
+  for ended, state, attempts, accepted, started, others in string.gmatch(redis.call('GETDEL', hour), format) do
+    local minute = math.floor(ended / 60000)
+    if minute ~= present then
+      present, fields = minute, minutes[minute] or {}
+      minutes[minute] = fields
+    end
+    add(state, 1)
+    if attempts ~= '0' then add('a', attempts) end
+    if started ~= '0' then
+      spent('w', started - accepted)
+      spent('r', ended - started)
+      if others ~= '0 0 0' then
+        local cold_ms, start_ms, lead_ms = string.match(others, '(%d+) (%d+) (%d+)')
+        if cold_ms ~= '0' then spent('s', cold_ms) end
+        if start_ms ~= '0' then spent('i', start_ms) end
+        if lead_ms ~= '0' then spent('l', lead_ms) end
+      end
+    end
+  end
+  for minute, counts in pairs(minutes) do
+    local key = string.format('%sm:%d', base, minute)
+    for field, by in pairs(counts) do
+      by = string.format('%d', by)
+      if type(redis.pcall('HINCRBY', key, field, by)) ~= 'number' then
+        redis.call('DEL', key)
+        redis.pcall('HINCRBY', key, field, by)
+      end
+    end
+    redis.pcall('PEXPIRE', key, kept_ms)
+  end
 end
 """
 )
 
 # last(): a key that holds what lives for up to `ttl_ms` lives longer. Its end is put off a quarter further, so that
 # most calls need not.
-# file(): puts an id into an order, at a place of its own, of which the newest `limit` stay, and none for longer than
-# `ttl_ms`. That is seen to at one of sixteen: it would take as long as the rest.
-_FILE = """
+# trim(): of an order, the newest `limit` stay, and none for longer than `ttl_ms`. That is seen to at one of sixteen
+# entries: it would take as long as the rest.
+# file(): puts an id into such an order, at a place of its own.
+_TRIM = """
 local function last(key, ttl_ms)
   if redis.call('PTTL', key) < ttl_ms then redis.call('PEXPIRE', key, math.floor(ttl_ms * 1.25)) end
 end
-local function file(place, id, at, limit, ttl_ms)
-  if redis.call('ZADD', place, 'NX', at, id) == 0 then return end
-  at = at + 0
-  while redis.call('ZCOUNT', place, at, at) > 1 do
-    at = at + 1
-    redis.call('ZADD', place, 'XX', at, id)
-  end
+local function trim(place, at, limit, ttl_ms)
   last(place, ttl_ms)
   if at % 16 == 0 then
     local time = redis.call('TIME')
@@ -266,15 +377,35 @@ local function file(place, id, at, limit, ttl_ms)
 end
 """
 
+_FILE = (
+    _TRIM
+    + """
+local function file(place, id, at, limit, ttl_ms)
+  if redis.call('ZADD', place, 'NX', at, id) == 0 then return end
+  at = at + 0
+  while redis.call('ZCOUNT', place, at, at) > 1 do
+    at = at + 1
+    redis.call('ZADD', place, 'XX', at, id)
+  end
+  trim(place, at, limit, ttl_ms)
+end
+"""
+)
+
 _CUT = f"local cut = '{STREAM_CUT}'\n"
 
-# rebuild(): a record that is gone is made again from what its message carries.
+# rebuild(): a record that is gone is made again from what its message told: the texts account, function, version and
+# "<created> <deadline> <queue deadline> <ms to run>", each behind its length in two bytes, and then its callback.
+# In one argument, because nearly no call needs it.
 _REBUILD = (
     _FINISH
     + """
-local function rebuild(r, retention, account, fn, version, created, deadline, queue_deadline, run, callback)
+local function rebuild(r, retention, told)
   if redis.call('EXISTS', r) == 1 then return 0 end
-  redis.call('HSET', r, 's', 'queued', 'a', account, 'f', fn, 'v', version, 'c', created, 'd', deadline, 'n', 0, 'p', 1)
+  local account, fn, version, times, after = struct.unpack('>Hc0Hc0Hc0Hc0', told)
+  local created, deadline, queue_deadline, run = string.match(times, '^(%d+) (%d+) (%d+) (%d+)$')
+  local callback = string.sub(told, after)
+  redis.call('HSET', r, 's', 'queued', 'a', account, 'f', fn, 'v', version, 'c', created, 'd', deadline)
   if queue_deadline ~= '0' then redis.call('HSET', r, 'Q', queue_deadline) end
   if run ~= '0' then redis.call('HSET', r, 'U', run) end
   if callback ~= '' then redis.call('HSET', r, 'C', callback) end
@@ -285,52 +416,61 @@ end
 )
 
 # KEYS record waiting due version's-ledger list account's-ledger
-# ARGV id member nonce channel account function version deadline_ms retention_ms queue_ms run_ms bytes queue_limit
+# ARGV id member nonce channel account function version deadline_ms life_ms queue_ms run_ms bytes queue_limit
 #   list's: limit ttl_ms · version's: most_requests most_bytes · callback('': none)
 #   account's: most_requests most_bytes, 0: any number; none if it has none
 # returns {1 if made now, state, created, deadline, function, version, queue_deadline, run_ms, rank if made now or 0}
 #   or {-1, the limit that is met: queued, requests or bytes, version or account}; nothing was written then
+# Its place in the account's list is its own by the clock, which has moved on since the last script.
 CREATE = Script(
     _NOW
     + _ADMIT
-    + _FILE
+    + _TRIM
     + """
 local r, id, member, bytes = KEYS[1], ARGV[1], ARGV[2], ARGV[12] + 0
 local f = redis.call('HMGET', r, 's', 'o', 'v')
-local made = f[1] == false
-if made or (f[1] == 'queued' and f[3] == ARGV[7]) then
-  local met, sum = fits(KEYS[4], member, bytes, ARGV[16] + 0, ARGV[17] + 0, KEYS[2], tonumber(ARGV[13]))
-  local met_too, sum_too = '', nil
-  if ARGV[19] then met_too, sum_too = fits(KEYS[6], member, bytes, ARGV[19] + 0, ARGV[20] + 0) end
+local made, queued = f[1] == false, redis.call('ZCARD', KEYS[2])
+if made or (f[1] == 'queued' and (f[3] == ARGV[7] or f[3] == string.match(KEYS[2], '{(.-)}'))) then
+  local met, place = fits(KEYS[4], member, bytes, ARGV[16] + 0, ARGV[17] + 0, queued, tonumber(ARGV[13]))
+  local met_too, place_too = '', nil
+  if ARGV[19] then met_too, place_too = fits(KEYS[6], member, bytes, ARGV[19] + 0, ARGV[20] + 0) end
   if met == '' and met_too == '' then
-    local at, ttl = string.format('%.0f', time[1] * 1000000 + time[2]), ARGV[15] + 0
-    enter(KEYS[4], member, ARGV[12] .. ' ' .. ARGV[5], sum)
-    enter(KEYS[6], member, ARGV[12], sum_too)
-    if sum_too then last(KEYS[6], ttl) end
-    redis.call('ZADD', KEYS[2], 'NX', at, id)
+    local at, ttl = time[1] .. string.format('%06d', time[2]), ARGV[15] + 0
+    enter(KEYS[4], member, ARGV[12] .. ' ' .. ARGV[5], place)
+    if place_too then
+      local paged = enter(KEYS[6], member, ARGV[12], place_too)
+      last(KEYS[6], ttl)
+      if paged then last(paged, ttl) end
+    end
+    queued = queued + redis.call('ZADD', KEYS[2], 'NX', at, id)
     if ARGV[10] ~= '0' then redis.call('ZADD', KEYS[3], 'NX', now + ARGV[10], id) end
-    file(KEYS[5], member, at, ARGV[14] + 0, ttl)
+    if redis.call('ZADD', KEYS[5], 'NX', at, member) == 1 then trim(KEYS[5], time[2], ARGV[14] + 0, ttl) end
   elseif made then
     return {-1, met ~= '' and met or met_too, met ~= '' and 'version' or 'account'}
   end
 end
 if made then
   local queue, run = ARGV[10] ~= '0' and tostring(now + ARGV[10]) or '0', ARGV[11]
-  local created, deadline = tostring(now), tostring(now + ARGV[8])
-  redis.call('HSET', r, 's', 'queued', 'a', ARGV[5], 'f', ARGV[6], 'v', ARGV[7], 'c', created, 'd', deadline, 'n', '0',
-    'p', '1', 'o', ARGV[3], 'h', ARGV[4])
+  local created, deadline = string.format('%d', now), string.format('%d', now + ARGV[8])
+  if ARGV[4] ~= '' then
+    redis.call('HSET', r, 's', 'queued', 'a', ARGV[5], 'f', ARGV[6], 'v', ARGV[7], 'c', created, 'd', deadline,
+      'o', ARGV[3], 'h', ARGV[4])
+  else
+    redis.call('HSET', r, 's', 'queued', 'a', ARGV[5], 'f', ARGV[6], 'v', ARGV[7], 'c', created, 'd', deadline,
+      'o', ARGV[3])
+  end
   if queue ~= '0' then redis.call('HSET', r, 'Q', queue) end
   if run ~= '0' then redis.call('HSET', r, 'U', run) end
   if ARGV[18] ~= '' then redis.call('HSET', r, 'C', ARGV[18]) end
-  redis.call('PEXPIRE', r, ARGV[8] + ARGV[9])
-  return {1, 'queued', created, deadline, ARGV[6], ARGV[7], queue, run, redis.call('ZCARD', KEYS[2])}
+  redis.call('PEXPIRE', r, ARGV[9])
+  return {1, 'queued', created, deadline, ARGV[6], ARGV[7], queue, run, queued}
 end
 local mine = 0
 if f[2] == ARGV[3] then
   mine = 1
   if ARGV[4] ~= '' then redis.call('HSET', r, 'h', ARGV[4]) end
 else
-  redis.call('HINCRBY', r, 'p', 1)
+  redis.call('HSET', r, 'p', (redis.call('HGET', r, 'p') or 1) + 1)
 end
 f = redis.call('HMGET', r, 's', 'c', 'd', 'f', 'v', 'Q', 'U')
 return {mine, f[1], f[2], f[3], f[4], f[5], f[6] or '0', f[7] or '0', 0}
@@ -344,7 +484,7 @@ DISCARD = Script(
 local f = redis.call('HMGET', KEYS[1], 'o', 's', 'p')
 if not f[2] then return 1 end
 if f[1] ~= ARGV[1] or f[2] ~= 'queued' then return 0 end
-if tonumber(f[3]) > 1 then
+if tonumber(f[3] or 1) > 1 then
   redis.call('HINCRBY', KEYS[1], 'p', -1)
   redis.call('HDEL', KEYS[1], 'o')
   return 0
@@ -359,8 +499,8 @@ ABANDON = Script(
     + """
 local f = redis.call('HMGET', KEYS[1], 's', 'n', 'p')
 if f[1] == 'abandoned' then return 1 end
-if f[1] and (f[1] ~= 'queued' or tonumber(f[2]) > 0) then return 0 end
-if f[1] and tonumber(f[3]) > 1 then
+if f[1] and (f[1] ~= 'queued' or tonumber(f[2] or 0) > 0) then return 0 end
+if f[1] and tonumber(f[3] or 1) > 1 then
   redis.call('HINCRBY', KEYS[1], 'p', -1)
   return 0
 end
@@ -425,24 +565,39 @@ return {f[1], f[2] or '', f[3] or '', f[4] or '', f[5] or '0', f[6] or '0', f[7]
 
 # An attempt that began to stream is the last one: its reader cannot be given the same again.
 # KEYS record body waiting running
-# ARGV worker token channel lease_ms max_attempts retention_ms account function version created deadline
-#   queue_deadline run_ms callback max_deaths
+# ARGV worker token channel lease_ms max_attempts retention_ms told max_deaths
 # returns {verdict, state, attempt, wait_ms, and of a grant: remaining_ms, 1 if the record was rebuilt or had no place;
 #   then of the attempt that this claim found lost: worker started ended; and since when the granted attempt runs}
 # What runs is among what runs of its version afterwards.
 # What POSTPONE kept goes when the next attempt starts.
 # A new attempt begins without progress; the numbers go on, so that no listener takes its updates for old ones.
+# The first attempt of a request that nothing else has happened to comes first: most need none of the other functions.
 CLAIM = Script(
-    _REBUILD
-    + _CUT
+    _NOW
     + _MOVE
+    + _BOUNDS
     + """
 local r = KEYS[1]
 local function fields() return redis.call('HMGET', r, 's', 'n', 't', 'l', 'd', 'Z', 'z', 'pn', 'hs', 'D', 'Q', 'b') end
 local rebuilt, f = 0, fields()
+local function place() return 1 - move(KEYS[3], KEYS[4], string.match(r, '{(.-)}')) end
+local function begin(n)
+  redis.call('HSET', r, 's', 'running', 'n', n, 't', ARGV[2], 'l', string.format('%d', now + ARGV[4]), 'w', ARGV[1],
+    'k', ARGV[3], 'b', string.format('%d', now))
+end
+if f[1] == 'queued' and not (f[2] or f[6] or f[7] or f[8] or f[9] or f[10] or f[11]) then
+  local left = (tonumber(f[5]) or now) - now
+  if left > 0 and left <= longest_life then
+    begin('1')
+    return {'granted', 'running', 1, 0, left, place(), '', 0, 0, now}
+  end
+end
+"""
+    + _REBUILD
+    + _CUT
+    + """
 if not f[1] then
-  rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13],
-    ARGV[14])
+  rebuilt = rebuild(r, ARGV[6] + 0, ARGV[7])
   f = fields()
 end
 local due = tonumber(f[5])
@@ -450,9 +605,8 @@ if not due or due <= now or due > now + longest_life or (f[11] and tonumber(f[11
   overdue(r, KEYS[2], ARGV[6] + 0)
   f = fields()
 end
-local n = tonumber(f[2])
+local n = tonumber(f[2] or (f[1] ~= 'running' and 0))
 if terminal[f[1]] then return {'settled', f[1], n, 0} end
-local function place() return 1 - move(KEYS[3], KEYS[4], string.match(r, '{(.-)}')) end
 if f[1] == 'running' and f[3] == ARGV[2] then
   redis.call('HSET', r, 'l', now + ARGV[4])
   return {'granted', 'running', n, 0, f[5] - now, math.max(rebuilt, place()), '', 0, 0, tonumber(f[12]) or 0}
@@ -474,7 +628,7 @@ if f[1] == 'running' then
 end
 for _ in string.gmatch(died, '%d+') do deaths = deaths + 1 end
 local function ended(n) return {'settled', 'dead', n, 0, 0, 0, lost[1] or '', lost[2] or 0, lost[3] or 0} end
-if deaths >= tonumber(ARGV[15]) then
+if deaths >= tonumber(ARGV[8]) then
   redis.call('HSET', r, 'K', 'worker-deaths')
   finish(r, KEYS[2], 'dead', 'the worker died in ' .. deaths .. ' attempts: it may be what kills them', ARGV[6] + 0)
   return ended(n)
@@ -488,8 +642,7 @@ if f[1] == 'running' then
   close(r, 'lost', f[4] or now)
   redis.call('HSET', r, 'D', died)
 end
-redis.call('HSET', r, 's', 'running', 'n', n + 1, 't', ARGV[2], 'l', now + ARGV[4], 'w', ARGV[1], 'k', ARGV[3],
-  'b', now)
+begin(string.format('%d', n + 1))
 if f[8] then
   redis.call('DEL', updates(r))
   redis.call('HDEL', r, 'pi', 'pb')
@@ -501,13 +654,12 @@ return {'granted', 'running', n + 1, 0, f[5] - now, math.max(rebuilt, place()), 
 """
 )
 
-# KEYS record body · ARGV retention_ms account function version created deadline queue_deadline run_ms callback
+# KEYS record body · ARGV retention_ms told
 # returns {1 if the record was rebuilt, state}
 RESTORE = Script(
     _REBUILD
     + """
-local rebuilt = rebuild(KEYS[1], ARGV[1] + 0, ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6] + 0, ARGV[7], ARGV[8],
-  ARGV[9])
+local rebuilt = rebuild(KEYS[1], ARGV[1] + 0, ARGV[2])
 overdue(KEYS[1], KEYS[2], ARGV[1] + 0)
 return {rebuilt, redis.call('HGET', KEYS[1], 's')}
 """
@@ -527,7 +679,7 @@ return 'running'
 )
 
 # Who gives back an attempt that was taken for lost is alive: that was no death.
-# KEYS record body · ARGV token refund(0|1) retention_ms attempt · returns the state left behind
+# KEYS record body · ARGV token refund(0|1) retention_ms attempt reason · returns the state left behind
 RELEASE = Script(
     _FINISH
     + _CUT
@@ -543,7 +695,7 @@ if f[5] and f[2] ~= ARGV[1] then
 end
 if f[1] == 'running' and f[2] == ARGV[1] then
   if f[3] then return finish(KEYS[1], KEYS[2], 'errored', cut, ARGV[3] + 0) end
-  close(KEYS[1], ARGV[2] == '1' and 'returned' or 'failed', now)
+  close(KEYS[1], ARGV[2] == '1' and 'returned' or 'failed', now, ARGV[5])
   redis.call('HINCRBY', KEYS[1], 'n', 0 - ARGV[2])
   redis.call('HDEL', KEYS[1], 't', 'l', 'w', 'k')
   redis.call('HSET', KEYS[1], 's', 'queued')
@@ -609,49 +761,65 @@ return redis.call('LRANGE', KEYS[1], at, at + ARGV[2] - 1)
 )
 
 # KEYS record body account's-ledger version's-ledger order...
-# ARGV token attempt state outcome numbers retention_ms account function version created deadline queue_deadline run_ms
-#   callback id member accepted_ms started_ms cold_start_ms
+# ARGV token attempt state outcome numbers retention_ms told id member times
 # returns the state that stands; what is over has left its ledgers and the orders of its version as by LEAVE
+# The orders are those of who waits, of what runs and of what is due.
+# Most requests have neither a stream, nor progress, nor a callback: none of the other functions is made for them.
 SETTLE = Script(
-    _REBUILD
-    + _NOTE
+    _NOW
+    + _OVER
     + _LEAVE
+    + _NOTE
     + """
 local r = KEYS[1]
-local f = open_fields(r)
-if not f[4] and rebuild(r, ARGV[6] + 0, ARGV[7], ARGV[8], ARGV[9], ARGV[10], ARGV[11] + 0, ARGV[12], ARGV[13],
-  ARGV[14]) == 1 then
-  redis.call('HSET', r, 's', 'running', 'n', ARGV[2], 't', ARGV[1])
-  f = open_fields(r)
+local f = """
+    + _FIELDS
+    + """
+local state, ended = f[1], true
+if state == 'running' and f[2] == ARGV[1] and not (f[8] or f[9] or f[10] or f[11]) then
+  over(r, KEYS[2], ARGV[3], '', ARGV[6] + 0, ARGV[4], f, ARGV[5], ARGV[7])
+  state = ARGV[3]
+else
+"""
+    + _REBUILD
+    + """
+  if not state and rebuild(r, ARGV[6] + 0, ARGV[7]) == 1 then
+    redis.call('HSET', r, 's', 'running', 'n', ARGV[2], 't', ARGV[1])
+    f = """
+    + _FIELDS
+    + """
+    state = f[1]
+  end
+  if state == 'running' and f[2] == ARGV[1] then
+    finish(r, KEYS[2], ARGV[3], '', ARGV[6] + 0, ARGV[4], f, ARGV[5], ARGV[7])
+    state = ARGV[3]
+  end
+  ended = terminal[state]
 end
-local state = f[4]
-if state == 'running' and f[10] == ARGV[1] then
-  state = finish(r, KEYS[2], ARGV[3], '', ARGV[6] + 0, ARGV[4], f, ARGV[5])
-end
-if terminal[state] then
-  leave(KEYS[3], ARGV[16])
-  local held, placed = leave(KEYS[4], ARGV[16]), 0
-  for i = 5, #KEYS do placed = redis.call('ZREM', KEYS[i], ARGV[15]) end
-  if state ~= 'abandoned' and held + placed > 0 then note(KEYS[4], state, ARGV[2], ARGV[17], ARGV[18], ARGV[19]) end
+if ended then
+  if redis.call('HLEN', KEYS[3]) > 0 then leave(KEYS[3], ARGV[9]) end
+  local held = leave(KEYS[4], ARGV[9])
+  if redis.call('ZREM', KEYS[6], ARGV[8]) == 0 then redis.call('ZREM', KEYS[5], ARGV[8]) end
+  local placed = redis.call('ZREM', KEYS[7], ARGV[8])
+  if state ~= 'abandoned' and held + placed > 0 then note(KEYS[4], state, ARGV[2], ARGV[10]) end
 end
 return state
 """
 )
 
 # KEYS record body
-# ARGV state reason retention_ms account function version created deadline queue_deadline run_ms callback
-#   cause('' for none)
+# ARGV state reason retention_ms told cause('' for none)
 # returns {verdict, state, wait_ms, attempts}
 END = Script(
     _REBUILD
     + """
 local r = KEYS[1]
-rebuild(r, ARGV[3] + 0, ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] + 0, ARGV[9], ARGV[10], ARGV[11])
+rebuild(r, ARGV[3] + 0, ARGV[4])
 local f = redis.call('HMGET', r, 's', 'l', 'n')
 local attempts = tonumber(f[3]) or 0
 if terminal[f[1]] then return {'settled', f[1], 0, attempts} end
 if f[1] == 'running' and held(f[2]) then return {'held', f[1], tonumber(f[2]) - now, attempts} end
-if ARGV[12] ~= '' then redis.call('HSET', r, 'K', ARGV[12]) end
+if ARGV[5] ~= '' then redis.call('HSET', r, 'K', ARGV[5]) end
 return {'settled', finish(r, KEYS[2], ARGV[1], ARGV[2], ARGV[3] + 0), 0, attempts}
 """
 )
@@ -819,7 +987,7 @@ local f = redis.call('HMGET', r, 's', 'L', 'a', 'f', 'v', 'c', 'e', 'n', 'K', 'm
 if f[1] ~= 'dead' or f[2] then return 0 end
 redis.call('HSET', r, 'L', 1)
 redis.call('HSET', l, 'j', ARGV[1], 'b', ARGV[2], 'k', ARGV[3], 'z', ARGV[4], 'a', f[3], 'f', f[4], 'v', f[5],
-  's', f[6], 'e', f[7], 'n', f[8], 'c', f[9] or 'dead-lettered', 'm', f[10] or '', 'u', now + ARGV[5])
+  's', f[6], 'e', f[7], 'n', f[8] or 0, 'c', f[9] or 'dead-lettered', 'm', f[10] or '', 'u', now + ARGV[5])
 redis.call('PEXPIRE', l, ARGV[5])
 return tonumber(f[7])
 """
@@ -873,6 +1041,14 @@ return redis.call('ZADD', KEYS[1], 'NX', now + ARGV[2], ARGV[1])
 """
 )
 
+# KEYS webhooks · ARGV id · it is looked at next, behind all that was due before
+WEBHOOK_DUE = Script(
+    _NOW
+    + """
+return redis.call('ZADD', KEYS[1], now, ARGV[1])
+"""
+)
+
 # KEYS webhooks · ARGV limit lease_ms · returns {now, lease, id...}; the lease is the place that the ids have meanwhile
 WEBHOOK_TAKE = Script(
     _NOW
@@ -881,6 +1057,16 @@ local ids = redis.call('ZRANGE', KEYS[1], '-inf', now, 'BYSCORE', 'LIMIT', 0, AR
 local lease = now + ARGV[2]
 for _, id in ipairs(ids) do redis.call('ZADD', KEYS[1], 'XX', lease, id) end
 return {now, lease, unpack(ids)}
+"""
+)
+
+# KEYS webhooks · returns {how many are due, for how long the first of them, in ms}; those at 0 are due since an unknown
+# time
+WEBHOOK_BACKLOG = Script(
+    _NOW
+    + """
+local first = redis.call('ZRANGE', KEYS[1], '(0', now, 'BYSCORE', 'LIMIT', 0, 1, 'WITHSCORES')
+return {redis.call('ZCOUNT', KEYS[1], '-inf', now), first[2] and now - tonumber(first[2]) or 0}
 """
 )
 
@@ -967,16 +1153,16 @@ INDEX = Script(
     _ADMIT
     + _FILE
     + """
-local _, sum = fits(KEYS[2], ARGV[1], ARGV[5] + 0, 0, 0)
-enter(KEYS[2], ARGV[1], ARGV[5], sum)
+local _, place = fits(KEYS[2], ARGV[1], ARGV[5] + 0, 0, 0)
+local paged = enter(KEYS[2], ARGV[1], ARGV[5], place)
 last(KEYS[2], ARGV[4] + 0)
+if paged then last(paged, ARGV[4] + 0) end
 file(KEYS[1], ARGV[1], ARGV[2] + 0, ARGV[3] + 0, ARGV[4] + 0)
 return 1
 """
 )
 
-# KEYS ledger order... · ARGV member id, and of one that ended as something that counts: state attempts, and of one that
-# was settled: accepted_ms started_ms cold_start_ms, or 0 for each
+# KEYS ledger order... · ARGV member id, and of one that ended as something that counts: state attempts times
 # Takes a request off its ledger and out of the orders of its version. What ended is noted once: with the ledger's
 # entry, or, for a request that was set aside and has none, with that of the last order, of those that are due.
 LEAVE = Script(
@@ -986,18 +1172,23 @@ LEAVE = Script(
     + """
 local held, placed = leave(KEYS[1], ARGV[1]), 0
 for i = 2, #KEYS do placed = redis.call('ZREM', KEYS[i], ARGV[2]) end
-if ARGV[3] and held + placed > 0 then note(KEYS[1], unpack(ARGV, 3)) end
+if ARGV[3] and held + placed > 0 then note(KEYS[1], ARGV[3], ARGV[4], ARGV[5]) end
 return held
 """
 )
 
-# KEYS version's ledger · ARGV minutes · returns {the present minute, then for each of the last `minutes` that something
-# ended in: it, [field, value, …] as note() wrote them}
+# KEYS version's ledger · ARGV minutes · returns {the present minute, lines that are not counted yet, then for each of
+# the last `minutes` that something was counted in: it, [field, value, …]}, as by note()
 ACTIVITY = Script(
     _NOW
     + """
 local last = math.floor(now / 60000)
-local answer = {last}
+local lines = {}
+for hour = math.floor((last - ARGV[1] + 1) / 60), math.floor(last / 60) do
+  local found = redis.pcall('GET', string.format('%se:%d', string.sub(KEYS[1], 1, -2), hour))
+  lines[#lines + 1] = type(found) == 'string' and found or ''
+end
+local answer = {last, table.concat(lines)}
 for minute = last - ARGV[1] + 1, last do
   local fields = redis.pcall('HGETALL', string.format('%sm:%d', string.sub(KEYS[1], 1, -2), minute))
   if not fields.err and #fields > 0 then
@@ -1013,38 +1204,66 @@ return answer
 ENTER = Script(
     _ADMIT
     + """
-local _, sum = fits(KEYS[1], ARGV[1], ARGV[2] + 0, 0, 0)
-enter(KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3], sum)
+local _, place = fits(KEYS[1], ARGV[1], ARGV[2] + 0, 0, 0)
+enter(KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3], place)
 return 1
 """
 )
 
 # Puts right what no release of ours left in a key that can be made anew (keys.rebuildable).
-# KEYS key · ARGV zset, hash or string; numbers, a hash of nothing else; or ledger
+# KEYS key · ARGV zset, hash or string; or numbers, a hash of nothing else
 # returns 1 if there was something to do
 MEND = Script(
     """
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind == 'none' then return 0 end
-if kind ~= ((ARGV[1] == 'numbers' or ARGV[1] == 'ledger') and 'hash' or ARGV[1]) then
-  return redis.call('DEL', KEYS[1])
-end
+if kind ~= (ARGV[1] == 'numbers' and 'hash' or ARGV[1]) then return redis.call('DEL', KEYS[1]) end
 local entries = ARGV[1] ~= kind and redis.call('HGETALL', KEYS[1]) or {}
-local sum, strange = 0, false
-for i = 1, #entries, 2 do
-  local bytes = string.match(entries[i + 1], ARGV[1] == 'ledger' and '^%d+' or '^%d+$')
-  if bytes and #bytes > 15 then bytes = nil end
-  if entries[i] ~= '*' and bytes then sum = sum + bytes end
-  if not bytes then
-    strange = true
-    redis.call('HDEL', KEYS[1], entries[i])
-  end
+for i = 2, #entries, 2 do
+  if not string.match(entries[i], '^%d+$') or #entries[i] > 15 then return redis.call('DEL', KEYS[1]) end
 end
-if ARGV[1] == 'numbers' and strange then redis.call('DEL', KEYS[1]) end
-if ARGV[1] == 'ledger' then
-  local was = redis.call('HGET', KEYS[1], '*')
-  strange = strange or was ~= string.format('%d', sum)
-  if strange then redis.call('HSET', KEYS[1], '*', string.format('%d', sum)) end
+return 0
+"""
+)
+
+# KEYS ledger · as MEND, with the pages
+MEND_LEDGER = Script(
+    _PAGE
+    + """
+local sum, strange = 0, false
+local function count(key)
+  local kind, found = redis.call('TYPE', key).ok, 0
+  if kind ~= 'hash' then
+    if kind ~= 'none' then
+      strange = true
+      redis.call('DEL', key)
+    end
+    return 0
+  end
+  local entries = redis.call('HGETALL', key)
+  for i = 1, #entries, 2 do
+    if key ~= KEYS[1] or (entries[i] ~= '*' and entries[i] ~= '#') then
+      local bytes = string.match(entries[i + 1], '^%d+')
+      if bytes and #bytes < 16 then
+        sum, found = sum + bytes, found + 1
+      else
+        strange = true
+        redis.call('HDEL', key, entries[i])
+      end
+    end
+  end
+  return found
+end
+local here, paged = count(KEYS[1]), 0
+for at = 0, pages - 1 do paged = paged + count(string.format('%s:%03x', KEYS[1], at)) end
+local right = {here + paged > 0 and string.format('%d', sum), paged > 0 and string.format('%d', paged)}
+local were = redis.call('HMGET', KEYS[1], '*', '#')
+for at, name in ipairs({'*', '#'}) do
+  if were[at] ~= right[at] then
+    strange = true
+    redis.call('HDEL', KEYS[1], name)
+    if right[at] then redis.call('HSET', KEYS[1], name, right[at]) end
+  end
 end
 return strange and 1 or 0
 """
@@ -1277,5 +1496,66 @@ for i, key in ipairs(KEYS) do
   answer[#answer + 1] = reset(key, w)
 end
 return answer
+"""
+)
+
+# -- what instances write: fnq:{<version>}:y is a stream of batches (field d, packed), fnq:{<version>}:z a hash: up to
+# where each part of each instance was copied, by "<instance>/<part>", and under # the bytes of the stream; both only
+# while somebody looks, as fnq:{logs}:w says: a sorted set of "<version> <instance> <account>" by until when -----------
+
+# KEYS looks stream positions · ARGV version instance account ttl_ms most most_of_account
+# returns 1, or 0: there are as many as may be
+LOOK = Script(
+    _NOW
+    + """
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+local own = table.concat({ARGV[1], ARGV[2], ARGV[3]}, ' ')
+local all, mine, known, begun = redis.call('ZRANGE', KEYS[1], 0, -1), 0, false, false
+for _, look in ipairs(all) do
+  local version, account = string.match(look, '^(%S+) %S+ (.*)$')
+  known, begun = known or look == own, begun or version == ARGV[1]
+  if account == ARGV[3] then mine = mine + 1 end
+end
+if not known and (#all >= tonumber(ARGV[5]) or mine >= tonumber(ARGV[6])) then return 0 end
+if not begun then redis.call('DEL', KEYS[2], KEYS[3]) end
+redis.call('ZADD', KEYS[1], now + tonumber(ARGV[4]), own)
+redis.call('PEXPIRE', KEYS[1], 86400000)
+return 1
+"""
+)
+
+# KEYS looks · returns {look...}
+LOOKS = Script(
+    _NOW
+    + """
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+return redis.call('ZRANGE', KEYS[1], 0, -1)
+"""
+)
+
+# KEYS stream positions · ARGV part before after batch ('': none) most_bytes keep_ms
+# returns 1, or 0 where the part's position is not `before`
+COPY_LOG = Script(
+    """
+if (redis.call('HGET', KEYS[2], ARGV[1]) or '') ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+if ARGV[4] ~= '' then
+  redis.call('XADD', KEYS[1], '*', 'd', ARGV[4])
+  local over = redis.call('HINCRBY', KEYS[2], '#', #ARGV[4]) - tonumber(ARGV[5])
+  if over > 0 then
+    local oldest, gone, first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 256), 0, nil
+    for at = 1, #oldest - 1 do
+      if gone >= over then break end
+      gone, first = gone + #oldest[at][2][2], oldest[at + 1][1]
+    end
+    if first then
+      redis.call('XTRIM', KEYS[1], 'MINID', first)
+      redis.call('HINCRBY', KEYS[2], '#', -gone)
+    end
+  end
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[6])
+redis.call('PEXPIRE', KEYS[2], ARGV[6])
+return 1
 """
 )

@@ -1,4 +1,4 @@
-"""Opens Results, Streams, Catalog, Counters, Upkeep, DeadLetters and Webhooks over one Redis."""
+"""Opens Results, Streams, Catalog, Counters, Upkeep, DeadLetters, Webhooks and InstanceLogs over one Redis."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from broker.backends.redis.catalog import RedisCatalog
 from broker.backends.redis.connection import Connection
 from broker.backends.redis.counters import RedisCounters
 from broker.backends.redis.dead_letters import RedisDeadLetters
+from broker.backends.redis.instance_logs import RedisInstanceLogs
 from broker.backends.redis.results import RedisResults
 from broker.backends.redis.streams import RedisStreams
 from broker.backends.redis.upkeep import RedisUpkeep
@@ -35,6 +36,7 @@ async def open_store(url: str, settings: Settings) -> AsyncIterator[Store]:
             upkeep=RedisUpkeep(connection, settings, results),
             dead_letters=RedisDeadLetters(connection, settings),
             webhooks=RedisWebhooks(connection, settings, results),
+            instance_logs=RedisInstanceLogs(connection),
         )
     finally:
         listening.cancel()

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from broker.backends.codec import pack_outcome, unpack_outcome
-from broker.backends.hints import Hints, Watch
+from broker.backends.hints import Alarms, Hints, Watch
 from broker.backends.redis import scripts
 from broker.backends.redis.connection import Connection
 from broker.backends.redis.keys import body as _body
@@ -25,7 +25,7 @@ from broker.backends.redis.keys import record as _record
 from broker.backends.redis.keys import stream as _stream
 from broker.backends.redis.results import reading
 from broker.errors import RecordDamaged
-from broker.model import Chunk, Excerpt, Flow, Lease, Outcome, RequestState
+from broker.model import Chunk, Excerpt, Flow, Interest, Lease, Outcome, RequestState
 from broker.settings import Settings
 
 _CHUNK_FIELDS = 4
@@ -46,13 +46,13 @@ class RedisStreams:
 
     @asynccontextmanager
     async def write(self, lease: Lease) -> AsyncIterator[_Writer]:
-        watch = Watch()
+        watch = Watch(self._hints.alarms)
         with self._hints.watching(f"{lease.request_id}/w", watch):
             yield _Writer(self._connection, self._settings, lease, watch, self._channel)
 
     @asynccontextmanager
     async def follow(self, request_id: str) -> AsyncIterator[_Reader]:
-        watch = _News()
+        watch = _News(self._hints.alarms)
         with self._hints.watching(f"{request_id}/r", watch):
             yield _Reader(self._connection, self._settings, request_id, watch, self._channel)
 
@@ -89,12 +89,12 @@ class _Writer:
 class _News(Watch):
     """Keeps what hints say is new, until there is too much of it or one says nothing: then the log must be read."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, alarms: Alarms) -> None:
+        super().__init__(alarms)
         self._said: list[bytes] = []
         self._size_bytes = 0
 
-    def tell(self, news: bytes = b"") -> None:
+    def tell(self, news: bytes = b"", of: Interest = Interest.END) -> None:
         self._size_bytes += len(news) if news else _MOST_NEWS_BYTES
         if self._size_bytes < _MOST_NEWS_BYTES:
             self._said.append(news)

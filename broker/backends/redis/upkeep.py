@@ -9,7 +9,7 @@ from typing import Any
 
 from broker.backends.redis import keys, scripts
 from broker.backends.redis.connection import Connection
-from broker.backends.redis.results import RedisResults, job_arguments, leaving, noted, reading
+from broker.backends.redis.results import RedisResults, leaving, noted, reading, told
 from broker.backends.redis.wire import Command
 from broker.errors import RecordDamaged
 from broker.model import DeliveryState, Job, RequestState, Survey
@@ -95,7 +95,7 @@ class RedisUpkeep:
     async def _restore(self, job: Job) -> RequestState:
         [[rebuilt, raw]] = await self._connection.run(
             scripts.RESTORE.call(
-                (keys.record(job.id), keys.body(job.id)), self._retention_ms, *job_arguments(job, self._settings)
+                (keys.record(job.id), keys.body(job.id)), self._retention_ms, told(job, self._settings)
             )
         )
         with reading(job.id):
@@ -195,8 +195,8 @@ class _Entry:
         state, version_id, deadline, queue_deadline, attempt, postponed = fields
         self.id = request_id
         self.state = RequestState(state.decode())
-        self.version_id: str = version_id.decode()
-        waits = queue_deadline is not None and int(attempt) == 0 and postponed is None
+        self.version_id: str = keys.unpacked(version_id)
+        waits = queue_deadline is not None and int(attempt or 0) == 0 and postponed is None
         self.due_ms = min(int(deadline), int(queue_deadline)) if waits else int(deadline)
 
 

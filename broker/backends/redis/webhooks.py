@@ -20,6 +20,7 @@ from broker.model import (
     DeliveryState,
     Record,
     RequestState,
+    WebhookBacklog,
     WebhookDelivery,
     WebhookFilter,
     WebhookLoan,
@@ -111,6 +112,10 @@ class RedisWebhooks:
             )
         )
 
+    async def backlog(self) -> WebhookBacklog:
+        [[count, late_ms]] = await self._connection.run(scripts.WEBHOOK_BACKLOG.call((keys.WEBHOOKS,)))
+        return WebhookBacklog(count=int(count), late_s=int(late_ms) / 1000)
+
     async def read(self, request_id: str) -> WebhookDelivery | None:
         found = (await self._read_all([request_id]))[request_id]
         if isinstance(found, RecordDamaged):
@@ -151,7 +156,7 @@ class RedisWebhooks:
         # The first is what counts; if that is all that happens, the auditor sees to the second.
         there, _ = await self._connection.run(
             scripts.WEBHOOK_AGAIN.call((keys.delivery(request_id),)),
-            ("ZADD", keys.WEBHOOKS, 0, _member(request_id)),
+            scripts.WEBHOOK_DUE.call((keys.WEBHOOKS,), _member(request_id)),
             durable=True,
         )
         return await self.read(request_id) if there else None
@@ -226,15 +231,15 @@ def _parse(request_id: str, reply: Sequence[Any] | RecordDamaged) -> WebhookDeli
 
 
 def _read(request_id: str, reply: Sequence[bytes]) -> WebhookDelivery:
-    packed, account, function_id, version_id, request_state = (part.decode() for part in reply[:5])
+    callback, account, request_state = (reply[at].decode() for at in (0, 1, 4))
     accepted, started, ended = (int(part) / 1000 for part in reply[5:8])
-    _, states, url = packed.split(" ")
+    _, states, url = callback.split(" ")
     status_code, timings = parse_numbers(reply[9])
     return WebhookDelivery(
         request_id=request_id,
         account=account,
-        function_id=function_id,
-        version_id=version_id,
+        function_id=keys.unpacked(reply[2]),
+        version_id=keys.unpacked(reply[3]),
         callback=Callback(url=url, events=() if states == "*" else tuple(states.split(","))),
         request_state=RequestState(request_state),
         created_at=accepted,

@@ -16,7 +16,8 @@ from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
-Command = tuple[Any, ...]
+# Its parts, or what `forms` packed of them.
+Command = tuple[Any, ...] | bytes
 
 # Error replies that somebody tells apart, by their first word.
 _ERRORS: dict[str, type[RedisError]] = {
@@ -43,16 +44,18 @@ class Question(Protocol):
 
 class Wire(asyncio.Protocol):
     """Owned by whoever connects it, who closes it. `heard` is given what is published. `lost` is called once it was
-    connected and is no more, with the cause and what got no answer."""
+    connected and is no more, with the cause and what got no answer; `idle` whenever all that was asked is answered."""
 
     def __init__(
         self,
         *,
         heard: Callable[[Sequence[Any]], None],
         lost: Callable[[Wire, BaseException, Sequence[Question]], None],
+        idle: Callable[[], None],
     ) -> None:
         self._heard = heard
         self._lost = lost
+        self._idle = idle
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader(
             replyError=_error, protocolError=exceptions.InvalidResponse, notEnoughData=_NOTHING
@@ -62,6 +65,11 @@ class Wire(asyncio.Protocol):
         self._writer: asyncio.StreamWriter | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._cause: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is yet to come."""
+        return bool(self._waiting)
 
     async def connect(self, connection: AbstractConnection) -> None:
         """Take over a connection that redis-py is yet to connect. Raises RedisError, OSError."""
@@ -83,23 +91,34 @@ class Wire(asyncio.Protocol):
         assert self._transport is not None, "it is connected"
         pack = hiredis.pack_command
         self._waiting.extend(questions)
-        self._transport.write(b"".join([pack(command) for question in questions for command in question.commands]))
+        self._transport.write(
+            b"".join(
+                [
+                    command if isinstance(command, bytes) else pack(command)
+                    for question in questions
+                    for command in question.commands
+                ]
+            )
+        )
         if self._timer is None and questions:
             self._timer = self._loop.call_at(questions[0].answer_by, self._look)
 
     def data_received(self, data: bytes) -> None:
-        reader, waiting = self._reader, self._waiting
+        gets, waiting, push = self._reader.gets, self._waiting, hiredis.PushNotification
         try:
-            reader.feed(data)
-            while (reply := reader.gets()) is not _NOTHING:
-                if type(reply) is hiredis.PushNotification and reply[0] != b"subscribe":
+            self._reader.feed(data)
+            while (reply := gets()) is not _NOTHING:
+                if type(reply) is push and reply[0] != b"subscribe":
                     self._heard(reply)
                     continue
                 question = waiting[0]
-                question.replies.append(reply)
-                if len(question.replies) == len(question.commands):
+                replies = question.replies
+                replies.append(reply)
+                if len(replies) == len(question.commands):
                     waiting.popleft()
                     question.answered()
+            if not waiting:
+                self._idle()
         except (RedisError, IndexError) as exc:  # not what was asked for: whose the next reply is, nobody knows
             self.abort(exc)
 
