@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Protocol
 
-from broker.model import AttemptEnd, RequestState, Timings
+from broker.model import AttemptEnd, RequestState
 from broker.settings import SidecarSettings
 from broker.telemetry.metrics import (
     ATTEMPTS,
@@ -32,6 +33,19 @@ from broker.telemetry.metrics import (
 
 # Upstream's codes.
 _GOOD, _BAD = "0", "500"
+
+
+class Timed(Protocol):
+    """As `broker.model.Timings`."""
+
+    @property
+    def inputs_s(self) -> float: ...
+
+    @property
+    def container_s(self) -> float: ...
+
+    @property
+    def upload_s(self) -> float: ...
 
 
 class Figures:
@@ -81,7 +95,7 @@ class Figures:
             if cold_start_s > 0:
                 self._metrics.observe(COLD_START, cold_start_s, *self._labels)
 
-    def attempted(self, end: RequestState | AttemptEnd, *, took_s: float, timings: Timings, size_bytes: int) -> None:
+    def attempted(self, end: RequestState | AttemptEnd, *, took_s: float, timings: Timed, size_bytes: int) -> None:
         """An attempt is over."""
         metrics, labels = self._metrics, self._labels
         metrics.count(ATTEMPTS, *labels, end.value)

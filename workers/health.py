@@ -20,6 +20,8 @@ from workers.inference import Inference
 logger = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 5.0
+# Of a container that takes half an hour to be well, what it says differently, and no more of it than is read.
+_FAULTS_TOLD = 10
 _EVERYWHERE = frozenset({"", "0.0.0.0", "::"})
 # Addresses for examples (RFC 5737, RFC 3849).
 _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
@@ -63,9 +65,13 @@ class Gate:
 
     async def start(self) -> None:
         """Return at the first healthy answer. Raises NeverReady after `ready_timeout_s`."""
+        told: set[str] = set()
         try:
             async with asyncio.timeout(self._settings.ready_timeout_s):
-                while not await self.check():  # noqa: ASYNC110  the container announces nothing
+                while not await self.check():  # the container announces nothing
+                    if self.fault not in told and len(told) < _FAULTS_TOLD:
+                        told.add(self.fault)
+                        logger.info("container_not_ready", extra={"public": True, "cause": self.fault})
                     await asyncio.sleep(self._settings.health_start_interval_s)
         except TimeoutError as exc:
             raise NeverReady(
@@ -114,10 +120,9 @@ class Gate:
         await self._shut.wait()
 
 
-def status_address(settings: SidecarSettings) -> str:
-    """`host:port` by which others reach the status server; '' for none. Of one that listens everywhere, by this
-    machine's own address."""
-    host, port = settings.status_host, settings.status_port
+def status_address(host: str, port: int) -> str:
+    """`host:port` by which others reach a status server that listens there; '' for none, which is port 0. Of one that
+    listens everywhere, by this machine's own address."""
     if not port:
         return ""
     if host in _EVERYWHERE:
@@ -135,8 +140,9 @@ async def status_server(
     metrics: Metrics,
     ready: Callable[[], Awaitable[str]],
     *routes: web.RouteDef,
-) -> AsyncIterator[None]:
-    """Serve `/metrics`, `/v1/health/live`, `/v1/health/ready` and `routes` while the body runs; port 0 serves none.
+) -> AsyncIterator[int]:
+    """Serve `/metrics`, `/v1/health/live`, `/v1/health/ready` and `routes` while the body runs, at the port that this
+    is; 0 for none.
 
     `ready` returns '' or what is missing. Calls that are being answered when the body is over get a few seconds more.
 
@@ -145,7 +151,7 @@ async def status_server(
     """
     host, port = settings.status_host, settings.status_port
     if not port:
-        yield
+        yield 0
         return
 
     async def live_route(_: web.Request) -> web.Response:
@@ -172,13 +178,13 @@ async def status_server(
         await runner.setup()
         try:
             try:
-                await web.TCPSite(runner, host, port).start()
+                await web.TCPSite(runner, host, 0 if port == "any" else port).start()
             except OSError as exc:
                 if exc.errno != errno.EADDRINUSE or "status_port" in settings.model_fields_set:
                     raise ConfigurationError(
                         f"status_port: {host}:{port} cannot be listened on: {exc.strerror}"
                     ) from exc
                 logger.warning("status_port_taken", extra={"port": port})
-            yield
+            yield next((int(address[1]) for address in runner.addresses), 0)
         finally:
             await runner.cleanup()

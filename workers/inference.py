@@ -6,8 +6,9 @@ Everything that the container sends is untrusted (field/security.md): its status
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -25,7 +26,7 @@ from broker.errors import ConfigurationError
 from broker.model import Job, Outcome, RequestState
 from broker.settings import SidecarSettings
 from workers import loops
-from workers.connections import Connections, Exchange, NotReached
+from workers.connections import Connections, Exchange, NotReached, Plain
 from workers.probes import GrpcProbe, HttpProbe, Probe, url_of
 from workers.retry_after import retry_after_s
 
@@ -107,12 +108,15 @@ class Response:
     """
 
     def __init__(self, job: Job, response: aiohttp.ClientResponse | Exchange) -> None:
+        """Raises AttemptFailed: it is nothing that HTTP has for an answer."""
+        if not 200 <= response.status <= 599:
+            raise AttemptFailed(connection_fault(job))
         self._job = job
         self._response = response
         self.status = response.status
         self.length = response.content_length
         """How long the body will be, None if the container did not say."""
-        self.headers = _presentable(job, response.headers, response.url)
+        self.headers = _presentable(job, response.headers.items(), response.url)
 
     @property
     def whole(self) -> bool:
@@ -227,6 +231,7 @@ class Inference:
 
     async def healthy(self) -> bool:
         """Whether the health check finds the container well, within `health_timeout_s`."""
+        self._connections.make_way()
         found = await self._probe.check()
         self.fault, self.silent = found.fault, found.silent
         return not found.fault
@@ -237,25 +242,37 @@ class Inference:
         headers: Iterable[tuple[str, str]],
         *,
         body: bytes | Path,
-        spill: Path | str,
-        budget_s: float,
+        spill: Callable[[], Path],
         attempt: int = 1,
     ) -> Answer:
-        """Send the job once and read the answer. A body above `max_response_bytes` is written to `spill`, in a
-        folder that is made if need be. `attempt` decides whether a kept connection will do.
+        """Send the job once and read the answer. A body above `max_response_bytes` is written to what `spill` names, in
+        a folder that is made if need be. `attempt` decides whether a kept connection will do. Who keeps the attempt's
+        lease bounds it, by cancelling.
 
         Outside passthrough, an answer of 400 and above comes back as a problem (contract/invocation.md §3.2).
 
         Raises:
-            ContainerLost, RunTimedOut.
+            ContainerLost.
             ContainerBusy: 429 or 503 with `Retry-After`, outside passthrough, where the caller is told instead.
             AttemptFailed: what came back was not HTTP, or more than `max_artifact_bytes` of it, or too many headers.
         """
-        async with self.exchange(job, headers, body=body, budget_s=budget_s, attempt=attempt) as response:
-            spillable = job.passthrough or response.status < 400
-            content, spilled = await self._read(job, response, spill if spillable else None)
-            answer = Answer(status=response.status, headers=response.headers, body=content, spilled=spilled)
-        if job.passthrough or not answer.failed:
+        if body and isinstance(body, bytes) and job.method == "POST":  # as `exchange`, for nearly every job
+            url, plain_bytes = self._url_of(job), self._settings.max_response_bytes
+            with Translated(job):
+                keep = self.keeps(attempt)
+                sent = await self._connections.post(url, headers, body, keep=keep, plain_bytes=plain_bytes)
+            if isinstance(sent, Plain):
+                shown = _presentable(job, sent.headers, url)
+                answer = Answer(status=sent.status, headers=shown, body=sent.body)
+            else:
+                try:
+                    answer = await self._read(job, Response(job, sent), spill)
+                finally:
+                    sent.release()
+        else:
+            async with self._exchange(job, headers, body, attempt) as response:
+                answer = await self._read(job, response, spill)
+        if answer.status < 400 or job.passthrough:
             return answer
         mapped = _mapped(job, answer)
         longest_s = self._settings.max_retry_after_s
@@ -282,37 +299,46 @@ class Inference:
             AttemptFailed: what came back was not HTTP.
         """
         budget = asyncio.timeout(budget_s)
-        file: BinaryIO | None = None
-        response: aiohttp.ClientResponse | Exchange
         try:
-            async with budget:
-                with Translated(job):
-                    if job.method == "POST" and isinstance(body, bytes) and body:
-                        url, keep = self._url_of(job), self.keeps(attempt)
-                        response = await self._connections.post(url, headers, body, keep=keep)
-                    else:
-                        content: bytes | BinaryIO | AsyncIterable[bytes] | None
-                        if isinstance(body, Path):
-                            content = file = await loops.in_thread(_opened, body, "rb")
-                        else:
-                            content = body or None  # a GET without a body has no length either
-                        response = await self._client().request(
-                            job.method,
-                            self._url_of(job),
-                            data=content,
-                            headers=list(headers),
-                            allow_redirects=False,
-                        )
-                try:
-                    if not 200 <= response.status <= 599:
-                        raise AttemptFailed(connection_fault(job))
-                    yield Response(job, response)
-                finally:
-                    await _let_go(response)
+            async with budget, self._exchange(job, headers, body, attempt) as response:
+                yield response
         except TimeoutError as exc:
             if not budget.expired():
                 raise
             raise RunTimedOut(job) from exc
+
+    @asynccontextmanager
+    async def _exchange(
+        self,
+        job: Job,
+        headers: Iterable[tuple[str, str]],
+        body: bytes | Path | AsyncIterable[bytes] | None,
+        attempt: int,
+    ) -> AsyncIterator[Response]:
+        """As `exchange`, for as long as it takes."""
+        file: BinaryIO | None = None
+        response: aiohttp.ClientResponse | Exchange
+        try:
+            if job.method == "POST" and isinstance(body, bytes) and body:
+                with Translated(job):
+                    sent = await self._connections.post(self._url_of(job), headers, body, keep=self.keeps(attempt))
+                assert isinstance(sent, Exchange), "nothing was asked for as a whole"
+                response = sent
+            else:
+                content: bytes | BinaryIO | AsyncIterable[bytes] | None
+                if isinstance(body, Path):
+                    content = file = await loops.in_thread(_opened, body, "rb")
+                else:
+                    content = body or None  # a GET without a body has no length either
+                self._connections.make_way()
+                with Translated(job):
+                    response = await self._client().request(
+                        job.method, self._url_of(job), data=content, headers=list(headers), allow_redirects=False
+                    )
+            try:
+                yield Response(job, response)
+            finally:
+                await _let_go(response)
         finally:
             if file is not None:
                 file.close()
@@ -328,6 +354,7 @@ class Inference:
             AttemptFailed: what came back was not a handshake.
         """
         assert self._sockets is not None, "Inference is used outside of its context"
+        self._connections.make_way()
         with Translated(job):
             try:
                 return await self._sockets.ws_connect(
@@ -344,7 +371,7 @@ class Inference:
             except aiohttp.WSServerHandshakeError as exc:
                 if not 200 <= exc.status <= 599:
                     raise
-                raise Refused(exc.status, _presentable(job, exc.headers or {}, exc.request_info.url)) from exc
+                raise Refused(exc.status, _presentable(job, (exc.headers or {}).items(), exc.request_info.url)) from exc
 
     def keeps(self, attempt: int) -> bool:
         """Whether it goes over a kept connection: one that is cut then says nothing about the container."""
@@ -364,25 +391,25 @@ class Inference:
             return self._job_url
         return URL(f"{self._job_url.origin()}/{job.target.removeprefix('/')}", encoded=True)
 
-    async def _read(self, job: Job, response: Response, spill: Path | str | None) -> tuple[bytes, Path | None]:
-        """The body, or the file it went to. Without a file to spill to, what is too large is dropped."""
+    async def _read(self, job: Job, response: Response, spill: Callable[[], Path]) -> Answer:
+        """With the body, or the file it went to. Of a failed answer, a body that is too large is dropped."""
         limit_bytes = self._settings.max_response_bytes
-        content = bytearray(response.arrived())
-        if response.whole and len(content) <= limit_bytes:
-            return bytes(content), None
-        chunks = response.chunks()
+        status, headers, arrived = response.status, response.headers, response.arrived()
+        if response.whole and len(arrived) <= limit_bytes:
+            return Answer(status=status, headers=headers, body=arrived)
+        content, chunks = bytearray(arrived), response.chunks()
         if len(content) <= limit_bytes:
             async for chunk in chunks:
                 content += chunk
                 if len(content) > limit_bytes:
                     break
             else:
-                return bytes(content), None
-        if spill is None:
-            return b"", None
-        path = Path(spill)
+                return Answer(status=status, headers=headers, body=bytes(content))
+        if status >= 400 and not job.passthrough:
+            return Answer(status=status, headers=headers)
+        path = spill()
         await self._spill(job, chunks, bytes(content), path)
-        return b"", path
+        return Answer(status=status, headers=headers, spilled=path)
 
     async def _spill(self, job: Job, chunks: AsyncIterator[bytes], head: bytes, path: Path) -> None:
         """Write `head` and the rest of the body to `path`; memory stays flat and the loop free."""
@@ -424,6 +451,8 @@ class Translated:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            return
         match error:
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | NotReached():
                 raise ContainerLost("the container refused the connection", sent=False) from error
@@ -487,10 +516,21 @@ def connection_fault(job: Job) -> Outcome:
     return problem(job, 500, CONNECTION_FAULT, source="inference-connection")
 
 
+@functools.lru_cache(maxsize=512)
+def _is_for_the_hop(name: str) -> bool:
+    return name.lower() in HOP_BY_HOP
+
+
+@functools.lru_cache(maxsize=512)
+def key_of(name: str) -> str:
+    """By which a header is known: to some servers `nvcf_sub` and `nvcf-sub` are one name."""
+    return name.lower().replace("_", "-")
+
+
 def end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """`headers` without the hop-by-hop ones and without those that `Connection` names (RFC 9110 §7.6.1)."""
     pairs = list(headers)
-    kept = [pair for pair in pairs if pair[0].lower() not in HOP_BY_HOP]
+    kept = [pair for pair in pairs if not _is_for_the_hop(pair[0])]
     if len(kept) < len(pairs):  # `Connection` may be among those
         named = ",".join(value for name, value in pairs if name.lower() == "connection").lower().split(",")
         dropped = {name.strip() for name in named}
@@ -524,13 +564,13 @@ def _stated_error(body: bytes) -> str:
     return error if isinstance(error, str) else ""
 
 
-def _presentable(job: Job, headers: Mapping[str, str], url: URL) -> tuple[tuple[str, str], ...]:
+def _presentable(job: Job, headers: Iterable[tuple[str, str]], url: URL) -> tuple[tuple[str, str], ...]:
     """The container's headers that may reach a client, in our name unless it was asked in its own (`job.target`);
     `Content-Encoding` among them, because the body was not decoded. Raises AttemptFailed."""
     dropped = _OURS if job.target else _NOT_THE_CONTAINERS
     kept, size_bytes = [], 0
-    for name, value in end_to_end(headers.items()):
-        key = name.lower().replace("_", "-")
+    for name, value in end_to_end(headers):
+        key = key_of(name)
         if key in dropped or key.startswith("nvcf-"):
             continue
         told = _from_outside(value, url) if key == "location" else value

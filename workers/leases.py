@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -52,7 +51,7 @@ class Leases:
             LeaseLost: it is another worker's, or the request is over; the body was cancelled.
             RunTimedOut: nothing is left of the attempt's time; the body was cancelled.
         """
-        return Kept(self, attempt, lease)
+        return Kept(self, self._results, attempt, lease)
 
     def enter(self, kept: Kept) -> None:
         self._kept.add(kept)
@@ -63,10 +62,6 @@ class Leases:
         if not self._kept and self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def listening(self, kept: Kept) -> AbstractContextManager[None]:
-        """When something happens to the request, a renewal tells what."""
-        return self._results.listen(kept.lease.request_id, lambda: self._look_at(kept))
 
     def _due(self, kept: Kept) -> None:
         kept.due_at = asyncio.get_running_loop().time() + min(self._renew_s, kept.attempt.left_s())
@@ -82,11 +77,12 @@ class Leases:
         self._timer = None
         now = asyncio.get_running_loop().time()
         for kept in [kept for kept in self._kept if kept.due_at <= now]:
-            self._look_at(kept)
+            self.look_at(kept)
         if self._kept and self._timer is None:
             self._arm(min(kept.due_at for kept in self._kept))
 
-    def _look_at(self, kept: Kept) -> None:
+    def look_at(self, kept: Kept) -> None:
+        """A renewal tells what happened to the request."""
         if not kept.attempt.left_s():
             kept.end(RunTimedOut(kept.attempt.job))
             return
@@ -109,7 +105,7 @@ class Leases:
             kept.renewing = False
         if kept.again:
             kept.again = False
-            self._look_at(kept)
+            self.look_at(kept)
 
     async def _ask(self, kept: Kept) -> None:
         asked_at = time.monotonic()
@@ -121,17 +117,18 @@ class Leases:
 
 
 class Kept:
-    """One attempt, as an async context manager."""
+    """One attempt, as a context manager of its task."""
 
-    def __init__(self, leases: Leases, attempt: Attempt, lease: Lease) -> None:
+    __slots__ = ("_ended", "_leases", "_listening", "_task", "again", "attempt", "due_at", "lease", "renewing")
+
+    def __init__(self, leases: Leases, results: Results, attempt: Attempt, lease: Lease) -> None:
         self.attempt = attempt
         self.lease = lease
         self.due_at = 0.0
-        self.renewing = False
-        self.again = False
+        self.renewing = self.again = False
         self._leases = leases
         self._task: asyncio.Task[Any] | None = None
-        self._listening: AbstractContextManager[None] = nullcontext()
+        self._listening = results.listen(lease.request_id, self._told)
         self._ended: Exception | None = None
 
     def end(self, error: Exception) -> None:
@@ -140,19 +137,27 @@ class Kept:
             self._ended = error
             self._task.cancel()
 
-    async def __aenter__(self) -> Kept:
+    def _told(self) -> None:
+        self._leases.look_at(self)
+
+    def __enter__(self) -> Kept:
         self._task = asyncio.current_task()
-        self._listening = self._leases.listening(self)
         self._listening.__enter__()
         self._leases.enter(self)
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         task, self._task = self._task, None
+        # What knows this one is not kept here: a cycle holds the job, with its body, until garbage is looked for.
+        ended, self._ended = self._ended, None
         self._leases.leave(self)
         self._listening.__exit__(None, None, None)
+        del self._listening
         # Who is cancelled for another reason too must go.
-        if self._ended is not None and task is not None and task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise self._ended from None
+        if ended is not None and task is not None and task.uncancel() == 0 and kind is asyncio.CancelledError:
+            try:
+                raise ended from None
+            finally:
+                del ended

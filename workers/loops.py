@@ -27,8 +27,10 @@ T = TypeVar("T")
 
 _JITTER = 0.1
 LATER_S = 0.05
-# A disk that took longer is left to the clerk for so long.
+# File work that took longer has held the loop up. Once that is more than HELD_S beyond a share of all time, it is the
+# disk, which is left to the clerk for so long; on a busy machine any work now and then waits for its turn.
 QUICK_S, PATIENT_S = 0.002, 10.0
+HELD_S, HELD_SHARE = 0.05, 0.25
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
 
@@ -55,20 +57,22 @@ async def every(seconds: float | Callable[[], float], step: Callable[[], Awaitab
 async def insist(step: Callable[[], Awaitable[T]], *, on: type[Exception], name: str) -> T:
     """What `step` returns, after repeating it, less and less often, for as long as it raises `on`. The caller
     bounds the wait by cancelling it."""
-    streak: _Streak | None = None
+    try:
+        return await step()
+    except on as exc:
+        streak = _Streak(name)
+        streak.failed(exc)
     pause_s = _FIRST_PAUSE_S
     while True:
+        await asyncio.sleep(random.uniform(pause_s / 2, pause_s))  # noqa: S311  spreads load
+        pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
         try:
             result = await step()
         except on as exc:
-            streak = streak or _Streak(name)
             streak.failed(exc)
         else:
-            if streak is not None:
-                streak.over()
+            streak.over()
             return result
-        await asyncio.sleep(random.uniform(pause_s / 2, pause_s))  # noqa: S311  spreads load
-        pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
 
 async def guard(work: Coroutine[Any, Any, T], *, expected: tuple[type[Exception], ...] = (), **facts: object) -> T:
@@ -97,9 +101,9 @@ class Clerk:
 
     What is asked for while it is at work is done together in its next turn. A thread and back costs 130 µs of CPU,
     twice what it costs to make a directory and remove it; but a disk that is being flushed holds these up for
-    milliseconds, too long for the loop. So what somebody waits for is done here and now (`soon`) until a disk was seen
-    to be slow. One thread is no loss: the kernel makes and removes the entries of one directory one by one, too. Long
-    work belongs `in_thread`.
+    milliseconds, too long for the loop. So what somebody waits for is done here and now (`soon`, `now`) until a disk
+    was seen to be slow (`patient`). One thread is no loss: the kernel makes and removes the entries of one directory
+    one by one, too. Long work belongs `in_thread`.
     """
 
     def __init__(self) -> None:
@@ -108,6 +112,7 @@ class Clerk:
         self._at_work = False
         self._timer: asyncio.TimerHandle | None = None
         self._patient_until = 0.0
+        self._held_s = self._held_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -133,15 +138,22 @@ class Clerk:
 
     async def soon(self, function: Callable[..., T], *args: object) -> T:
         """As `run`; on the loop while that takes no time worth speaking of."""
+        return await self.run(function, *args) if self.patient else self.now(function, *args)
+
+    @property
+    def patient(self) -> bool:
+        """Whether a disk was seen to be slow of late, so that nothing that may wait for it belongs on the loop."""
+        return time.monotonic() < self._patient_until
+
+    def now(self, function: Callable[..., T], *args: object) -> T:
+        """What `function` returns, here and now."""
         began_at = time.monotonic()
-        if began_at < self._patient_until:
-            return await self.run(function, *args)
         try:
             return function(*args)
         finally:
             ended_at = time.monotonic()
             if ended_at - began_at > QUICK_S:
-                self._patient_until = ended_at + PATIENT_S
+                self._held_up(ended_at - began_at, ended_at)
 
     def later(self, function: Callable[..., object], *args: object) -> None:
         """Have it done, behind what was asked for before, with the next work or by `LATER_S`, and before the clerk is
@@ -150,6 +162,12 @@ class Clerk:
         self._asked.append(_Asked(functools.partial(function, *args), None))
         if not self._at_work and self._timer is None:
             self._timer = loop.call_later(LATER_S, self._turn, loop)
+
+    def _held_up(self, took_s: float, now: float) -> None:
+        self._held_s = max(0.0, self._held_s - (now - self._held_at) * HELD_SHARE) + took_s
+        self._held_at = now
+        if self._held_s > HELD_S:
+            self._patient_until = now + PATIENT_S
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
@@ -205,6 +223,8 @@ async def _finished(done: asyncio.Future[T], stop: Callable[[], None] | None = N
         await asyncio.wait([done])
         done.exception()  # seen, so that asyncio does not report it as lost
         raise
+    finally:
+        del done  # it holds the error, which holds this frame and those of its callers
 
 
 class _Streak:

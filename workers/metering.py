@@ -3,14 +3,14 @@ a heartbeat of the instance. They are written whatever the log level is."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
 
 from broker.model import Job, RequestState
 from broker.settings import SidecarSettings
-from broker.telemetry import logs
-from broker.telemetry.logs import METERING
+from broker.telemetry.logs import METERING, Note
 
 logger = logging.getLogger(METERING)
 
@@ -18,11 +18,15 @@ HEARTBEAT_S = 30.0
 _BILLING = "x-billing-"
 
 
+@functools.lru_cache(maxsize=512)
+def _is_billing(name: str) -> bool:
+    return name.lower().startswith(_BILLING)
+
+
 class Meter:
     """Of one instance. A request that no worker ran is not on it."""
 
     def __init__(self, settings: SidecarSettings, instance_id: str) -> None:
-        self._region = settings.region
         self._instance = {
             "metering": True,
             "env": settings.environment,
@@ -36,6 +40,11 @@ class Meter:
             "gpus": settings.gpu_count,
             "gpu_type": settings.gpu,
         }
+        self._note = Note(
+            logger,
+            "invocation",
+            {**self._instance, "event_type": "NVCF_Invocation", "region": settings.region},
+        )
         self._reported_at = time.monotonic()
 
     def invocation(
@@ -43,19 +52,18 @@ class Meter:
     ) -> None:
         """To be called once for a request that ended in `state`: `size_bytes` of an answer after `duration_s` in the
         container. `facts` go onto the same line, so that there is one for each invocation."""
-        line: dict[str, object] = self._instance | {
-            "event_type": "NVCF_Invocation",
+        line: dict[str, object] = {
             "nca_id": job.account,
             "request_id": job.id,
             "sub": job.subject,
             "size": size_bytes,
             "duration": math.ceil(duration_s),
             "response_type": "FULFILLED" if state is RequestState.FULFILLED else "ERRORED",
-            "region": self._region,
+            **facts,
         }
-        if billing := {name.lower(): value for name, value in job.headers if name.lower().startswith(_BILLING)}:
+        if billing := {name.lower(): value for name, value in job.headers if _is_billing(name)}:
             line["billing_headers"] = billing
-        logs.note(logger, "invocation", line | facts)
+        self._note.add(line)
 
     def infrastructure(self, *, ready: bool) -> None:
         """How long the instance was there since the last time this was called."""

@@ -33,7 +33,7 @@ STORAGE_FAULT = "The result could not be stored before the deadline: the blob st
 
 MAX_ARTIFACTS = 10_000
 MAX_DEPTH = 32
-_CHUNK_BYTES = 1024 * 1024
+_CHUNK_BYTES = 256 * 1024
 _SAMPLE_BYTES = 64 * 1024
 # Above it, a member's header has the long form, which not every reader of streams knows.
 _PLAIN_BYTES = 2**31 - 2**24
@@ -71,8 +71,10 @@ async def collect(
     if answer.failed and answer.spilled:
         raise AttemptFailed(problem(job, answer.status, "Inference error", source="inference-service"))
     wants_files = not (answer.failed or job.passthrough)
+    if not answer.spilled and (not wants_files or workspace.is_empty()):
+        return answer.outcome()
     try:
-        if not answer.spilled and not (wants_files and await _has_artifacts(workspace)):
+        if not answer.spilled and not await loops.in_thread(_holds_artifacts, workspace.response):
             return answer.outcome()
         await loops.in_thread(prepare_scratch, workspace.scratch / "part")
         pack = _Packing(
@@ -184,10 +186,6 @@ def _read(file: BinaryIO, size_bytes: int) -> bytes:
         return file.read(size_bytes)
     except OSError as exc:
         raise _Unreadable(os.strerror(exc.errno or 0)) from exc
-
-
-async def _has_artifacts(workspace: Workspace) -> bool:
-    return not workspace.is_empty() and await loops.in_thread(_holds_artifacts, workspace.response)
 
 
 def _holds_artifacts(directory: Path) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
-import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aiohttp import web
@@ -55,6 +55,8 @@ from workers.metering import HEARTBEAT_S, Meter
 from workers.outputs import collect
 from workers.progress import ProgressWatch
 from workers.quarantine import Quarantine
+from workers.slots import Slots
+from workers.spares import Spares
 from workers.streams import Feed, LeaseLost
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,9 @@ OVER = (
     RequestState.CANCELLED,
     RequestState.ABANDONED,
 )
+# Why an attempt came to nothing, where its container is not to blame.
+STOPPED = "the worker was told to stop before the container answered"
+FAULTY = "the worker met a fault of its own; its log has more"
 # Beats of an instance that may go missing before it is taken for dead.
 BEATS = 5
 
@@ -86,10 +91,11 @@ class _Run:
 
     `refund` tells whether handing the attempt back now would cost nothing. `ends_at`, `called_at` (when the container
     was) and `leased_until` are by the monotonic clock; `run_limited` tells that it is the run timeout that ends it, and
-    not the request's deadline.
+    not the request's deadline. `lost` says how its container was.
     """
 
     delivery: Delivery
+    job: Job
     task: asyncio.Task[None] | None = None
     waiting: bool = False
     lease: Lease | None = None
@@ -104,12 +110,9 @@ class _Run:
     container_s: float = 0.0
     upload_s: float = 0.0
     size_bytes: int = 0
+    lost: str = ""
     facts: dict[str, object] = field(default_factory=dict)
     traced: Attempt | None = None
-
-    @property
-    def job(self) -> Job:
-        return self.delivery.job
 
     @property
     def timings(self) -> Timings:
@@ -133,19 +136,33 @@ class _Run:
             self.waiting = False
 
 
+class _Calls:
+    """Those to the container that are under way."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class _Calling:
     """While the body runs, the container is at work for the run."""
 
-    __slots__ = ("_run", "_sidecar")
+    __slots__ = ("_calls", "_run")
 
-    def __init__(self, sidecar: Sidecar, run: _Run) -> None:
-        self._sidecar, self._run = sidecar, run
+    def __init__(self, calls: _Calls, run: _Run) -> None:
+        self._calls, self._run = calls, run
 
     def __enter__(self) -> None:
-        self._sidecar.call_began(self._run)
+        self._run.called_at = time.monotonic()
+        self._calls.count += 1
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._sidecar.call_ended(self._run, error)
+        run = self._run
+        self._calls.count -= 1
+        run.container_s = time.monotonic() - run.called_at
+        if run.traced is not None:
+            run.traced.called(error)
 
 
 async def serve(broker: Broker, settings: SidecarSettings, stop: asyncio.Event) -> None:
@@ -171,12 +188,13 @@ class Sidecar:
         self._inference = inference
         self._dialer = dialer
         self._clerk = clerk
+        self._spares = Spares(clerk, most=settings.max_request_concurrency)
         self._headers_for_all = headers_for_all(settings)
         self._progress = ProgressWatch(broker.results, settings, clerk)
-        self._gate = Gate(inference, settings, full=lambda: self._calls >= settings.max_request_concurrency)
-        self._slots = asyncio.Semaphore(settings.max_request_concurrency)
+        self._gate = Gate(inference, settings, full=lambda: self._calls.count >= settings.max_request_concurrency)
+        self._slots = Slots(settings.max_request_concurrency)
         self._runs: dict[str, _Run] = {}
-        self._calls = 0
+        self._calls = _Calls()
         self._discarding = 0
         self._stand_ins = 0
         self._jobs = asyncio.TaskGroup()
@@ -186,8 +204,9 @@ class Sidecar:
         self._metrics = broker.metrics
         self._figures = Figures(broker.metrics, settings)
         self._meter = Meter(settings, self._id)
-        self._status_address = status_address(settings)
+        self._status_address = ""
         self._ready_at = 0.0
+        self._untold_start_s = 0.0
         self._created_at = time.time()
         self._started = False
         self._draining = False
@@ -225,13 +244,15 @@ class Sidecar:
     @asynccontextmanager
     async def _shown(self, *routes: web.RouteDef) -> AsyncIterator[None]:
         with self._figures.shown(busy=self._busy, ready=lambda: self._gate.healthy):
-            async with status_server(self._settings, self._metrics, self._missing, *routes):
+            async with status_server(self._settings, self._metrics, self._missing, *routes) as port:
+                self._status_address = status_address(self._settings.status_host, port)
                 yield
 
     async def _work(self, stop: asyncio.Event) -> None:
         await self._report()
         self._started = True
-        self._figures.ready(after_s=time.time() - self._created_at)
+        self._untold_start_s = max(0.0, time.time() - self._created_at)
+        self._figures.ready(after_s=self._untold_start_s)
         with suppress(StoreUnavailable):
             await self._note_readiness()
             await self._beat()
@@ -241,10 +262,13 @@ class Sidecar:
         )
         checking = loops.every(0, self._gate.check_when_due, name="health")
         looking = loops.every(self._progress.pause_s, self._progress.look, name="progress")
-        async with loops.beside(checking, looking), self._jobs:
-            async with loops.beside(loops.every(1.0, self._consume, name="consume")):
-                await stop.wait()
-            await self._drain()
+        try:
+            async with loops.beside(checking, looking), self._jobs:
+                async with loops.beside(loops.every(1.0, self._consume, name="consume")):
+                    await stop.wait()
+                await self._drain()
+        finally:
+            self._spares.close()
         logger.info("sidecar_stopped", extra={"public": True, "instance_id": self._id})
 
     async def _note_readiness(self) -> None:
@@ -264,12 +288,13 @@ class Sidecar:
     async def _accept(self, deliveries: AsyncIterator[Delivery]) -> None:
         async for delivery in deliveries:
             await self._adopt(delivery)
+            del delivery  # with its body; the next may be long in coming
 
     async def _adopt(self, delivery: Delivery) -> asyncio.Task[None] | None:
         """The task of the job from here on; None when it had one before."""
         run = self._runs.get(delivery.job.id)
         if run is None:
-            run = self._runs[delivery.job.id] = _Run(delivery=delivery)
+            run = self._runs[delivery.job.id] = _Run(delivery=delivery, job=delivery.job)
             run.task = self._jobs.create_task(self._see_through(run))
             return run.task
         # A copy, or the same message after the connection was lost: the run goes on with this loan. The old one is
@@ -286,25 +311,23 @@ class Sidecar:
         except loops.Fault:
             await asyncio.sleep(FAULT_PAUSE_S)
             with suppress(loops.Fault):
-                await loops.guard(self._give_back(run, refund=False), request_id=run.job.id)
+                await loops.guard(self._give_back(run, refund=False, reason=FAULTY), request_id=run.job.id)
         except asyncio.CancelledError:
-            await self._give_back(run, refund=run.refund)
+            await self._give_back(run, refund=run.refund, reason=run.lost or STOPPED)
             raise
 
     async def _hold_slot(self, run: _Run) -> float:
         """As `_run`, once there is a slot. After a reconnect there can be more loans than slots."""
-        if self._slots.locked():
+        if not self._slots.take():
             with run.wait():
-                await self._slots.acquire()
-        else:
-            await self._slots.acquire()  # at once
+                await self._slots.wait()
         try:
             if self._draining or not self._gate.healthy:
                 await self._end(run, RequestState.QUEUED)
                 return 0.0
             return await loops.guard(self._run(run), request_id=run.job.id)
         finally:
-            self._slots.release()
+            self._slots.give()
 
     async def _stand_back(self, run: _Run, wait_s: float) -> None:
         """Wait without a slot until the job's time has come, or it was cancelled."""
@@ -355,7 +378,8 @@ class Sidecar:
             attempt = self._attempt if run.job.channel is None else self._converse
             state, outcome = await attempt(run, lease)
         except LeaseLost as lost:
-            await self._deny_death(lease, lost.state)
+            if not lost.state.terminal:
+                await self._deny_death(lease)
             await self._end(run, lost.state, metered=await self._ended_by(run, lease, lost.state))
             self._discard_body(run.job, lost.state)
         except ContainerLost as lost:
@@ -376,11 +400,11 @@ class Sidecar:
         """The store's answer. When another worker has a lease, its end is waited for and the claim repeated."""
         job, settings = run.job, self._settings
         attempts = settings.max_attempts if job.channel is None else 1
-        token = secrets.token_hex(16)  # the answer may be lost, and the attempt be ours all the same
+        token = os.urandom(16).hex()  # the answer may be lost, and the attempt be ours all the same
 
-        async def claim() -> Claim:
+        def claim() -> Awaitable[Claim]:
             run.leased_until = time.monotonic() + settings.lease_s
-            return await self._results.claim(
+            return self._results.claim(
                 job, worker=self._id, lease_s=settings.lease_s, max_attempts=attempts, token=token
             )
 
@@ -410,7 +434,7 @@ class Sidecar:
             ContainerLost, ContainerBusy, LeaseLost, BodyAltered.
         """
         try:
-            async with self._leases.keep(run, lease):
+            with self._leases.keep(run, lease):
                 outcome = await loops.guard(
                     self._answer(run, lease),
                     expected=(AttemptFailed, ContainerLost, ContainerBusy, LeaseLost, BodyAltered),
@@ -428,7 +452,7 @@ class Sidecar:
 
     async def _answer(self, run: _Run, lease: Lease) -> Outcome:
         job, settings = run.job, self._settings
-        async with workspace(self._blobs, settings, job, self._clerk) as room:
+        async with workspace(self._blobs, settings, job, self._clerk, self._spares) as room:
             run.inputs_s = time.monotonic() - run.started_at
             headers = container_headers(job, room, self._headers_for_all, run.left_s())
             if run.traced is not None:
@@ -436,14 +460,13 @@ class Sidecar:
             if job.streaming:
                 return await self._stream(run, lease, headers, room.body)
             progress = nullcontext() if job.passthrough else self._progress.watching(lease, room.response_name)
-            with self._calling(run):
+            with _Calling(self._calls, run):
                 async with progress:
                     answer = await self._inference.infer(
                         job,
                         headers,
                         body=room.body,
-                        spill=f"{room.scratch_name}/response",
-                        budget_s=run.left_s(),
+                        spill=room.spill,
                         attempt=lease.attempt,
                     )
             run.size_bytes, since = answer.size_bytes, time.monotonic()
@@ -455,7 +478,7 @@ class Sidecar:
             return outcome
 
     async def _stream(self, run: _Run, lease: Lease, headers: Iterable[tuple[str, str]], body: bytes | Path) -> Outcome:
-        with self._calling(run):
+        with _Calling(self._calls, run):
             async with self._streams.write(lease) as writer:
                 feed = Feed(self._results, writer, self._settings, run.job)
                 async with (
@@ -477,8 +500,9 @@ class Sidecar:
         """
         expected = (AttemptFailed, ContainerLost, ClientLeft)
         try:
-            async with self._dialer.line(run.job) as line, self._leases.keep(run, lease):
-                outcome = await loops.guard(self._talk(run, line), expected=expected, request_id=run.job.id)
+            async with self._dialer.line(run.job) as line:
+                with self._leases.keep(run, lease):
+                    outcome = await loops.guard(self._talk(run, line), expected=expected, request_id=run.job.id)
         except RunTimedOut as late:
             return RequestState.TIMED_OUT if run.run_limited else late.state, late.outcome
         except AttemptFailed as failed:
@@ -504,7 +528,7 @@ class Sidecar:
             headers = container_headers(run.job, room, self._headers_for_all, run.left_s())
             if run.traced is not None:
                 headers = run.traced.carried(headers)
-            with self._calling(run):
+            with _Calling(self._calls, run):
                 try:
                     return await converse(line, self._inference, settings, headers, budget_s=run.left_s())
                 finally:
@@ -516,19 +540,6 @@ class Sidecar:
                 await self._results.cancel(job.id, reason=reason)
 
         await loops.insist(cancel, on=StoreUnavailable, name="cancel")
-
-    def _calling(self, run: _Run) -> _Calling:
-        return _Calling(self, run)
-
-    def call_began(self, run: _Run) -> None:
-        run.called_at = time.monotonic()
-        self._calls += 1
-
-    def call_ended(self, run: _Run, error: BaseException | None) -> None:
-        self._calls -= 1
-        run.container_s = time.monotonic() - run.called_at
-        if run.traced is not None:
-            run.traced.called(error)
 
     async def _until_free(self, job: Job, wait_s: float) -> None:
         async with self._results.watch(job.id) as watch:
@@ -570,7 +581,7 @@ class Sidecar:
         """End a request as dead that no worker may run. If this process dies in between, the next finds the same."""
 
         async def release() -> RequestState:
-            return await self._results.release(lease, refund=False)
+            return await self._results.release(lease, refund=False, reason=reason)
 
         async def end() -> Claim:
             return await self._results.end(run.job, RequestState.DEAD, reason=reason, cause=DeadCause.REJECTED)
@@ -582,8 +593,10 @@ class Sidecar:
 
     async def _finish(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> None:
         stands = await self._settle(run, lease, state, outcome)
-        await self._deny_death(lease, stands)
-        await self._end(run, stands, outcome, metered=await self._ended_by(run, lease, stands))
+        if not stands.terminal:
+            await self._deny_death(lease)
+        metered = stands is state and time.monotonic() < run.leased_until  # as most often
+        await self._end(run, stands, outcome, metered=metered or await self._ended_by(run, lease, stands))
         self._discard_body(run.job, stands)
         if stands is not state:  # it came too late
             self._discard(outcome.blob_key)
@@ -591,13 +604,22 @@ class Sidecar:
     async def _settle(self, run: _Run, lease: Lease, state: RequestState, outcome: Outcome) -> RequestState:
         """The state that stands, once it does durably; message and lease are kept until then (PROTOCOL step 9)."""
 
-        async def settle() -> RequestState:
-            return await self._results.settle(lease, run.job, state, outcome, run.timings)
+        timings = self._with_start(run.timings)
+
+        def settle() -> Awaitable[RequestState]:
+            return self._results.settle(lease, run.job, state, outcome, timings)
 
         if run.traced is None:
             return await loops.insist(settle, on=StoreUnavailable, name="settle")
         with run.traced.settling():
             return await loops.insist(settle, on=StoreUnavailable, name="settle")
+
+    def _with_start(self, timings: Timings) -> Timings:
+        """With what this instance's start took, the first time."""
+        start_s, self._untold_start_s = self._untold_start_s, 0.0
+        return (
+            replace(timings, start_s=start_s, lead_s=max(0.0, timings.cold_start_s - start_s)) if start_s else timings
+        )
 
     async def _ended_by(self, run: _Run, lease: Lease, state: RequestState) -> bool:
         """Whether the request ended with this attempt, which nobody else may bill then. No other worker could end it
@@ -610,12 +632,11 @@ class Sidecar:
             return False
         return record is not None and (record.worker, record.attempt) == (self._id, lease.attempt)
 
-    async def _deny_death(self, lease: Lease, state: RequestState) -> None:
+    async def _deny_death(self, lease: Lease) -> None:
         """A request that is not over and not ours has gone to another worker, who took this one for dead."""
-        if not state.terminal:
-            with suppress(StoreUnavailable, TimeoutError):
-                async with asyncio.timeout(self._settings.store_timeout_s):
-                    await self._results.release(lease, refund=True)
+        with suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(self._settings.store_timeout_s):
+                await self._results.release(lease, refund=True)
 
     def _discard_body(self, job: Job, state: RequestState) -> None:
         """A body in the blob store is of no use once there is a result, or nobody wants one."""
@@ -632,7 +653,7 @@ class Sidecar:
         try:
             with suppress(Unavailable, TimeoutError, loops.Fault):
                 async with asyncio.timeout(self._settings.store_timeout_s):
-                    await loops.guard(self._blobs.delete(key), expected=(Unavailable,), key=key)
+                    await loops.guard(self._blobs.discard(key), expected=(Unavailable,), key=key)
         finally:
             self._discarding -= 1
 
@@ -640,7 +661,7 @@ class Sidecar:
         """Give the attempt back when the container is well again, or at the end of the backoff at the latest. The
         attempt counts if the container may have seen it."""
         assert run.lease is not None
-        run.refund = not lost.sent
+        run.refund, run.lost = not lost.sent, str(lost)
         backoff_s = min(self._settings.crash_backoff_s * 2 ** (run.lease.attempt - 1), LONGEST_BACKOFF_S)
         logger.warning(
             "container_lost", extra={"public": True, "request_id": run.job.id, "cause": str(lost), **run.facts}
@@ -653,15 +674,15 @@ class Sidecar:
             async with asyncio.timeout(pause_s):
                 # Nothing but the pause slows down what costs no attempt.
                 await (self._gate.opened() if lost.sent else asyncio.sleep(pause_s))
-        await self._give_back(run, refund=run.refund)
+        await self._give_back(run, refund=run.refund, reason=run.lost)
 
-    async def _give_back(self, run: _Run, *, refund: bool) -> None:
+    async def _give_back(self, run: _Run, *, refund: bool, reason: str) -> None:
         """Release the attempt, then the message, in bounded time; the lease runs out by itself if need be."""
         state, metered = RequestState.QUEUED, False
         if run.lease is not None:
             with suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(self._settings.store_timeout_s):
-                    state = await self._results.release(run.lease, refund=refund)
+                    state = await self._results.release(run.lease, refund=refund, reason=reason)
                     metered = await self._ended_by(run, run.lease, state)
         await self._end(run, state, metered=metered)
 
@@ -691,9 +712,7 @@ class Sidecar:
         self._log(run, state, outcome, metered=metered)
 
     def _tell(self, run: _Run, end: RequestState | AttemptEnd) -> None:
-        self._figures.attempted(
-            end, took_s=time.monotonic() - run.started_at, timings=run.timings, size_bytes=run.size_bytes
-        )
+        self._figures.attempted(end, took_s=time.monotonic() - run.started_at, timings=run, size_bytes=run.size_bytes)
 
     def _log(self, run: _Run, state: RequestState, outcome: Outcome | None, *, metered: bool) -> None:
         if run.lease is None:

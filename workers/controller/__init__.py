@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import uuid
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from broker.errors import FnqueueError
@@ -20,6 +21,7 @@ from workers.controller import notify, undertaker
 from workers.controller.auditor import Auditor
 from workers.controller.chores import Chores
 from workers.controller.fleets import FleetReconciler
+from workers.controller.instance_logs import TURN_S, Copier
 from workers.controller.leadership import RENEW_S, Leadership
 from workers.controller.reconcile import Reconciler
 from workers.controller.secrets import REFRESH_S, SWEEP_S, Refresher
@@ -56,6 +58,7 @@ async def serve(
         status.shown(settings),
         beside(
             every(RENEW_S, leadership.renew, name="leadership"),
+            every(TURN_S, _copier(broker, launcher, leadership), name="instance_logs"),
             _lead(broker, settings, launcher, leadership, status, offered or asyncio.Event()),
             notify.serve(broker, settings),
         ),
@@ -79,6 +82,20 @@ async def stop_all(launcher: Launcher, *, grace_s: float) -> None:
                 )
     except (TimeoutError, FnqueueError, OSError) as exc:
         logger.warning("instances_left", extra={"cause": str(exc) or "not stopped in time"})
+
+
+def _copier(broker: Broker, launcher: Launcher | Fleet, leadership: Leadership) -> Callable[[], Awaitable[None]]:
+    """Any controller may read the logs of a fleet. What instances of a launcher write is with it alone, whoever leads;
+    and before it led, they are not its own."""
+    copier = Copier(broker, launcher)
+    if isinstance(launcher, Fleet):
+        return leadership.only(copier.step)
+
+    async def step() -> None:
+        if leadership.ever_held:
+            await copier.step()
+
+    return step
 
 
 async def _lead(

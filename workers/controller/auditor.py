@@ -345,7 +345,7 @@ class Objects(Walk):
             else:
                 spent = now - blob.modified_at > kind.kept_s and not await self._kept_for(request_id, kind)
             if spent and self._leads():
-                await self._broker.blobs.delete(blob.key)
+                await self._broker.blobs.discard(blob.key)
                 self._mended.objects_deleted += 1
                 logger.info("object_deleted", extra={"request_id": request_id, "key": blob.key})
 

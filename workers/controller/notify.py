@@ -12,16 +12,24 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 
 from broker import webhooks
 from broker.egress import Egress, host_of
 from broker.errors import ConfigurationError, RecordDamaged, StoreUnavailable
-from broker.model import DeliveryState, WebhookLoan, WebhookTry
+from broker.model import DeliveryState, WebhookBacklog, WebhookDelivery, WebhookLoan, WebhookTry
 from broker.ports import Broker
 from broker.settings import ControllerSettings
+from broker.telemetry.metrics import (
+    WEBHOOK_DELIVERY,
+    WEBHOOK_TRIES,
+    WEBHOOKS,
+    WEBHOOKS_DUE,
+    WEBHOOKS_LATE,
+    Reading,
+)
 from broker.webhooks import Answer
 from workers.controller.receivers import open_receivers
 from workers.loops import Fault, every, guard, insist
@@ -29,6 +37,9 @@ from workers.loops import Fault, every, guard, insist
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
+# How often is looked at what is due, and for how long that is shown.
+LOOK_S = 5.0
+BLIND_S = 15.0
 # How long a loan lasts behind the try itself, to note what came of that.
 NOTE_S = 10.0
 _MOST_AT_ONCE = 256
@@ -52,7 +63,10 @@ async def serve(broker: Broker, settings: ControllerSettings) -> None:
         open_receivers(egress, timeout_s=settings.webhook_timeout_s, calls=settings.webhook_calls) as receivers,
         asyncio.TaskGroup() as group,
     ):
-        await every(POLL_S, Notifier(broker, settings, receivers.post, group).step, name="webhooks")
+        notifier = Notifier(broker, settings, receivers.post, group)
+        with broker.metrics.reading(notifier.read):
+            group.create_task(every(LOOK_S, notifier.look, name="webhooks_backlog"))
+            await every(POLL_S, notifier.step, name="webhooks")
 
 
 class Notifier:
@@ -78,6 +92,8 @@ class Notifier:
         self._accounts: Counter[str] = Counter()
         self._failures: dict[str, int] = {}
         self._freed = asyncio.Event()
+        self._backlog: WebhookBacklog | None = None
+        self._looked_at = 0.0
 
     async def step(self) -> None:
         """Raises StoreUnavailable."""
@@ -92,6 +108,17 @@ class Notifier:
                     await self._broker.webhooks.put_back(loan, wait_s=wait_s)
                 else:
                     self._begin(loan)
+
+    async def look(self) -> None:
+        """See what is due. Raises StoreUnavailable."""
+        self._backlog = await self._broker.webhooks.backlog()
+        self._looked_at = self._now()
+
+    def read(self) -> Iterator[Reading]:
+        """What the last look saw, while that is still so."""
+        if self._backlog is not None and self._now() - self._looked_at < BLIND_S:
+            yield Reading(WEBHOOKS_DUE, self._backlog.count)
+            yield Reading(WEBHOOKS_LATE, self._backlog.late_s)
 
     def _full(self, loan: WebhookLoan) -> float | None:
         """For how long a delivery has to wait for others, None if it need not."""
@@ -131,6 +158,7 @@ class Notifier:
             note = partial(self._broker.webhooks.note, loan, tried, state=state, wait_s=wait_s)
             async with asyncio.timeout(NOTE_S):
                 noted = await insist(note, on=StoreUnavailable, name="webhooks")
+            self._count(delivery, answer, state if noted else DeliveryState.PENDING)
             if noted and state is not DeliveryState.PENDING:
                 event = "webhook_delivered" if state is DeliveryState.DELIVERED else "webhook_failed"
                 logger.info(
@@ -154,8 +182,16 @@ class Notifier:
             return Answer(error="the account's secrets cannot be opened")
         if not keys:
             return Answer(error="the account has no secret to sign with")
-        headers = webhooks.headers(delivery, content, keys, now=self._now())
+        headers = webhooks.headers(delivery, content, keys, now=self._now(), public_url=self._settings.public_url)
         return await self._post(delivery.callback.url, headers, content)
+
+    def _count(self, delivery: WebhookDelivery, answer: Answer, state: DeliveryState) -> None:
+        metrics = self._broker.metrics
+        metrics.count(WEBHOOK_TRIES, f"{answer.status // 100}xx" if answer.status else "none")
+        if state is not DeliveryState.PENDING:
+            metrics.count(WEBHOOKS, delivery.function_id, delivery.version_id, state.value)
+        if state is DeliveryState.DELIVERED and delivery.series == delivery.tried:
+            metrics.observe(WEBHOOK_DELIVERY, max(0.0, self._now() - delivery.finished_at))
 
     def _remember(self, host: str, answer: Answer) -> None:
         """Only what says that a host is away: whoever answers is there."""

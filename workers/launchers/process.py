@@ -5,6 +5,7 @@ has died, the instance is not alive. Each instance has a folder, `<data_dir>/ins
 
     state.json       who the two processes are; a controller that was killed finds its instances again by it
     container.log    sidecar.log
+    ended.json       when and how, once the instance is gone
     assets/          responses/       scratch/       request directories
     secrets/         the secrets file, if the version has secrets; gone with the instance
 
@@ -27,6 +28,7 @@ import random
 import signal
 import socket
 import sys
+import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -36,8 +38,8 @@ from typing import IO, Any, Protocol
 import pynvml
 from pydantic import AliasChoices
 
-from broker.errors import ConfigurationError
-from broker.model import Gpu, GpuSpecification, Login, Version
+from broker.errors import ConfigurationError, LauncherUnavailable
+from broker.model import Ended, Gpu, GpuSpecification, LogExcerpt, Login, Part, Version
 from broker.ports import Launched
 from broker.settings import ControllerSettings, SidecarSettings
 from workers import trees
@@ -248,9 +250,13 @@ class ProcessLauncher:
         instance = self._instances.get(instance_id)
         if instance is None:
             return
+        cause = logs.cause_of(instance.error)
         if instance.sidecar is not None:
             await instance.sidecar.stop(grace_s=grace_s)
         await instance.container.stop(grace_s=_CONTAINER_GRACE_S)
+        ended = Ended(instance_id=instance_id, version_id=instance.version_id, at=time.time(), cause=cause)
+        with suppress(OSError):  # a full disk must not keep an instance running
+            await asyncio.to_thread(logs.note_end, self._root, ended)
         await self._clear(instance.folder)
         self._instances.pop(instance_id, None)
         logger.info("instance_stopped", extra={"instance_id": instance_id, "version_id": instance.version_id})
@@ -266,6 +272,17 @@ class ProcessLauncher:
     async def launched(self) -> list[Launched]:
         await self._open()
         return list(self._instances.values())
+
+    async def log(self, instance_id: str, part: Part, *, after: str) -> LogExcerpt:
+        try:
+            if instance_id not in self._instances and not logs.has_ended(self._root, instance_id):
+                return LogExcerpt(lines=(), position=after)
+            return await asyncio.to_thread(logs.of_file, self._root / instance_id / f"{part}.log", after=after)
+        except OSError as exc:
+            raise LauncherUnavailable(f"the log of {instance_id} cannot be read: {exc}") from exc
+
+    async def ended(self) -> Sequence[Ended]:
+        return await asyncio.to_thread(logs.ended, self._root)
 
     async def close(self) -> None:
         """Leave the data folder to the next launcher. Instances go on."""

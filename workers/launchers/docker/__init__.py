@@ -27,8 +27,8 @@ from weakref import WeakValueDictionary
 import pynvml
 
 from broker.errors import ConfigurationError, FnqueueError, LauncherUnavailable
-from broker.model import Gpu, GpuSpecification, Login, Version
-from broker.ports import Launched
+from broker.model import Ended, Gpu, GpuSpecification, LogExcerpt, Login, Part, Version
+from broker.ports import LOG_LINES, Launched
 from broker.settings import ControllerSettings, SidecarSettings
 from workers.launchers import logs
 from workers.launchers.cards import CPU, Card, Cards, Nvml, choose, inventory
@@ -205,6 +205,24 @@ class DockerLauncher:
         self._errors = {key: error for key, error in self._errors.items() if key in by_instance}
         return found
 
+    async def log(self, instance_id: str, part: Part, *, after: str) -> LogExcerpt:
+        for found in await self._engine.containers(self._project, f"{plans.INSTANCE}={instance_id}"):
+            if found.labels.get(plans.ROLE) == part:
+                text = await self._engine.stamped_log(found.id, lines=LOG_LINES, since_s=logs.since_s(after))
+                return logs.stamped(text, after=after)
+        try:
+            if not logs.has_ended(self._logs, instance_id):
+                return LogExcerpt(lines=(), position=after)
+            kept = await asyncio.to_thread((self._logs / instance_id / f"{part}.log").read_text, encoding="utf-8")
+        except FileNotFoundError:
+            return LogExcerpt(lines=(), position=after or "0")
+        except OSError as exc:
+            raise LauncherUnavailable(f"the log of {instance_id} cannot be read: {exc}") from exc
+        return logs.stamped(kept, after=after)
+
+    async def ended(self) -> Sequence[Ended]:
+        return await asyncio.to_thread(logs.ended, self._logs)
+
     async def sweep(self) -> None:
         """Remove networks and volumes that two sweeps in a row have found without a container: their controller was
         killed before it had made one, or after it had removed the last."""
@@ -260,9 +278,9 @@ class DockerLauncher:
             asset_dir=f"{plans.REQUESTS_FOLDER}/inputAssets",
             response_dir=f"{plans.REQUESTS_FOLDER}/response",
             scratch_dir="",
-            # On the machine's own network, every sidecar would want the same one.
-            status_port=0 if self._on_host else plans.STATUS_PORT,
-            status_host="0.0.0.0",  # in a network namespace of its own
+            # On the engine's own network, every sidecar would want the same port, and others may be there.
+            status_port="any" if self._on_host else plans.STATUS_PORT,
+            status_host=self._settings.status_host if self._on_host else "0.0.0.0",
         )
 
     @property
@@ -424,15 +442,27 @@ class DockerLauncher:
                 await self._engine.remove_volume(name)
 
     async def _keep_logs(self, instance_id: str, by_role: Mapping[str | None, Found]) -> None:
-        texts = {
-            f"{role}.log": last(await self._engine.log(by_role[role].id, lines=_KEPT_LINES), _KEPT_BYTES)
-            for role in (plans.CONTAINER, plans.SIDECAR)
-            if role in by_role
-        }
-        if texts:
-            with suppress(OSError):  # a full disk must not keep an instance running
-                await asyncio.to_thread(logs.keep, self._logs, instance_id, texts)
-                await asyncio.to_thread(logs.forget_oldest, self._logs)
+        """With times, so that who followed them before goes on where it was."""
+        parts = {role: by_role[role] for role in (plans.CONTAINER, plans.SIDECAR) if role in by_role}
+        texts = {f"{role}.log": last(await self._stamped(part), _KEPT_BYTES) for role, part in parts.items()}
+        if not texts:
+            return
+        ended = Ended(
+            instance_id=instance_id,
+            version_id=next(iter(parts.values())).labels.get(plans.VERSION, ""),
+            at=time.time(),
+            cause=logs.cause_of(self._errors.get(instance_id, "")),
+        )
+        with suppress(OSError):  # a full disk must not keep an instance running
+            await asyncio.to_thread(logs.keep, self._logs, instance_id, texts)
+            await asyncio.to_thread(logs.note_end, self._logs, ended)
+            await asyncio.to_thread(logs.forget_oldest, self._logs)
+
+    async def _stamped(self, part: Found) -> str:
+        """An engine that keeps no logs must not keep an instance running."""
+        with suppress(LauncherUnavailable):
+            return await self._engine.stamped_log(part.id, lines=_KEPT_LINES, since_s=0)
+        return ""
 
 
 def _request_folders(settings: SidecarSettings) -> list[tarfile.TarInfo]:

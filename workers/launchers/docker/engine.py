@@ -130,6 +130,14 @@ class Engine:
         except LauncherUnavailable:
             return ""
 
+    async def stamped_log(self, container_id: str, *, lines: int, since_s: int) -> str:
+        """The last lines that it wrote since that second, each behind its time; an engine that keeps none refuses."""
+        async with self._call("read a log"):
+            found = await self._of(container_id).log(
+                stdout=True, stderr=True, timestamps=True, tail=lines, since=since_s
+            )
+        return "".join(found)
+
     async def put(self, container_id: str, folder: str, archive: bytes) -> None:
         """Unpack a tar archive inside a container, started or not."""
         async with self._call("write into a container"):

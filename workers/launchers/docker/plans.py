@@ -121,7 +121,7 @@ class Plan:
             "Env": _pairs(sidecar_variables(sidecar)),
             "Labels": self.labels(SIDECAR),
             # The image's own check is that of the api.
-            "Healthcheck": checked if sidecar.status_port else {"Test": ["NONE"]},
+            "Healthcheck": {"Test": ["NONE"]} if sidecar.status_port in (0, "any") else checked,
             "StopTimeout": round(self.settings.drain_s) + 10,  # for a stop by somebody else, or of the engine
             # On disk, not in memory: large inputs and results on their way.
             "Volumes": {"/tmp": {}},  # noqa: S108  the container's own

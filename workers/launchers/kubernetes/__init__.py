@@ -26,9 +26,10 @@ from lightkube.resources.core_v1 import Node, Pod
 from lightkube.types import CascadeType, PatchType
 
 from broker.errors import ConfigurationError, LauncherUnavailable
-from broker.model import Gpu, GpuSpecification, Login, Version
-from broker.ports import Replica
+from broker.model import Gpu, GpuSpecification, LogExcerpt, Login, Part, Version
+from broker.ports import LOG_LINES, Replica
 from broker.settings import ControllerSettings
+from workers.launchers import logs
 from workers.launchers.instances import place_of, refuse_elsewhere
 from workers.launchers.kubernetes import objects
 from workers.launchers.kubernetes.inventory import inventory, products_of
@@ -51,6 +52,8 @@ _LAG_S = 10.0
 # Pods whose marks change are patched at most so many at once.
 _PATCHES = 16
 _CALL_S = 10.0
+# The API server's clock and ours may be that far apart.
+_CLOCKS_S = 30
 _TAIL_LINES = 40
 _TAIL_BYTES = 4096
 
@@ -188,6 +191,29 @@ class KubernetesFleet:
         pods = await self._mirror.pods()
         self._tails = {key: tail for key, tail in self._tails.items() if key[0] in {pod.instance_id for pod in pods}}
         return [await self._with_tail(pod) for pod in pods]
+
+    async def log(self, instance_id: str, part: Part, *, after: str) -> LogExcerpt:
+        names = {Part.CONTAINER: objects.CONTAINER_NAME, Part.SIDECAR: objects.SIDECAR_NAME}
+        pod = next((pod for pod in await self._mirror.pods() if pod.instance_id == instance_id), None)
+        if pod is None:
+            return LogExcerpt(lines=(), position=after)
+        since_s = logs.since_s(after)
+        try:
+            with _translated(f"the log of Pod {pod.name}"):
+                lines = [
+                    line
+                    async for line in self._client.log(
+                        pod.name,
+                        container=names[part],
+                        timestamps=True,
+                        tail_lines=LOG_LINES,
+                        # The API counts back from its own present.
+                        since=max(1, math.ceil(time.time() - since_s) + _CLOCKS_S) if since_s else None,
+                    )
+                ]
+        except (ConfigurationError, _Gone):  # its container has not begun, or it is no more
+            return LogExcerpt(lines=(), position=after or "0")
+        return logs.stamped("".join(lines), after=after)
 
     # -- applying ----------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ SPECIFICATION = "fnqueue.dev/specification-id"
 PRODUCTS = "fnqueue.dev/gpu-products"
 SELECTOR: dict[str, Any] = {MANAGED_BY: "fnqueue"}
 
+CONTAINER_NAME, SIDECAR_NAME = "inference", "sidecar"
+
 GPU_RESOURCE = "nvidia.com/gpu"
 PRODUCT = "nvidia.com/gpu.product"
 NODE_TYPE = "node.kubernetes.io/instance-type"
@@ -207,7 +209,7 @@ class _Rendering:
 
     def _sidecar(self) -> Manifest:
         return {
-            "name": "sidecar",
+            "name": SIDECAR_NAME,
             "image": self.place.image,
             "args": ["sidecar"],
             "restartPolicy": "Always",
@@ -246,7 +248,7 @@ class _Rendering:
     def _container(self) -> Manifest:
         arguments = container_arguments(self.version)
         container: Manifest = {
-            "name": "inference",
+            "name": CONTAINER_NAME,
             "image": self.version.container_image.partition("://")[2] or self.version.container_image,
             "env": _variables(self._container_environment()),
             "ports": [{"containerPort": port} for port in sorted({self.version.inference_port, self._health_port})],
