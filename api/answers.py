@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
-from multidict import CIMultiDict
+from multidict import CIMultiDict, istr
 
 from api import headers, problems
 from broker.estimates import Estimate
-from broker.model import Outcome, Record, RequestState
+from broker.model import NO_TIMINGS, Outcome, Record, RequestState
+from broker.nouns import noun
 
+# Spelled for look-ups, which a text would be each time.
+_REQUEST_ID, _STATUS, _EXPOSE_HEADERS, _SERVER_TIMING = map(
+    istr, (headers.REQUEST_ID, headers.STATUS, headers.EXPOSE_HEADERS, headers.SERVER_TIMING)
+)
 EXPOSED = "nvcf-reqid"
 POLL_AGAIN_S = "1"
 
@@ -32,7 +37,6 @@ _ENDED_WITHOUT_ANSWER = {
 
 # Whatever a worker left as their outcome.
 _OURS_TO_TELL = (RequestState.CANCELLED, RequestState.ABANDONED, RequestState.TIMED_OUT)
-_PHASES = ("queue", "coldstart", "retries", "input", "container", "upload", "total")
 
 
 class Speaker(Enum):
@@ -44,7 +48,7 @@ class Speaker(Enum):
     """Where its cookies are nobody else's."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Pending:
     """How much longer a request is likely to take, and the most that `Retry-After` may be, in seconds."""
 
@@ -55,7 +59,7 @@ class Pending:
 NOT_KNOWN = Pending(estimate=None, longest_pause_s=1.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Answer:
     status: int
     headers: CIMultiDict[str]
@@ -114,16 +118,22 @@ def phases(record: Record) -> dict[str, float]:
         return {}
     total_s = max(0.0, record.finished_at - record.created_at)
     spans = [each.ended_at - each.started_at for each in record.attempts]
-    retries_s = sum(spans[:-1] if record.worker else spans)
-    found = {"queue": max(0.0, total_s - sum(spans)), "retries": retries_s, "total": total_s}
-    if (timings := record.timings) is not None:
-        found |= {
-            "coldstart": timings.cold_start_s,
-            "input": timings.inputs_s,
-            "container": timings.container_s,
-            "upload": timings.upload_s,
-        }
-    return {name: found[name] for name in _PHASES if found.get(name) or name in ("queue", "total")}
+    spent_s = sum(spans)
+    retries_s = sum(spans[:-1]) if record.worker else spent_s
+    timings = record.timings or NO_TIMINGS
+    found = {"queue": max(0.0, total_s - spent_s)}
+    if timings.cold_start_s:
+        found["coldstart"] = timings.cold_start_s
+    if retries_s:
+        found["retries"] = retries_s
+    if timings.inputs_s:
+        found["input"] = timings.inputs_s
+    if timings.container_s:
+        found["container"] = timings.container_s
+    if timings.upload_s:
+        found["upload"] = timings.upload_s
+    found["total"] = total_s
+    return found
 
 
 def timed_out(record: Record) -> Answer:
@@ -175,16 +185,17 @@ def _delivered(record: Record, outcome: Outcome, speaker: Speaker) -> Answer:
     status = 200 if outcome.status == 202 and speaker is Speaker.SERVER else outcome.status
     found = _marked(record, "fulfilled" if 100 < status < 400 else "errored")
     for name, value in outcome.headers:
-        key = name.lower().replace("_", "-")
-        if key == "access-control-expose-headers":
-            found[headers.EXPOSE_HEADERS] = f"{found[headers.EXPOSE_HEADERS]}, {value}"
-        elif _may_say(speaker, key):
+        if _may_say(speaker, name):
             found.add(name, value)
+        elif name.lower().replace("_", "-") == "access-control-expose-headers":
+            found[headers.EXPOSE_HEADERS] = f"{found[headers.EXPOSE_HEADERS]}, {value}"
     return Answer(status=status, headers=found, body=outcome.body)
 
 
+@lru_cache(maxsize=1024)
 def _may_say(speaker: Speaker, name: str) -> bool:
-    if name.startswith("nvcf-"):
+    name = name.lower().replace("_", "-")
+    if name.startswith("nvcf-") or name == "access-control-expose-headers":
         return False
     if speaker is Speaker.SERVER:
         return name not in _NOT_THE_CONTAINERS and not name.startswith("access-control-")
@@ -192,7 +203,7 @@ def _may_say(speaker: Speaker, name: str) -> bool:
 
 
 def _marked(record: Record, status: str) -> CIMultiDict[str]:
-    found = CIMultiDict({headers.REQUEST_ID: record.id, headers.STATUS: status, headers.EXPOSE_HEADERS: EXPOSED})
+    found = CIMultiDict(((_REQUEST_ID, record.id), (_STATUS, status), (_EXPOSE_HEADERS, EXPOSED)))
     if record.finished_at:
-        found[headers.SERVER_TIMING] = headers.server_timing(phases(record))
+        found[_SERVER_TIMING] = headers.server_timing(phases(record))
     return found

@@ -25,6 +25,7 @@ from api.routes import (
     invocations,
     keys,
     limits,
+    logs,
     queues,
     reference,
     registries,
@@ -220,6 +221,7 @@ def _management(front: Front) -> list[Operation]:
         deploys.delete(
             f"{NVCF}/deployments{VERSION}", deployments.delete, "Undeploy a version", gives=one, parameters=[GRACEFUL]
         ),
+        *_logs(front),
         hides.put(f"{NVCF}/secrets{VERSION}", secrets.put, "Set secrets of a version", takes=wire.PutSecrets),
         logs_in.post(
             f"{NVCF}/registry-credentials",
@@ -274,6 +276,14 @@ def _management(front: Front) -> list[Operation]:
         *_requests(front),
         *_dead_letters(front),
         *_webhooks(front),
+    ]
+
+
+def _logs(front: Front) -> list[Operation]:
+    reads, at = scoped(front, logs.SCOPE), f"{NVCF}/logs{VERSION}"
+    return [
+        reads.get(at, logs.get, "What instances wrote", gives=wire.InstanceLogs, parameters=[*WHICH_LINES, _PREVIOUS]),
+        reads.get(f"{at}/events", logs.follow, "Listen to what instances write", **LOG_EVENTS),
     ]
 
 
@@ -597,6 +607,32 @@ PROVISIONED_BY = Parameter(
     description="Those added by any of these. Absent: all.",
     schema={"type": "array", "items": {"type": "string", "enum": list(PROVISIONERS)}},
 )
+WHICH_LINES = [
+    Parameter(
+        name="tail",
+        where="query",
+        description="How many of the last lines, of all instances together.",
+        schema={"type": "integer", "minimum": 0, "maximum": logs.MOST_TAIL, "default": logs.TAIL_DEFAULT},
+    ),
+    Parameter(
+        name="since",
+        where="query",
+        description="No line that was written before.",
+        schema={"type": "string", "format": "date-time"},
+    ),
+    Parameter(
+        name="instanceId",
+        where="query",
+        description="Those of this instance.",
+        schema={"type": "string", "format": "uuid"},
+    ),
+]
+_PREVIOUS = Parameter(
+    name="previous",
+    where="query",
+    description="Only those of instances that were stopped or died in the last hour.",
+    schema={"type": "boolean", "default": False},
+)
 WHICH_REQUESTS = [
     Parameter(name="functionId", where="query", description="Those of this function.", schema={"type": "string"}),
     Parameter(name="functionVersionId", where="query", description="Those of this version.", schema={"type": "string"}),
@@ -799,6 +835,16 @@ EVENTS = Facts(
             headers={headers.REQUEST_ID: _MARKS[headers.REQUEST_ID]},
         ),
         Reply(status=204, description="The last event was `done`: there will be no more."),
+    ],
+)
+LOG_EVENTS = Facts(
+    parameters=[*WHICH_LINES, *EVENTS["parameters"]],
+    replies=[
+        Reply(
+            status=200,
+            description="Events named `lines`, data as LogLines; at the end `done`, without lines.",
+            media=EVENT_STREAM,
+        ),
     ],
 )
 _TOLD = Reply(status=204, description="Everything of the stream was said before.", headers=_MARKS)

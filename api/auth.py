@@ -23,7 +23,11 @@ Guarded = Callable[[Front, web.Request, Principal], Awaitable[web.StreamResponse
 
 def token(arrived: MultiMapping[str]) -> str:
     """Raises Unauthenticated: there is none, or it cannot be one."""
-    found = headers.bearer(arrived)
+    return good(headers.bearer(arrived))
+
+
+def good(found: str | None) -> str:
+    """A bearer token, as `headers.bearer` found it. Raises as `token`."""
     if found is None:
         raise Unauthenticated("the Authorization header is missing; send Authorization: Bearer <API key>")
     if not found:
@@ -50,6 +54,12 @@ async def admit(front: Front, bearer: str, named: Mapping[str, str], *scopes: st
     if "org" in named and named["org"] != principal.account:
         raise Forbidden("the credential is of another org: the org in the path is the account's ID")
     return principal
+
+
+def holds(front: Front, bearer: str | None, scope: str) -> bool:
+    """Whether `still` would return without asking anybody, for this token."""
+    principal = front.authenticator.known(bearer) if bearer else None
+    return principal is not None and scope in principal.scopes
 
 
 async def still(front: Front, request: web.BaseRequest, *scopes: str) -> None:

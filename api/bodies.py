@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from aiohttp import ClientError, web
+from aiohttp import ClientError, StreamReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from api.problems import BodyTooSlow
@@ -67,13 +67,15 @@ class Bodies:
             Overloaded: other bodies fill the memory.
             BodyTooSlow, BadRequest: it did not come, or not whole.
         """
-        declared_bytes = request.content_length or 0
-        if declared_bytes > self._max_bytes:
+        content = request.content
+        came = content.is_eof()  # with its headers: the common case, and no timer for it
+        size_bytes = content.total_bytes if came else request.content_length or 0
+        if size_bytes > self._max_bytes:
             raise self._too_large()
         held = Held(self)
         try:
-            held.take(declared_bytes)
-            held.body = await self._receive(request, held)
+            held.take(size_bytes)
+            held.body = content.read_nowait() if came else await self._receive(content, held)
         except BaseException:
             held.close()
             raise
@@ -157,12 +159,7 @@ class Bodies:
             received_bytes += len(chunk)
             yield chunk
 
-    async def _receive(self, request: web.Request, held: Held) -> bytes:
-        content = request.content
-        if content.is_eof():  # it came with its headers: the common case, and no timer for it
-            body = content.read_nowait()
-            self._count(held, len(body))
-            return body
+    async def _receive(self, content: StreamReader, held: Held) -> bytes:
         received = bytearray()
         try:
             async with asyncio.timeout(self._timeout_s):

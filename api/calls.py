@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ class Calls:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waiting: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
+        # By their tasks, of callers whose tasks submit by themselves.
+        self._accepting: dict[asyncio.Task[Any], Accepting] = {}
         self._stopping = False
 
     @property
@@ -42,22 +45,25 @@ class Calls:
         """How many wait now."""
         return len(self._waiting)
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def spawn(
+        self, work: Coroutine[Any, Any, T], told: Callable[[asyncio.Task[T]], None] | None = None
+    ) -> asyncio.Task[T]:
         """Run `work` to its end, whatever becomes of the caller; `finish` waits for it. Its error is the
-        caller's to see; without a caller, there is nobody to tell."""
+        caller's to see; without a caller, there is nobody to tell. `told` is called at its end."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, told) if told is not None else self._over)
         return task
 
-    def waiting(self, account: str = "") -> AbstractContextManager[None]:
-        """While the body runs, the current task can be told to stop waiting. With `account` "" nobody counts it.
+    def waiting(self, account: str = "", task: asyncio.Task[Any] | None = None) -> AbstractContextManager[None]:
+        """While the body runs, the current task, which need not be given, can be told to stop waiting. With `account`
+        "" nobody counts it.
 
         Raises:
             Interrupted: the body was cut short by `interrupt`.
             TooManyRequests: as many of the account's calls wait as may.
         """
-        return _Waiting(self, account)
+        return _Waiting(self, account, task or _current_task())
 
     def enter(self, task: asyncio.Task[Any], account: str) -> None:
         if self._stopping:
@@ -82,19 +88,43 @@ class Calls:
     def interrupt(self) -> None:
         """End every wait, now and from now on."""
         self._stopping = True
-        for task in list(self._waiting):
+        for task in self._waiting - self._accepting.keys():  # those look for themselves when they are through
             self._interrupted.add(task)
             task.cancel()
 
-    async def finish(self, *, grace_s: float) -> None:
-        """Return when all that was spawned has ended, or after `grace_s`; what is left then is cancelled."""
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=grace_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+    def abandon(self, task: asyncio.Task[Any]) -> None:
+        """Nobody waits for what `task` does: it ends, but not before what it submits is accepted or refused."""
+        accepting = self._accepting.get(task)
+        if accepting is None:
+            task.cancel()
+        else:
+            accepting.abandoned = True
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def begin(self, task: asyncio.Task[Any], accepting: Accepting) -> None:
+        """What is being submitted is not to be interrupted, until `end`."""
+        self._accepting[task] = accepting
+
+    def end(self, task: asyncio.Task[Any]) -> None:
+        del self._accepting[task]
+
+    async def finish(self, *, grace_s: float) -> None:
+        """Return when all that was spawned or is being submitted has ended, or after `grace_s`; what is left then is
+        cancelled."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + grace_s
+        while tasks := self._tasks | self._accepting.keys():  # the last thing that these do may be to spawn another
+            _, late = await asyncio.wait(tasks, timeout=max(0.0, until - loop.time()))
+            if late:
+                for task in late:
+                    task.cancel()
+                await asyncio.gather(*late, return_exceptions=True)
+                return
+
+    def _ended(self, told: Callable[[asyncio.Task[T]], None], task: asyncio.Task[T]) -> None:
+        self._over(task)
+        told(task)
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen, so that asyncio does not report it as lost
@@ -105,9 +135,7 @@ class _Waiting:
 
     __slots__ = ("_account", "_calls", "_task")
 
-    def __init__(self, calls: Calls, account: str) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "only tasks wait"
+    def __init__(self, calls: Calls, account: str, task: asyncio.Task[Any]) -> None:
         self._calls = calls
         self._task = task
         self._account = account
@@ -125,23 +153,69 @@ class _Waiting:
 
 
 class Accepting:
-    """The submission of one call: remembers its task, and says when the body is no longer needed."""
+    """The submission of one call: remembers what comes of it, and says when the body is no longer needed. `task` is
+    that of `run`, if it is known."""
 
-    def __init__(self, calls: Calls, *, done: Callable[[], None]) -> None:
+    def __init__(self, calls: Calls, *, done: Callable[[], None], task: asyncio.Task[Any] | None = None) -> None:
         self._calls = calls
+        self._own_task = task
         self._done = done
+        self._record: Record | None = None
         self._task: asyncio.Task[Record] | None = None
+        self._told: asyncio.Future[Record] | None = None
+        self.begun = False
+        self.abandoned = False
 
-    def spawn(self, work: Coroutine[Any, Any, Record]) -> asyncio.Task[Record]:
-        self._task = self._calls.spawn(work)
-        self._task.add_done_callback(lambda _: self._done())
-        return self._task
+    def spawn(self, work: Coroutine[Any, Any, Record]) -> asyncio.Future[Record]:
+        """Once, or `run`. What is returned can be cancelled, and the work goes on: a shield, without its two callbacks
+        more."""
+        self.begun = True
+        self._told = asyncio.get_running_loop().create_future()
+        self._task = self._calls.spawn(work, self._ended)
+        return self._told
 
-    @property
-    def begun(self) -> bool:
-        return self._task is not None
+    async def run(self, work: Coroutine[Any, Any, Record]) -> Record:
+        """As `spawn`, in the current task: for one that nobody cancels but by `Calls.abandon`.
+
+        Raises CancelledError if it was abandoned meanwhile, Interrupted if the server is stopping.
+        """
+        self.begun = True
+        task = self._own_task or _current_task()
+        self._calls.begin(task, self)
+        try:
+            self._record = await work
+        finally:
+            self._calls.end(task)
+            self._done()
+        if self.abandoned:
+            raise asyncio.CancelledError
+        if self._calls.stopping:
+            raise Interrupted
+        return self._record
 
     async def record(self) -> Record:
         """What the submission comes to, or raises."""
-        assert self._task is not None, "nothing was submitted"
-        return await asyncio.shield(self._task)
+        if self._task is not None:
+            return await asyncio.shield(self._task)
+        if self._record is None:
+            raise asyncio.CancelledError
+        return self._record
+
+    def _ended(self, task: asyncio.Task[Record]) -> None:
+        self._done()
+        told = self._told
+        if told is None or told.done():  # nobody waits for it any more
+            return
+        if task.cancelled():
+            told.cancel()
+        elif (error := task.exception()) is not None:
+            told.set_exception(error)
+            told.exception()  # whoever waits is told; by now it may be nobody
+        else:
+            told.set_result(task.result())
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None, "only tasks wait"
+    return task

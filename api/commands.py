@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from api import embedded, open_files
+from api import embedded, key_service, open_files
 from api import processes as keeping
+from api.routes.keys import present
 from api.server import reserved, serving
 from broker import accounts, garbage, registries, webhooks
 from broker import secrets as function_secrets
@@ -25,13 +28,16 @@ from broker.connect import open_broker
 from broker.errors import BadRequest, ConfigurationError, FnqueueError
 from broker.examination import profile_kept
 from broker.keyring import SETTING, Rotation
-from broker.model import ALL_RESOURCES, Key
+from broker.model import ALL_RESOURCES
 from broker.ports import Broker
 from broker.settings import ApiSettings, ControllerSettings, SecretSettings, Settings, load, refuse_memory
 from broker.signatures import Signatures
 from broker.tasks import either
 from broker.telemetry import logs
 from broker.telemetry.process import observed
+from fnqueue import config, errors, wire
+from fnqueue.blocking import Client
+from fnqueue.terminal import calling, server_options, table
 
 try:
     from uvloop import new_event_loop
@@ -187,11 +193,14 @@ def _duration(text: str) -> float:
 
 @click.group()
 def keys() -> None:
-    """API keys of the store that FNQUEUE_STORE_URL names."""
+    """API keys: make, list, suspend and revoke them.
+
+    By HTTP, with a key that has manage_keys; or where FNQUEUE_STORE_URL is set, and no --url is given, in the store
+    that it names, which asks for no key: so the first one is made."""
 
 
 @keys.command("create")
-@click.option("--account", default="default", show_default=True, help="Whose key it is.")
+@click.option("--account", help="Whose key it is.  [default: the account of --key; in a store `default`]")
 @click.option(
     "--scope",
     "scopes",
@@ -206,11 +215,20 @@ def keys() -> None:
     help="What it may do it with: account-functions/*, authorized-functions/*, function/ID/* or "
     "function/ID/VERSION; can be repeated.  [default: the first two]",
 )
-@click.option("--expires-in", "ttl_s", type=_duration, help="90s, 30m, 12h or 365d, the longest.  [default: never]")
+@click.option(
+    "--expires-in",
+    "ttl_s",
+    type=_duration,
+    help="90s, 30m, 12h or 365d, the longest.  [default: 365d; in a store never]",
+)
 @click.option("--owner", default="", help="Whom it is for.")
 @click.option("--description", default="", help="What it is for.")
+@server_options
 def create_key(
-    account: str,
+    url: str | None,
+    key: str | None,
+    as_json: bool,
+    account: str | None,
     scopes: tuple[str, ...],
     resources: tuple[str, ...],
     ttl_s: float | None,
@@ -219,66 +237,94 @@ def create_key(
 ) -> None:
     """Make a key and print it, once: only its hash is kept.
 
-    The key alone goes to standard output, what is known of it to standard error.
+    The key alone goes to standard output, what is known of it to standard error. By HTTP it can be given no right that
+    --key lacks.
     """
-
-    async def create(broker: Broker) -> tuple[str, Key]:
-        return await accounts.create_key(
-            broker,
-            account=account,
-            scopes=scopes or accounts.ACCOUNT_SCOPES,
-            resources=resources or ALL_RESOURCES,
-            description=description,
-            expires_at=time.time() + ttl_s if ttl_s else 0.0,
-            owner=owner or account,
-        )
-
-    token, key = _with_store(create)
-    click.echo(f"id {key.id}, account {key.account}, scopes {', '.join(key.scopes)}", err=True)
-    click.echo(token)
+    wish = key_service.Wish(
+        account=account,
+        scopes=scopes or accounts.ACCOUNT_SCOPES,
+        resources=resources or ALL_RESOURCES,
+        description=description,
+        expires_at=time.time() + ttl_s if ttl_s else 0.0,
+        owner=owner,
+    )
+    with _server(url, key) as fnq:
+        made = _with_store(lambda broker: key_service.store(broker, wish)) if fnq is None else wish.ask(fnq)
+    if as_json:
+        click.echo(key_service.as_json(made))
+        return
+    click.echo(f"id {made.id}, account {made.nca_id}, scopes {', '.join(key_service.scopes(made))}", err=True)
+    click.echo(made.value)
 
 
 @keys.command("list")
-@click.option("--account", default="", help="Only this account's.")
-def list_keys(account: str) -> None:
-    """One line per key: id, account, hint, scopes, description, status, resources."""
+@click.option("--account", default="", help="Only this account's.  [default: that of --key; in a store all]")
+@server_options
+def list_keys(url: str | None, key: str | None, as_json: bool, account: str) -> None:
+    """Show keys, one a line. By HTTP scopes and resources are `-`: `fnqueue keys show` has them."""
 
-    async def find(broker: Broker) -> list[Key]:
-        return await accounts.list_keys(broker, account)
+    async def find(broker: Broker) -> wire.ApiKeyList:
+        return wire.ApiKeyList(keys=[present(each) for each in await accounts.list_keys(broker, account)])
 
-    for key in _with_store(find):
-        facts = [key.id, key.account, key.hint, ",".join(key.scopes), key.description]
-        click.echo("\t".join([*facts, accounts.status(key), ",".join(key.resources)]))
+    with _server(url, key) as fnq:
+        found = _with_store(find) if fnq is None else key_service.listed(fnq, account)
+    if as_json:
+        click.echo(key_service.as_json(found))
+        return
+    click.echo(table(key_service.HEADS, [key_service.row(each) for each in found.keys]))
+
+
+@keys.command("show")
+@click.argument("key_id")
+@server_options
+def show_key(url: str | None, key: str | None, as_json: bool, key_id: str) -> None:
+    """Show one key, with its scopes and resources."""
+
+    async def find(broker: Broker) -> wire.ApiKey:
+        return present(await accounts.find_key(broker, key_id))
+
+    with _server(url, key) as fnq:
+        found = _with_store(find) if fnq is None else key_service.shown(fnq, key_id)
+    click.echo(key_service.as_json(found) if as_json else key_service.described(found))
 
 
 @keys.command("delete")
 @click.argument("key_id")
-def delete_key(key_id: str) -> None:
+@server_options
+def delete_key(url: str | None, key: str | None, as_json: bool, key_id: str) -> None:
     """Revoke a key; servers refuse it within two seconds."""
 
     async def delete(broker: Broker) -> None:
         await accounts.delete_key(broker, key_id)
 
-    _with_store(delete)
+    with _server(url, key) as fnq:
+        if fnq is None:
+            _with_store(delete)
+        else:
+            key_service.deleted(fnq, key_id)
+    click.echo(json.dumps({"deleted": [key_id]}) if as_json else f"{key_id}  deleted")
 
 
 @keys.command("suspend")
 @click.argument("key_id")
-def suspend_key(key_id: str) -> None:
+@server_options
+def suspend_key(url: str | None, key: str | None, as_json: bool, key_id: str) -> None:
     """Refuse a key until it is activated again; servers know within two seconds."""
-    _set_suspended(key_id, True)
+    _set_suspended(url, key, key_id, suspended=True, as_json=as_json)
 
 
 @keys.command("activate")
 @click.argument("key_id")
-def activate_key(key_id: str) -> None:
-    """Admit a suspended key again."""
-    _set_suspended(key_id, False)
+@server_options
+def activate_key(url: str | None, key: str | None, as_json: bool, key_id: str) -> None:
+    """Admit a suspended key again. By HTTP --key needs the rights that it has."""
+    _set_suspended(url, key, key_id, suspended=False, as_json=as_json)
 
 
 @keys.command("messages")
 @click.argument("version_id", type=click.UUID)
-def message_keys(version_id: uuid.UUID) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def message_keys(version_id: uuid.UUID, as_json: bool) -> None:
     """Print FNQUEUE_MESSAGE_KEYS for a sidecar that you start yourself: by them it checks its version's messages.
 
     They are made of FNQUEUE_SIGNING_KEYS and FNQUEUE_SECRET_KEY, and good for this version only.
@@ -287,14 +333,32 @@ def message_keys(version_id: uuid.UUID) -> None:
         made = Signatures.of(load(SecretSettings)).for_sidecar(str(version_id)).get_secret_value()
         if not made:
             raise ConfigurationError("FNQUEUE_SECRET_KEY: there is none, and no FNQUEUE_SIGNING_KEYS either")
-    click.echo(made)
+    click.echo(json.dumps({"messageKeys": made}) if as_json else made)
 
 
-def _set_suspended(key_id: str, suspended: bool) -> None:
-    async def change(broker: Broker) -> Key:
-        return await accounts.suspend_key(broker, key_id, suspended=suspended)
+def _set_suspended(url: str | None, key: str | None, key_id: str, *, suspended: bool, as_json: bool) -> None:
+    async def change(broker: Broker) -> wire.ApiKey:
+        return present(await accounts.suspend_key(broker, key_id, suspended=suspended))
 
-    _with_store(change)
+    with _server(url, key) as fnq:
+        changed = _with_store(change) if fnq is None else key_service.suspended(fnq, key_id, suspended=suspended)
+    click.echo(key_service.as_json(changed) if as_json else f"{changed.id}  {changed.status}")
+
+
+@contextmanager
+def _server(url: str | None, key: str | None) -> Iterator[Client | None]:
+    """None: the store is meant. A store that is set is that of who runs the servers, who may have FNQUEUE_URL as well,
+    for everything else."""
+    typed = click.get_current_context().get_parameter_source("url") is ParameterSource.COMMANDLINE
+    if os.environ.get("FNQUEUE_STORE_URL") and not typed:
+        yield None
+        return
+    try:
+        config.load(url, key)
+    except errors.ConfigurationError as exc:
+        raise Misconfigured(f"{exc}; or FNQUEUE_STORE_URL, which names the store itself") from exc
+    with calling(url, key) as fnq:
+        yield fnq
 
 
 # -- secrets -----------------------------------------------------------------------------------
@@ -306,7 +370,8 @@ def secrets() -> None:
 
 
 @secrets.command("rotate")
-def rotate_secrets() -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def rotate_secrets(as_json: bool) -> None:
     """Seal everything with the first of FNQUEUE_ENCRYPTION_KEYS, so that the others can be dropped.
 
     Before, give every api and controller the new key as a second one, then as the first. Safe to repeat and to
@@ -318,7 +383,11 @@ def rotate_secrets() -> None:
         return sealed + await webhooks.rotate(broker)
 
     done = _with_store(rotate, SecretSettings, needs=("encryption_keys",))
-    click.echo(f"{done.resealed} sealed again, {done.current} were already")
+    if as_json:
+        shown = {"resealed": done.resealed, "current": done.current, "unopened": list(done.unopened)}
+        click.echo(json.dumps(shown, indent=2))
+    else:
+        click.echo(f"{done.resealed} sealed again, {done.current} were already")
     if done.unopened:
         raise click.ClickException(f"{SETTING} does not open {', '.join(done.unopened)}")
 

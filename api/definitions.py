@@ -215,6 +215,7 @@ def _instance(instance: Instance) -> wire.Instance:
         gpu=instance.gpu,
         backend=instance.backend or None,
         location=instance.location or None,
+        error=instance.error or None,
         instance_created_at=instant(instance.created_at),
         instance_updated_at=instant(instance.updated_at),
     )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from aiohttp import hdrs, web
 
 from api.front import Front
-from broker.model import Record
+from api.notes import Notes
 from broker.telemetry.metrics import (
     BODIES,
     BODY_BYTES,
@@ -28,20 +28,17 @@ from broker.telemetry.metrics import (
 # OpenTelemetry's word for methods that are not the usual ones.
 OTHER = "_OTHER"
 IN_ITS_NAME, NO_ROUTE = "(function)", "(none)"
-# Set by what serves a request without the router: the template of the path that it has there.
-ROUTE = web.RequestKey("route", str)
 
 
 def answered(
-    metrics: Metrics, request: web.Request, status: int, duration_s: float, *, invoked: Record | None, in_its_name: bool
+    metrics: Metrics, request: web.Request, notes: Notes, status: int, duration_s: float, *, invoked: bool
 ) -> None:
-    """One request is over. `invoked` is the request that it made, if it was an invocation; `in_its_name`: it went past
-    our routes."""
+    """One request is over. `invoked`: the record that is noted is that of a request that it made."""
     code = str(status)
     method = request.method if request.method in hdrs.METH_ALL else OTHER
-    metrics.observe(HTTP_DURATION, duration_s, method, IN_ITS_NAME if in_its_name else _route(request), code)
-    if invoked is not None:
-        function_id, version_id = invoked.function_id, invoked.version_id
+    metrics.observe(HTTP_DURATION, duration_s, method, _route(request, notes), code)
+    if invoked and (record := notes.record) is not None:
+        function_id, version_id = record.function_id, record.version_id
         metrics.count(FUNCTION_REQUESTS, function_id, version_id)
         metrics.observe(FUNCTION_LATENCY, duration_s, function_id, version_id)
         if status >= 400:
@@ -67,9 +64,10 @@ def shown(front: Front) -> Iterator[None]:
         yield
 
 
-def _route(request: web.Request) -> str:
-    known: str | None = request.get(ROUTE)
-    if known is not None:
-        return known
+def _route(request: web.Request, notes: Notes) -> str:
+    if notes.route is not None:
+        return notes.route
+    if notes.invokes is not None:  # it went past our routes
+        return IN_ITS_NAME
     resource = request.match_info.route.resource
     return NO_ROUTE if resource is None else resource.canonical

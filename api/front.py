@@ -12,6 +12,7 @@ from api.bodies import Bodies
 from api.calls import Calls
 from api.channels import Channels
 from api.connections import Connections
+from api.headers import Heads
 from api.limits import Pace
 from api.open_files import allowed
 from broker.accounts import Authenticator
@@ -45,6 +46,7 @@ class Front:
     channels: Channels
     connections: Connections
     bodies: Bodies
+    heads: Heads
     health: Health
     places: Places
     outlooks: Outlooks
@@ -75,6 +77,7 @@ class Front:
                 settings, most=allowed(settings.max_connections), most_per_address=settings.max_address_connections
             ),
             bodies=Bodies(settings),
+            heads=Heads(),
             health=Health(broker),
             places=Places(broker.results, calls.spawn),
             outlooks=Outlooks(broker, calls.spawn),

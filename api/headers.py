@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import compress
 
 from multidict import MultiMapping
 
 from broker.errors import BadRequest
 from broker.estimates import Estimate
 from broker.model import EVENT_STREAM, Quota
+from broker.nouns import noun
 
 REQUEST_ID = "NVCF-REQID"
 STATUS = "NVCF-STATUS"
@@ -116,16 +117,117 @@ _OURS = frozenset(
     }
 )
 _NEVER_FORWARDED = HOP_BY_HOP | _WORKER_OWNED | _OURS
+# What few invocations ask for.
+_OPTIONS = frozenset(
+    {
+        name.lower()
+        for name in (
+            INPUT_ASSETS,
+            QUEUE_TIMEOUT,
+            RUN_TIMEOUT,
+            CALLBACK_URL,
+            CALLBACK_EVENTS,
+            DISABLE_COMPATIBILITY,
+            IDEMPOTENCY_KEY,
+        )
+    }
+)
+# With these a request is more than an invocation of a function that its path names, or comes from a page.
+_APART = frozenset({"origin", "expect", "transfer-encoding", "upgrade", FUNCTION_ID})
+_SURVEYED_MAX_COUNT = 24
+# How much is remembered of what headers say.
+_HEADS_MAX_COUNT = 256
+_HEAD_MAX_BYTES = 4096
+# Says nothing that is remembered, and differs from request to request.
+_LENGTHS = frozenset({b"Content-Length", b"content-length"})
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Wait:
     """How long a call may be held, and what `Preference-Applied` says about it ('' when nothing)."""
 
     seconds: float
     applied: str = ""
+
+
+@noun(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What the names of a request's headers tell, without their values: whether `options` of an invocation are asked
+    for, whether it is to be treated `apart`, and which headers a container may see (`kept`, in order; if they are its
+    own, cookies too)."""
+
+    options: bool
+    apart: bool
+    kept: tuple[bool, ...]
+    kept_with_cookies: tuple[bool, ...]
+
+
+def survey(headers: MultiMapping[str]) -> Survey:
+    """Clients of one kind send the same names in the same order, so that it is seldom done."""
+    names = tuple([name for name, _ in headers.items()])  # keys() leaves repeats out
+    return _survey(names) if len(names) <= _SURVEYED_MAX_COUNT else _survey.__wrapped__(names)
+
+
+@lru_cache(maxsize=128)
+def _survey(names: tuple[str, ...]) -> Survey:
+    lowered = [name.lower() for name in names]
+    kept = tuple(name.replace("_", "-") not in _NEVER_FORWARDED for name in lowered)
+    return Survey(
+        options=not _OPTIONS.isdisjoint(lowered),
+        apart=not _APART.isdisjoint(lowered),
+        kept=kept,
+        kept_with_cookies=tuple(keeps or name == "cookie" for keeps, name in zip(kept, lowered, strict=True)),
+    )
+
+
+class Head:
+    """What the headers of a request say. Each property is read when it is asked for, and raises what the function that
+    it is named after raises."""
+
+    def __init__(self, arrived: MultiMapping[str]) -> None:
+        self._arrived = arrived
+
+    @cached_property
+    def survey(self) -> Survey:
+        return survey(self._arrived)
+
+    @cached_property
+    def bearer(self) -> str | None:
+        return bearer(self._arrived)
+
+    @cached_property
+    def wait(self) -> Wait:
+        return wait(self._arrived)
+
+    @cached_property
+    def wants_events(self) -> bool:
+        return wants_events(self._arrived)
+
+    @cached_property
+    def forwarded(self) -> tuple[tuple[str, str], ...]:
+        return forwarded(self._arrived, self.survey)
+
+
+class Heads:
+    """What was read of headers is remembered: clients send the same ones with every request, but for its length."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Head] = {}
+
+    def of(self, arrived: MultiMapping[str], raw: Sequence[tuple[bytes, bytes]]) -> Head:
+        """`raw` are the same headers as they came."""
+        said = b"\n".join([part for each in raw if each[0] not in _LENGTHS for part in each])
+        known = self._known.get(said)
+        if known is not None:
+            return known
+        head = Head(arrived)
+        if len(said) <= _HEAD_MAX_BYTES:
+            if len(self._known) >= _HEADS_MAX_COUNT:
+                self._known.clear()
+            self._known[said] = head
+        return head
 
 
 def uuid(text: str, *, field: str) -> str:
@@ -163,7 +265,7 @@ def wait(headers: MultiMapping[str], *, transparent: bool = False) -> Wait:
     poll = poll_s(headers, transparent=transparent)
     if PREFER not in headers:
         return Wait(seconds=poll)
-    preferences = _preferences(headers.getall(PREFER))
+    preferences = _preferences(",".join(headers.getall(PREFER)))
     asked = preferences.get("wait", "")
     wished_s = min(int(asked), POLL_MAX_S) if asked.isascii() and asked.isdigit() and len(asked) <= 18 else None
     if POLL_SECONDS in headers and "respond-async" not in preferences:
@@ -190,10 +292,11 @@ def timeout_s(headers: MultiMapping[str], name: str, *, longest_s: float) -> flo
     return float(text)
 
 
-def _preferences(values: Iterable[str]) -> dict[str, str]:
+@lru_cache(maxsize=128)
+def _preferences(values: str) -> Mapping[str, str]:
     """Name to value; of a preference that comes twice the first counts (RFC 7240 §2)."""
     found: dict[str, str] = {}
-    for part in ",".join(values).split(","):
+    for part in values.split(","):
         name, _, value = part.partition(";")[0].partition("=")
         found.setdefault(name.strip().lower(), value.strip().strip('"'))
     return found
@@ -271,7 +374,9 @@ def _says_true(headers: MultiMapping[str], name: str) -> bool:
     return headers.get(name, "").lower() == "true"
 
 
-def forwarded(headers: MultiMapping[str], *, cookies: bool = False) -> tuple[tuple[str, str], ...]:
+def forwarded(
+    headers: MultiMapping[str], surveyed: Survey | None = None, *, cookies: bool = False
+) -> tuple[tuple[str, str], ...]:
     """The client's headers that a container may see, in order.
 
     Left out: hop-by-hop headers and what `Connection` names, credentials, what is spoken to this server, and
@@ -283,11 +388,10 @@ def forwarded(headers: MultiMapping[str], *, cookies: bool = False) -> tuple[tup
     named: frozenset[str] = frozenset()
     if "Connection" in headers:
         named = frozenset(name.strip().lower() for value in headers.getall("Connection") for name in value.split(","))
+    surveyed = surveyed or survey(headers)
     kept: list[tuple[str, str]] = []
     size_bytes = 0
-    for name, value in headers.items():
-        if _never_forwarded(name) and not (cookies and name.lower() == "cookie"):
-            continue
+    for name, value in compress(headers.items(), surveyed.kept_with_cookies if cookies else surveyed.kept):
         if named and name.lower() in named:
             continue
         if not value.isascii() and not _is_text(value):
@@ -299,11 +403,6 @@ def forwarded(headers: MultiMapping[str], *, cookies: bool = False) -> tuple[tup
             f"more than {FORWARDED_MAX_COUNT} headers or {FORWARDED_MAX_BYTES} bytes of them for the function"
         )
     return tuple(kept)
-
-
-@lru_cache(maxsize=1024)
-def _never_forwarded(name: str) -> bool:
-    return name.lower().replace("_", "-") in _NEVER_FORWARDED
 
 
 def _is_text(value: str) -> bool:
@@ -346,11 +445,11 @@ def _decimal(number: float) -> str:
 
 def server_timing(phases: Mapping[str, float]) -> str:
     """Name and seconds of each phase, as `name;dur=milliseconds` (W3C Server Timing)."""
-    return ", ".join([f"{name};dur={_milliseconds(seconds)}" for name, seconds in phases.items()])
+    return ", ".join([f"{name};dur={_milliseconds(round(seconds * 1_000_000))}" for name, seconds in phases.items()])
 
 
-def _milliseconds(seconds: float) -> str:
-    microseconds = round(seconds * 1_000_000)
+@lru_cache(maxsize=4096)
+def _milliseconds(microseconds: int) -> str:
     return f"{microseconds / 1000:.3f}".rstrip("0") if microseconds % 1000 else str(microseconds // 1000)
 
 

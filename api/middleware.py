@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import cache
+from collections.abc import MutableMapping
+from functools import cache, lru_cache
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from api import figures, headers, problems
 from api.front import Front
+from api.notes import Notes, notes_of
 from broker.errors import BadRequest, FnqueueError, PayloadTooLarge, QueueFull, TryLater, Unauthenticated
-from broker.model import Record, Taken
+from broker.model import Record
 from broker.telemetry import logs
 from broker.telemetry.metrics import REFUSALS, Metrics
 
 logger = logging.getLogger(__name__)
-
-# Set by the handlers of an invocation, for whoever answers or logs it.
-RECORD = web.RequestKey("record", Record)
-# Set by the handler of an invocation before it may refuse it: where the function's rate limits stand.
-TAKEN = web.RequestKey("taken", Taken)
-
-# Set by what invokes by any method; otherwise a POST does.
-INVOKES = web.RequestKey("invokes", bool)
-# Why it was refused, where another time or another server would have done: the problem's type, and the limit met.
-REFUSED = web.RequestKey("refused", tuple[str, str])
 
 # Routes whose errors say nothing of the path: a foreign ID must read like one that never existed (PROTOCOL P8).
 ABOUT_A_REQUEST = ("/nvcf/pexec/", "/nvcf/exec/", "/requests/")
@@ -65,17 +57,23 @@ def observing(front: Front) -> Middleware:
 
 def complete(front: Front, request: web.Request, response: web.StreamResponse, started_at: float) -> None:
     """What every answer gets: its last headers, and its log line."""
-    response.headers["Server"] = SERVER
-    if (taken := request.get(TAKEN)) is not None and taken.quotas:
-        response.headers.update(headers.rate_limit(taken.quotas))
-    if front.calls.stopping:
+    notes = notes_of(request)
+    if close_after(front, notes, response.headers):
         response.force_close()
-    _tell(front.metrics, request, response.status, started_at)
+    tell(front.metrics, request, notes, response.status, started_at)
+
+
+def close_after(front: Front, notes: Notes, answered: MutableMapping[str, str]) -> bool:
+    """Set the last headers of an answer; returns whether its connection is not to be kept."""
+    answered[hdrs.SERVER] = SERVER
+    if notes.taken is not None and notes.taken.quotas:
+        answered.update(headers.rate_limit(notes.taken.quotas))
+    return front.calls.stopping
 
 
 def note_gone(front: Front, request: web.Request, started_at: float) -> None:
     """Nobody is left to answer: the client has gone. 499 is what proxies log then."""
-    _tell(front.metrics, request, 499, started_at)
+    tell(front.metrics, request, notes_of(request), 499, started_at)
 
 
 def _misframed(request: web.Request) -> BadRequest | None:
@@ -85,36 +83,37 @@ def _misframed(request: web.Request) -> BadRequest | None:
     return BadRequest("Transfer-Encoding may only be chunked", field="Transfer-Encoding")
 
 
-def _tell(metrics: Metrics, request: web.Request, status: int, started_at: float) -> None:
+def tell(metrics: Metrics, request: web.Request, notes: Notes, status: int, started_at: float) -> None:
+    """Count and log what is answered now."""
     duration_s = time.perf_counter() - started_at
-    record = request.get(RECORD)
-    invokes = record is not None and request.get(INVOKES, request.method == "POST")
-    figures.answered(
-        metrics, request, status, duration_s, invoked=record if invokes else None, in_its_name=INVOKES in request
-    )
-    if (refused := request.get(REFUSED)) is not None:
-        metrics.count(REFUSALS, *refused)
-    _log(request, record, status, duration_s, logging.INFO if invokes else logging.DEBUG)
+    record, invokes = notes.record, request.method == "POST" if notes.invokes is None else notes.invokes
+    invoked = record is not None and invokes
+    figures.answered(metrics, request, notes, status, duration_s, invoked=invoked)
+    if notes.refused is not None:
+        metrics.count(REFUSALS, *notes.refused)
+    _log(request, record, status, duration_s, logging.INFO if invoked else logging.DEBUG)
 
 
 def _log(request: web.Request, record: Record | None, status: int, duration_s: float, level: int) -> None:
     if not logger.isEnabledFor(level):
         return
     facts: dict[str, object] = {"status": status, "duration_ms": round(duration_s * 1000, 1)}
-    if record is not None:
-        facts |= {
-            "request_id": record.id,
-            "function_id": record.function_id,
-            "version_id": record.version_id,
-            "account": record.account,
-            "state": record.state.value,
-        }
-    else:
-        facts |= {"method": request.method, "path": request.path}
+    if record is None:
+        what = {"method": request.method, "path": request.path}
+        logger.log(level, "answered", extra={**facts, **what})
+        return
+    facts["request_id"], facts["state"] = record.id, record.state
     if level == logging.INFO:
-        logs.note(logger, "answered", facts)
+        _answered(record.function_id, record.version_id, record.account).add(facts)
     else:
-        logger.debug("answered", extra=facts)
+        whose = {"function_id": record.function_id, "version_id": record.version_id, "account": record.account}
+        logger.debug("answered", extra={**whose, **facts})
+
+
+@lru_cache(maxsize=1024)
+def _answered(function_id: str, version_id: str, account: str) -> logs.Note:
+    whose: dict[str, object] = {"function_id": function_id, "version_id": version_id, "account": account}
+    return logs.Note(logger, "answered", whose)
 
 
 def sharing(front: Front) -> Middleware:
@@ -188,10 +187,11 @@ def failed(request: web.Request, error: Exception) -> web.Response:
 
 
 def _problem(request: web.Request, error: Exception) -> web.Response:
-    record = request.get(RECORD)
+    notes = notes_of(request)
+    record = notes.record
     instance = "" if _about_a_request(request.path) else request.path
     if isinstance(error, TryLater | PayloadTooLarge):
-        request[REFUSED] = problems.kind_of(error).word, error.limit if isinstance(error, QueueFull) else ""
+        notes.refused = problems.kind_of(error).word, error.limit if isinstance(error, QueueFull) else ""
     response = problems.response(error, instance=instance, request_id=record.id if record else "")
     if isinstance(error, problems.CLOSING):
         response.force_close()

@@ -59,7 +59,7 @@ async def serving(broker: Broker, settings: ApiSettings, *, reuse_port: bool = F
     assert runner.server is not None, "it was set up"
     runner.server.request_factory = partial(cast("Any", runner.server.request_factory), _cls=_Asked)
     if broker.tracing is None:  # spans are made by the application's outermost middleware
-        runner.server.request_handler = shortcut.past(front, runner.server.request_handler)
+        front.connections.short_way, front.connections.abandon = shortcut.of(front), front.calls.abandon
     try:
         async with _attaching(front), status.shown(front):
             try:
@@ -165,6 +165,14 @@ async def _listening(
 class _Asked(web.Request):
     """What is no request reaches no handler and no middleware; its answer must not tell what this server is made of
     either. The hook is private, but the only place; a test notices when it is gone."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Mapping's raises and catches an error for each of the facts that a plain request has not."""
+        return self._state.get(key, default)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """aiohttp's looks for keys that are texts, to warn of them."""
+        self._state[key] = value
 
     async def _prepare_hook(self, response: web.StreamResponse) -> None:
         if self._match_info is None:

@@ -1,29 +1,34 @@
-"""The way of plain invocations and polls past the router and the middlewares: most of what a front end is asked.
+"""The way of plain invocations and polls past aiohttp's server, the router and the middlewares: most of what a front
+end is asked.
 
 It leads through the same functions in the same order, and leaves out what only other requests need: finding the route
-among two hundred, CORS, functions that are addressed by host or header, `Expect`. Whatever is not plain goes through
-the application. docs/decisions/0035-short-way.md says what for.
+among two hundred, CORS, functions that are addressed by host or header, `Expect`, responses of any kind. Whatever is
+not plain goes through the application. docs/decisions/0035-short-way.md and 0051-one-task-for-a-request.md say what
+for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from email.utils import formatdate
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 
-from aiohttp import HttpVersion11, hdrs, web
-from aiohttp.abc import AbstractStreamWriter
+from aiohttp import ClientConnectionResetError, HttpVersion11, hdrs, web
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.http_writer import _serialize_headers
 
 from api.answers import Answer
-from api.figures import ROUTE
+from api.connections import Connection, Serve
 from api.front import Front
-from api.middleware import complete, failed, note_gone
+from api.headers import Head
+from api.middleware import close_after, complete, failed, note_gone, tell
+from api.notes import NOTES, Notes
 from api.routes import invocations, transparent
 
-Serve = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Told = Answer | web.StreamResponse
 Take = Callable[[Front, web.Request, Mapping[str, str]], Awaitable[Told]]
 
@@ -32,46 +37,63 @@ _INVOKED = re.compile(rf"/v2/nvcf/pexec/functions/({_ID})(?:/versions/({_ID}))?"
 _POLLED = re.compile(rf"/v2/nvcf/pexec/status/({_ID})")
 _INVOKE, _POLL = "/v2/nvcf/pexec/functions/{function_id}", "/v2/nvcf/pexec/status/{request_id}"
 _INVOKE_VERSION = f"{_INVOKE}/versions/{{version_id}}"
-_REASONS = {status.value: status.phrase for status in HTTPStatus}
+_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}"
+    for status in HTTPStatus
+    if status.value >= 200 and status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
+}
 
 
-def past(front: Front, application: Serve) -> Serve:
-    """Serves what is plain, and has `application` serve the rest."""
+def of(front: Front) -> Callable[[Connection, RawRequestMessage], Serve | None]:
+    """What serves a request that is plain, None for another."""
 
-    def serve(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
-        assert isinstance(request, web.Request), "it was made by an application"
-        path = request.raw_path
-        if request.method == hdrs.METH_POST and (found := _INVOKED.fullmatch(path)):
-            function_id, version_id = found.groups()
-            named = (
-                {"function_id": function_id, "version_id": version_id} if version_id else {"function_id": function_id}
-            )
-            if _plain(front, request):
-                request[ROUTE] = _INVOKE_VERSION if version_id else _INVOKE
-                return _serve(front, request, invocations.accept, named)
-        elif request.method == hdrs.METH_GET and (found := _POLLED.fullmatch(path)) and _plain(front, request):
-            request[ROUTE] = _POLL
-            return _serve(front, request, invocations.look_up, {"request_id": found[1]})
-        return application(request)
+    def choose(connection: Connection, message: RawRequestMessage) -> Serve | None:
+        if message.method == hdrs.METH_POST:
+            route, named = _invoked(message.path)
+            take: Take = invocations.accept
+        elif message.method == hdrs.METH_GET and (found := _POLLED.fullmatch(message.path)):
+            route, named = _POLL, {"request_id": found[1]}
+            take = invocations.look_up
+        else:
+            return None
+        if not route:
+            return None
+        head = front.heads.of(message.headers, message.raw_headers)
+        if not _plain(front, connection, message, head):
+            return None
+        return partial(_serve, front, head, take, route, named)
 
-    return serve
+    return choose
 
 
-def _plain(front: Front, request: web.Request) -> bool:
-    arrived = request.headers
+@lru_cache(maxsize=1024)
+def _invoked(path: str) -> tuple[str, Mapping[str, str]]:
+    """The route of an invocation, and what the path names; "" for another path."""
+    found = _INVOKED.fullmatch(path)
+    if found is None:
+        return "", {}
+    function_id, version_id = found.groups()
+    if not version_id:
+        return _INVOKE, {"function_id": function_id}
+    return _INVOKE_VERSION, {"function_id": function_id, "version_id": version_id}
+
+
+def _plain(front: Front, connection: Connection, message: RawRequestMessage, head: Head) -> bool:
     return not (
-        hdrs.ORIGIN in arrived
-        or hdrs.EXPECT in arrived
-        or hdrs.TRANSFER_ENCODING in arrived
-        or hdrs.UPGRADE in arrived
-        or request.version != HttpVersion11
-        or transparent.is_addressed(request)
-        or front.connections.met(request.protocol) is not None
+        head.survey.apart
+        or message.version != HttpVersion11
+        or transparent.is_own_host(message.headers.get("Host", ""))
+        or front.connections.met(connection) is not None
     )
 
 
-async def _serve(front: Front, request: web.Request, take: Take, named: Mapping[str, str]) -> web.StreamResponse:
+async def _serve(
+    front: Front, head: Head, take: Take, route: str, named: Mapping[str, str], request: web.Request
+) -> bool:
+    """Answer; returns whether the connection may be kept."""
     started_at = time.perf_counter()
+    notes = request[NOTES] = Notes()
+    notes.route, notes.head, notes.task = route, head, asyncio.current_task()
     try:
         try:
             found = await take(front, request, named)
@@ -80,49 +102,37 @@ async def _serve(front: Front, request: web.Request, take: Take, named: Mapping[
     except BaseException:
         note_gone(front, request, started_at)
         raise
-    response = _response(found) if isinstance(found, Answer) else found
-    complete(front, request, response, started_at)
-    return response
+    if isinstance(found, Answer):
+        line = _LINES.get(found.status)
+        if line is not None:
+            return await _answer(front, request, notes, found, line, started_at)
+        found = invocations.respond(found)
+    complete(front, request, found, started_at)
+    _, lost = await request.protocol.finish_response(request, found, None)
+    return not lost and bool(found.keep_alive)
 
 
-def _response(answer: Answer) -> web.StreamResponse:
-    status = answer.status
-    if status < 200 or status in (204, 304) or status not in _REASONS:
-        return invocations.respond(answer)
-    return _Whole(answer)
-
-
-class _Whole(web.StreamResponse):
-    """A response with a body, which aiohttp's has in a fifth of the time that it needs for any kind: it cannot be
+async def _answer(
+    front: Front, request: web.Request, notes: Notes, answer: Answer, line: str, started_at: float
+) -> bool:
+    """As aiohttp's response with a body does, in a fifth of the time that it needs for any kind: this one cannot be
     compressed, chunked or empty by its status, and nobody listens to its beginning."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(status=answer.status, reason=_REASONS[answer.status], headers=answer.headers)
-        self._content = answer.body
-        self._closes = False
-
-    @property
-    def keep_alive(self) -> bool:
-        return not self._closes
-
-    def force_close(self) -> None:
-        self._closes = True
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        self._closes = self._closes or not request.keep_alive
-        found, writer = self.headers, request.writer
-        found[hdrs.CONTENT_LENGTH] = str(len(self._content))
-        if self._content:
-            found.setdefault(hdrs.CONTENT_TYPE, "application/octet-stream")
-        found[hdrs.DATE] = _date(int(time.time()))
-        if self._closes:
-            found[hdrs.CONNECTION] = "close"
-        await writer.write_headers(f"HTTP/1.1 {self.status} {self.reason}", found)
-        await writer.write_eof(self._content)
-        return writer
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """It went out with the headers."""
+    closes = close_after(front, notes, answer.headers) or not request.keep_alive
+    tell(front.metrics, request, notes, answer.status, started_at)
+    found, content = answer.headers, answer.body
+    found[hdrs.CONTENT_LENGTH] = str(len(content))
+    if content:
+        found.setdefault(hdrs.CONTENT_TYPE, "application/octet-stream")
+    found[hdrs.DATE] = _date(int(time.time()))
+    if closes:
+        found[hdrs.CONNECTION] = "close"
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise ClientConnectionResetError("the client has gone")
+    transport.write(_serialize_headers(line, found) + content)
+    if request.protocol.writing_paused:
+        await request.writer.drain()
+    return not closes
 
 
 @lru_cache(maxsize=1)

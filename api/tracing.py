@@ -6,7 +6,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from api.front import Front
-from api.middleware import ABOUT_THIS_SERVER, RECORD
+from api.middleware import ABOUT_THIS_SERVER
+from api.notes import notes_of
 from broker.telemetry.tracing import HEADERS
 
 CLIENT_LEFT = 499  # what proxies log then
@@ -32,7 +33,7 @@ def traced(front: Front) -> list[Middleware]:
                 status = response.status
             finally:
                 served.answered(status)
-                if (record := request.get(RECORD)) is not None:
+                if (record := notes_of(request).record) is not None:
                     served.about(
                         {
                             "request.id": record.id,

@@ -25,7 +25,7 @@ from api.routes.dead_letters import present
 from broker import dead_letters
 from broker.accounts import ADMIN, INVOKE, acting_for
 from broker.errors import Forbidden, TryLater
-from broker.model import DeadLetterFilter, Deployment, Gpu, Instance, Load, Principal, Version
+from broker.model import DeadLetterFilter, Deployment, Gpu, Instance, InstanceStatus, Load, Principal, Version
 from broker.ports import Broker
 from broker.visibility import covers
 
@@ -226,9 +226,9 @@ class Board:
             functions.append((version_id, version, {**row, "recent": recent}))
             workers += [(one.id, version, _worker(version, one)) for one in live]
         deployments = [
-            (version_id, seen.versions[version_id], _deployment(seen.versions[version_id], deployment))
+            (version_id, its, _deployment(its, deployment, instances.get(version_id, ())))
             for version_id, deployment in seen.deployments.items()
-            if version_id in seen.versions
+            if (its := seen.versions.get(version_id)) is not None
         ]
         offered = [_gpu(gpu) for gpu in gpus]
         for name, found in (
@@ -367,11 +367,15 @@ def _function(version: Version, load: Load, oldest_at: float | None, instances: 
     }
 
 
-def _deployment(version: Version, deployment: Deployment) -> dict[str, Any]:
+def _deployment(version: Version, deployment: Deployment, instances: Sequence[Instance]) -> dict[str, Any]:
+    starting = [one for one in instances if one.status is InstanceStatus.STARTING]
     return {
         **_named(version),
         "deploymentId": deployment.id,
         "state": _state(version, deployment),
+        "running": sum(one.status is InstanceStatus.RUNNING for one in instances),
+        "starting": len(starting),
+        "waitsFor": next((one.error[-_ERROR_MAX:] for one in starting if one.error), ""),
         "updatedAt": deployment.updated_at,
         "specifications": [
             {

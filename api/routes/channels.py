@@ -22,7 +22,8 @@ from api.answers import Speaker
 from api.calls import Accepting, Interrupted
 from api.channels import FAREWELL_S, STOPPING, Line, Stopped
 from api.front import Front
-from api.middleware import RECORD, SERVER, TAKEN
+from api.middleware import SERVER
+from api.notes import notes_of
 from api.problems import TimedOut, WorkerLost
 from broker import channels, invocations, tasks
 from broker.accounts import INVOKE
@@ -84,7 +85,7 @@ async def converse(
         record = await _attached(front, request, line, submission, version, wait_s)
         if not line.attached:
             return _ended(record)
-        request[RECORD] = record = replace(record, state=RequestState.RUNNING)
+        notes_of(request).record = record = replace(record, state=RequestState.RUNNING)
         call = _Call(front=front, request=request, line=line, record=record, speaker=speaker)
         try:
             return await (_WebSocket(call) if websocket else _Exchange(call)).run()
@@ -130,7 +131,7 @@ async def _attached(
         line.revoke()
         line.release(STOPPED)
         if accepting.begun:
-            request[RECORD] = record = await accepting.record()
+            notes_of(request).record = record = await accepting.record()
             await invocations.withdraw(front.broker, record, reason=STOPPED)
         raise Overloaded(STOPPING) from None
     except asyncio.CancelledError:
@@ -139,7 +140,7 @@ async def _attached(
         if accepting.begun:
             front.calls.spawn(_call_off(front, accepting))
         raise
-    request[RECORD] = record
+    notes_of(request).record = record
     if line.attached or record.state.terminal:
         return record
     line.revoke()
@@ -205,7 +206,7 @@ class _Call:
             if name.lower() == "content-length" and value.isascii() and value.isdigit():
                 found["Content-Length"] = value
         found["Server"] = SERVER
-        if (taken := self.request.get(TAKEN)) is not None:
+        if (taken := notes_of(self.request).taken) is not None:
             found.update(headers.rate_limit(taken.quotas))
         return found
 

@@ -6,27 +6,30 @@ import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from aiohttp import web
+from multidict import MultiMapping
 
 from api import answers, auth, headers, streams
 from api.answers import Answer, Pending, Speaker
 from api.bodies import Body
 from api.calls import Accepting, Interrupted
 from api.front import Front
-from api.middleware import RECORD, TAKEN
+from api.notes import notes_of
 from api.routes.webhooks import callback
-from broker import invocations, limits
+from broker import invocations, limits, webhooks
 from broker.errors import Overloaded, StoreUnavailable
 from broker.invocations import BodyFile, Submission
 from broker.model import Callback, Principal, Record, RequestState, Version
+from broker.nouns import noun
 from broker.streams import gathered
 
 SCOPE = "invoke_function"
 STATUS_PATH = "/v2/nvcf/pexec/status/"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Call:
     """An invocation whose credentials and headers are good."""
 
@@ -39,10 +42,10 @@ class Call:
     forwarded: tuple[tuple[str, str], ...]
     passthrough: bool
     streaming: bool
-    idempotency_key: str
-    queue_timeout_s: float
-    run_timeout_s: float
     region: str
+    idempotency_key: str = ""
+    queue_timeout_s: float = 0.0
+    run_timeout_s: float = 0.0
     method: str = "POST"
     target: str = ""
     callback: Callback | None = None
@@ -81,7 +84,7 @@ class Manner:
 PLAIN = Manner()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@noun(frozen=True, slots=True, kw_only=True)
 class Question:
     """Who asks for which request, and for how long."""
 
@@ -111,18 +114,18 @@ async def accept(front: Front, request: web.Request, named: Mapping[str, str]) -
 async def look_up(front: Front, request: web.Request, named: Mapping[str, str]) -> Answer | web.StreamResponse:
     """As `poll`, for the ID that its path names."""
     asked = await ask(front, request, named)
-    if headers.wants_events(request.headers):
-        record = request[RECORD] = await invocations.find(front.broker, asked.principal, asked.request_id)
+    if head_of(front, request).wants_events:
+        record = notes_of(request).record = await invocations.find(front.broker, asked.principal, asked.request_id)
         last_id = request.headers.get(headers.LAST_EVENT_ID, "")
         if (response := await streams.opened(front, record, asked.wait, last_id=last_id)) is not None:
             return response
         asked = replace(asked, wait=replace(asked.wait, seconds=0))  # it is over
-    record = request[RECORD] = await _wait(front, asked)
+    record = notes_of(request).record = await _wait(front, asked)
     if record.flowing:
         at_once = replace(asked.wait, seconds=0)
         if (response := await streams.opened(front, record, at_once)) is not None:
             return response
-        record = request[RECORD] = await invocations.find(front.broker, asked.principal, asked.request_id)
+        record = notes_of(request).record = await invocations.find(front.broker, asked.principal, asked.request_id)
     return applied(await _answer(front, request, record, PLAIN), asked.wait)
 
 
@@ -131,8 +134,8 @@ async def run(
 ) -> Answer | web.StreamResponse:
     """The answer to a call that was admitted, at its end or that of its caller's patience; of a streaming one, the
     response that gives it while it comes."""
-    record = await _submit(front, call, held)
-    request[RECORD] = record
+    notes = notes_of(request)
+    record = notes.record = await _submit(front, call, held, task=notes.task)
     if call.streaming:
         streamed, record = await _stream(front, request, record, call, manner)
         if streamed is not None:
@@ -146,15 +149,15 @@ async def run(
 
 async def ask(front: Front, request: web.Request, named: Mapping[str, str]) -> Question:
     """What the path and the headers say, in upstream's order of checks. `named` is what the path names."""
-    token = auth.token(request.headers)
-    wait = headers.wait(request.headers)
+    head = head_of(front, request)
+    token, wait = auth.good(head.bearer), head.wait
     request_id = headers.uuid(named["request_id"], field="requestId")
     return Question(principal=await auth.admit(front, token, named, SCOPE), request_id=request_id, wait=wait)
 
 
 async def look(front: Front, request: web.Request, asked: Question, manner: Manner = PLAIN) -> Answer:
     """How the request answers, at its end or that of its caller's patience."""
-    record = request[RECORD] = await _wait(front, asked)
+    record = notes_of(request).record = await _wait(front, asked)
     return await _answer(front, request, record, manner)
 
 
@@ -193,54 +196,68 @@ async def admit(front: Front, request: web.Request, named: Mapping[str, str]) ->
 
     The rate limit comes last, so that nothing that could never run counts; a body that then does not come, counts.
     """
-    arrived = request.headers
-    token = auth.token(arrived)
+    arrived, head = request.headers, head_of(front, request)
+    token = auth.good(head.bearer)
     function_id = headers.uuid(named["function_id"], field="functionId")
     version_id = headers.uuid(named["version_id"], field="functionVersionId") if "version_id" in named else ""
-    assets = headers.asset_references(arrived)
+    options = head.survey.options
+    assets = headers.asset_references(arrived) if options else ()
     principal = await auth.admit(front, token, named, SCOPE)
     version = front.versions.known(principal, function_id, version_id) or await front.versions.pick(
         principal, function_id, version_id
     )
-    streaming = headers.wants_events(arrived)
+    streaming = head.wants_events
     call = Call(
         principal=principal,
         version=version,
         function_id=function_id,
         version_id=version_id,
-        wait=headers.wait(arrived),
+        wait=head.wait,
         assets=assets,
-        forwarded=headers.forwarded(arrived),
-        passthrough=streaming or headers.passthrough(arrived),
+        forwarded=head.forwarded,
+        passthrough=streaming,
         streaming=streaming,
-        idempotency_key=headers.idempotency_key(arrived),
-        queue_timeout_s=headers.timeout_s(arrived, headers.QUEUE_TIMEOUT, longest_s=front.settings.request_deadline_s),
-        run_timeout_s=headers.timeout_s(arrived, headers.RUN_TIMEOUT, longest_s=front.settings.request_deadline_s),
         region=front.settings.region,
-        callback=await callback(front, principal, version, arrived),
+        callback=webhooks.default(version, principal.account),
     )
-    await take(front, request, call)
+    if options:
+        call = await _with_options(front, call, arrived)
+    if version.rate_limit is not None:
+        await take(front, request, call)
     return call
+
+
+async def _with_options(front: Front, call: Call, arrived: MultiMapping[str]) -> Call:
+    longest_s = front.settings.request_deadline_s
+    return replace(
+        call,
+        passthrough=headers.passthrough(arrived),
+        idempotency_key=headers.idempotency_key(arrived),
+        queue_timeout_s=headers.timeout_s(arrived, headers.QUEUE_TIMEOUT, longest_s=longest_s),
+        run_timeout_s=headers.timeout_s(arrived, headers.RUN_TIMEOUT, longest_s=longest_s),
+        callback=await callback(front, call.principal, call.version, arrived),
+    )
 
 
 async def take(front: Front, request: web.Request, call: Call) -> None:
     """Count the call against its function's rates. Raises RateLimited."""
     if call.version.rate_limit is not None:
-        request[TAKEN] = await front.rate_limiter.take(call.principal, call.version)
-        limits.require(request[TAKEN])
+        taken = notes_of(request).taken = await front.rate_limiter.take(call.principal, call.version)
+        limits.require(taken)
 
 
-async def _submit(front: Front, call: Call, held: Body) -> Record:
-    """Submit and wait. The body is given up once it was submitted, so that who waits holds no memory."""
-    accepting = Accepting(front.calls, done=held.close)
+async def _submit(front: Front, call: Call, held: Body, *, task: asyncio.Task[Any] | None) -> Record:
+    """Submit and wait. The body is given up once it was submitted, so that who waits holds no memory. `task` is as
+    in Notes."""
+    accepting = Accepting(front.calls, done=held.close, task=task)
     try:
-        with front.calls.waiting(call.principal.account if call.wait.seconds else ""):
+        with front.calls.waiting(call.principal.account if call.wait.seconds else "", task):
             return await invocations.invoke(
                 front.broker,
                 call.submission(held.body),
                 call.version,
                 wait_s=0 if call.streaming else call.wait.seconds,
-                spawn=accepting.spawn,
+                spawn=accepting.run if task is not None else accepting.spawn,
             )
     except Interrupted:
         if not accepting.begun:
@@ -269,7 +286,8 @@ def _gives_up(front: Front, request: web.Request, call: Call, record: Record) ->
 
 async def _answer(front: Front, request: web.Request, record: Record, manner: Manner) -> Answer:
     broker, settings = front.broker, front.settings
-    await auth.still(front, request, SCOPE)
+    if not auth.holds(front, head_of(front, request).bearer, SCOPE):
+        await auth.still(front, request, SCOPE)
     if record.outcome is not None and record.outcome.streamed:
         record = await gathered(broker, record)
 
@@ -287,6 +305,14 @@ async def _answer(front: Front, request: web.Request, record: Record, manner: Ma
     if settings.one_shot_results and record.state.terminal:
         await broker.results.forget(record.id)
     return answer
+
+
+def head_of(front: Front, request: web.Request) -> headers.Head:
+    """What its headers say."""
+    notes = notes_of(request)
+    if notes.head is None:
+        notes.head = front.heads.of(request.headers, request.raw_headers)
+    return notes.head
 
 
 def origin(front: Front, request: web.Request, *, host: str = "") -> str:

@@ -54,7 +54,7 @@ async def create(front: Front, request: web.Request, principal: Principal) -> we
         audiences=_audiences(asked),
         limit=front.broker.settings.keys_per_owner,
     )
-    return payloads.answer(_present(key, value=token))
+    return payloads.answer(present(key, value=token))
 
 
 async def list_keys(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -64,12 +64,12 @@ async def list_keys(front: Front, request: web.Request, principal: Principal) ->
     owner = _header(request, OWNER)
     found = await accounts.list_keys(front.broker, account)
     return payloads.answer(
-        wire.ApiKeyList(keys=[_present(key, rights=False) for key in found if owner in ("", key.owner)])
+        wire.ApiKeyList(keys=[present(key, rights=False) for key in found if owner in ("", key.owner)])
     )
 
 
 async def get(front: Front, request: web.Request, principal: Principal) -> web.Response:
-    return payloads.answer(_present(await _find(front, request, principal)))
+    return payloads.answer(present(await _find(front, request, principal)))
 
 
 async def delete(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -82,9 +82,7 @@ async def authorize(front: Front, request: web.Request, principal: Principal) ->
     asked = await payloads.read(front, request, wire.UpdateKeyAuthorizations)
     scopes, resources = _granted(principal, asked.authorizations)
     key = await _find(front, request, principal)
-    return payloads.answer(
-        _present(await accounts.authorize_key(front.broker, key, scopes=scopes, resources=resources))
-    )
+    return payloads.answer(present(await accounts.authorize_key(front.broker, key, scopes=scopes, resources=resources)))
 
 
 async def set_status(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -95,7 +93,7 @@ async def set_status(front: Front, request: web.Request, principal: Principal) -
     if not suspended:
         require_grantable(principal, scopes=key.scopes, resources=key.resources)
     changed = await accounts.suspend_key(front.broker, key.id, suspended=suspended, account=key.account)
-    return payloads.answer(_present(changed))
+    return payloads.answer(present(changed))
 
 
 async def introspect(front: Front, request: web.Request, principal: Principal) -> web.Response:
@@ -176,7 +174,7 @@ def _header(request: web.Request, name: str) -> str:
     return value
 
 
-def _present(key: Key, *, value: str | None = None, rights: bool = True) -> wire.ApiKey:
+def present(key: Key, *, value: str | None = None, rights: bool = True) -> wire.ApiKey:
     return wire.ApiKey(
         id=key.id,
         status=accounts.status(key),

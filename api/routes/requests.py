@@ -10,11 +10,12 @@ from api import answers, cursors, headers, payloads, queries
 from api.definitions import eta, instant
 from api.front import Front
 from broker import invocations
-from broker.model import Attempt, Principal, Record, RequestFilter, RequestState
+from broker.model import Attempt, AttemptEnd, Principal, Record, RequestFilter, RequestState
 from fnqueue import wire
 
 PAGE_DEFAULT = 50
 PAGE_MAX = 200
+SILENT = "its worker fell silent"
 STATUSES = tuple(state.value for state in RequestState if state is not RequestState.ABANDONED)
 
 
@@ -91,6 +92,7 @@ def _attempt(attempt: Attempt) -> wire.RequestAttempt:
         number=attempt.number,
         instance_id=attempt.worker,
         outcome=attempt.end.value,
+        reason=attempt.reason or (SILENT if attempt.end is AttemptEnd.LOST else None),
         started_at=instant(attempt.started_at),
         ended_at=instant(attempt.ended_at) if attempt.ended_at else None,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -19,7 +19,8 @@ from aiohttp.typedefs import Handler, Middleware
 from api import auth, headers
 from api.answers import Speaker
 from api.front import Front
-from api.middleware import INVOKES, answer_errors
+from api.middleware import answer_errors
+from api.notes import notes_of
 from api.routes.channels import converse, is_websocket
 from api.routes.invocations import SCOPE, Call, Manner, applied, origin, respond, run, take
 from api.routes.webhooks import callback
@@ -53,7 +54,7 @@ def addressed(front: Front) -> Middleware:
     def divert(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
         if not is_addressed(request):
             return handler(request)
-        request[INVOKES] = True
+        notes_of(request).invokes = True
         return answer_errors(request, partial(invoke, front))
 
     return divert
@@ -86,7 +87,13 @@ def needs_channel(request: web.Request) -> bool:
 
 def is_addressed(request: web.Request) -> bool:
     """Whether the request names a function in its headers or its host."""
-    return headers.FUNCTION_ID in request.headers or _OWN_HOST.match(_host(request)) is not None
+    return headers.FUNCTION_ID in request.headers or is_own_host(_host(request))
+
+
+@lru_cache(maxsize=1024)
+def is_own_host(host: str) -> bool:
+    """Whether the host is a function's."""
+    return _OWN_HOST.match(host) is not None
 
 
 def address_of(request: web.Request) -> Address:

@@ -37,9 +37,11 @@ export function Chart({ title, times, series, summary, empty, marks, whole }) {
       plot.current = null;
     };
   }, [shape, drawn]);
+  // Most looks bring most charts nothing new, and drawing is what costs.
+  const now = data(times, series);
   useEffect(() => {
-    plot.current?.setData(data(times, series));
-  });
+    plot.current?.setData(now);
+  }, [JSON.stringify(now)]);
   return html`<section class="card chart">
     <h2>${title}</h2>
     <ul class="key">${series.map((each) => html`<li key=${each.title} class="hue-${each.hue}">${each.title} <b>${each.show(each.now !== undefined ? each.now : each.values.at(-1))}</b></li>`)}</ul>
@@ -63,7 +65,8 @@ function options(series, width, { marks, whole }) {
   return {
     width,
     height: HEIGHT,
-    padding: [8, 8, 0, 0],
+    // At the right there is room for half of the last time's label.
+    padding: [8, 24, 0, 0],
     legend: { show: false },
     cursor: { points: { size: 6 }, y: false, drag: { setScale: false, x: false, y: false } },
     scales: { x: { range: (_, least, most) => [Math.min(least, most - LEAST_S), most + after] }, y: { range: (_, __, most) => [0, most > 0 ? most * 1.1 : 1] } },

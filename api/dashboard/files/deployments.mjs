@@ -1,6 +1,6 @@
 // What is deployed, how well it is, and why not.
 
-import { Age, Badge, byName, count, FunctionName, Head, html, several, Table } from "./parts.mjs";
+import { Age, Badge, byName, count, FunctionName, Head, html, several, Table, typeOf } from "./parts.mjs";
 import { board, session, use } from "./state.mjs";
 
 // What needs somebody comes first.
@@ -15,9 +15,10 @@ export function Deployments() {
   const unwell = rows.filter((row) => row.health.length).sort((one, other) => one.name.localeCompare(other.name));
   const columns = [
     { name: "name", title: "Function", value: (row) => row.name, show: (row) => html`<${FunctionName} row=${row} account=${session.account === "*"} />` },
-    { name: "state", title: "Health", value: (row) => (WORST_FIRST.includes(row.state) ? WORST_FIRST.indexOf(row.state) : WORST_FIRST.length), show: (row) => html`<${Badge} state=${row.state} />` },
+    { name: "state", title: "Health", value: (row) => (WORST_FIRST.includes(row.state) ? WORST_FIRST.indexOf(row.state) : WORST_FIRST.length), show: (row) => html`<${Badge} state=${row.state} />${row.waitsFor && html`<span class="sub">${row.waitsFor.slice(-120)}</span>`}` },
     { name: "least", title: "Instances", value: (row) => row.specifications.reduce((sum, each) => sum + each.least, 0), show: (row) => html`<${Specifications} row=${row} />` },
-    { name: "workers", title: "Running", number: true, from: "mid", value: running, show: (row) => count(running(row)) },
+    { name: "running", title: "Running", number: true, from: "mid", value: (row) => row.running,
+      show: (row) => html`${count(row.running)}${row.starting > 0 && html`<span class="sub">${count(row.starting)} starting</span>`}` },
     { name: "updated", title: "Changed", number: true, from: "mid", value: (row) => row.updatedAt, show: (row) => html`<${Age} since=${row.updatedAt} /> ago` },
   ];
   return html`<${Head} title="Deployments" />
@@ -26,16 +27,13 @@ export function Deployments() {
     <${Table} caption="All deployments" columns=${columns} rows=${rows} search=${byName} sort=${{ by: "state" }} empty=${board.at ? "Nothing is deployed." : "Reading …"} />`;
 }
 
-function running(row) {
-  return board.rows("functions").get(row.id)?.workers;
-}
-
 export function Specifications({ row }) {
   return row.specifications.map((each, number) => html`<div key=${number}>${each.least === each.most ? count(each.least) : `${count(each.least)} to ${count(each.most)}`} × ${each.gpu}
-    <span class="sub">${each.instanceType}${each.concurrency > 1 ? `, ${several(each.concurrency, "request")} each` : ""}</span></div>`);
+    <span class="sub">${[typeOf(each), each.concurrency > 1 && `${several(each.concurrency, "request")} each`].filter(Boolean).join(", ")}</span></div>`);
 }
 
 export function Troubles({ row }) {
+  const kind = (each) => [each.gpu, typeOf(each)].filter(Boolean).join(" ");
   return row.health.map((each, number) => html`<div key=${number}>
-    <strong>${each.gpu} ${each.instanceType}</strong><pre class="log" tabindex="0" aria-label=${`What is wrong with ${each.gpu} ${each.instanceType}`}>${each.error}</pre></div>`);
+    <strong>${kind(each)}</strong><pre class="log" tabindex="0" aria-label=${`What is wrong with ${kind(each)}`}>${each.error}</pre></div>`);
 }

@@ -26,7 +26,7 @@ export function Figures({ rows, dead, recent }) {
     <${Tile} label="Waiting">${count(sum("queued"))}<//>
     <${Tile} label="Running">${count(sum("running"))}<//>
     <${Tile} label="Oldest waiting">${oldestAt ? html`<${Age} since=${oldestAt} />` : NONE}<//>
-    <${Tile} label="Workers busy" hint=${several(sum("workers"), "worker")}>${count(busy)} <small>of ${count(slots)}</small><//>
+    <${Tile} label="Slots busy" hint=${`on ${several(sum("workers"), "worker")}`}>${count(busy)} <small>of ${count(slots)}</small><//>
     <${Tile} label="Ended" hint="over five minutes">${rate(recent)} <small>/min</small><//>
     <${Tile} label="Wait, p50" hint=${`p90 ${span(recent?.wait[1])}`}>${span(recent?.wait[0])}<//>
     <${Tile} label="Run, p50" hint=${`p90 ${span(recent?.run[1])}`}>${span(recent?.run[0])}<//>
@@ -58,7 +58,7 @@ function Functions({ rows }) {
     { name: "rate", title: "Per minute", number: true, from: "mid", value: (row) => row.recent?.perMinute ?? 0, show: (row) => rate(row.recent) },
     { name: "wait", title: "Wait p50 / p90", number: true, from: "wide", value: (row) => row.recent?.wait[1], show: (row) => pair(row.recent?.wait) },
     { name: "run", title: "Run p50 / p90", number: true, from: "wide", value: (row) => row.recent?.run[1], show: (row) => pair(row.recent?.run) },
-    { name: "busy", title: "Workers", number: true, from: "mid", value: (row) => (row.slots ? row.busy / row.slots : -1),
+    { name: "busy", title: "Slots busy", number: true, from: "mid", value: (row) => (row.slots ? row.busy / row.slots : -1),
       show: (row) => (row.slots ? html`<${Meter} of=${row.slots} part=${row.busy} label=${`${row.busy} of ${row.slots} slots busy`} />${count(row.busy)}/${count(row.slots)}` : NONE) },
   ];
   return html`<${Table} id="functions" caption="Functions" columns=${columns} rows=${rows} search=${byName} sort=${{ by: "queued", down: true }}

@@ -66,6 +66,7 @@ function Login() {
 function Frame() {
   use(route);
   const [place = "", id] = route.parts;
+  useEffect(showPlace, [place]);
   return html`
     <a class="skip" href="#main" onClick=${toMain}>Skip to content</a>
     <header class="bar"><div>
@@ -76,6 +77,13 @@ function Frame() {
       <div class="who"><${Connection} /><${Account} /><button class="plain" onClick=${() => session.logOut()}>Log out</button></div>
     </div></header>
     <main id="main" tabindex="-1"><${Away} /><${View} place=${place} id=${id} key=${`${session.account}/${place}/${id}`} /></main>`;
+}
+
+// A phone is narrower than all places beside each other. `scrollIntoView` would move where the Tab key begins.
+function showPlace() {
+  const places = document.querySelector("nav");
+  const here = places.querySelector("[aria-current]");
+  if (here) places.scrollLeft = here.offsetLeft - places.offsetLeft - (places.clientWidth - here.offsetWidth) / 2;
 }
 
 // The address holds where one is, so the link must not change it.
@@ -113,7 +121,7 @@ function Away() {
 function Account() {
   use(session);
   const { who, account } = session;
-  if (!who.allAccounts) return html`<span class="live mid" title="The account of your key">${who.account}</span>`;
+  if (!who.allAccounts) return html`<span class="account mid" title="The account of your key">${who.account}</span>`;
   const others = who.accounts.filter((each) => each !== who.account);
   return html`<select aria-label="Account" value=${account} onChange=${(event) => session.choose(event.target.value)}>
     <option value=${who.account}>${who.account}</option>

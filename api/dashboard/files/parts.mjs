@@ -43,6 +43,11 @@ export function bytes(number) {
   return `${(number / 1024 ** power).toFixed(number / 1024 ** power < 10 ? 1 : 0)} ${["", "KiB", "MiB", "GiB", "TiB"][power]}`;
 }
 
+// Of what has one type of instance only, that is its name again.
+export function typeOf(row) {
+  return row.instanceType === row.gpu ? null : row.instanceType;
+}
+
 export function moment(text) {
   return text ? moments.format(new Date(text)) : NONE;
 }

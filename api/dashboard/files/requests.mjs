@@ -160,7 +160,7 @@ function spans(of, ends) {
     bars.push({ what: bars.length ? "Waited again" : "Waited in the queue", more: moment(new Date(from * 1000)), kind: "waits", from, to: Math.max(from, started) });
     const ended = attempt.endedAt ? seconds(attempt.endedAt) : ends;
     const kind = attempt.outcome === "fulfilled" ? "ended" : attempt.outcome === "running" ? "runs" : "failed";
-    bars.push({ what: `Attempt ${attempt.number}: ${attempt.outcome}`, more: `on ${attempt.instanceId.slice(0, 13)}`, kind, from: started, to: Math.max(started, ended) });
+    bars.push({ what: `Attempt ${attempt.number}: ${attempt.outcome}`, more: `on ${attempt.instanceId.slice(0, 13)}${attempt.reason ? `: ${attempt.reason}` : ""}`, kind, from: started, to: Math.max(started, ended) });
     from = ended;
   }
   if (!of.finishedAt && of.status === "queued") bars.push({ what: bars.length ? "Waits again" : "Waits in the queue", more: moment(new Date(from * 1000)), kind: "waits", from, to: ends });

@@ -1,6 +1,6 @@
 // What runs functions: GPUs on offer, and workers.
 
-import { Age, Badge, brief, byName, count, FunctionName, Head, html, Meter, NONE, Table, bytes } from "./parts.mjs";
+import { Age, Badge, brief, byName, count, FunctionName, Head, html, Meter, NONE, Table, bytes, typeOf } from "./parts.mjs";
 import { board, session, use } from "./state.mjs";
 
 export function Workers() {
@@ -15,7 +15,7 @@ export function Workers() {
 function Gpus({ rows, workers }) {
   const used = (gpu) => (workers ?? []).filter((one) => one.gpu === gpu.gpu && one.instanceType === gpu.instanceType && one.backend === gpu.backend).length;
   const columns = [
-    { name: "gpu", title: "GPU", value: (row) => row.gpu, show: (row) => html`<span class="name">${row.gpu}</span><span class="sub">${row.instanceType}</span>` },
+    { name: "gpu", title: "GPU", value: (row) => row.gpu, show: (row) => html`<span class="name">${row.gpu}</span><span class="sub">${typeOf(row)}</span>` },
     { name: "where", title: "Where", from: "mid", value: (row) => row.cluster || row.backend, show: (row) => row.cluster || row.backend || NONE },
     { name: "each", title: "Each has", from: "mid", value: (row) => row.memoryBytes, show: (row) => [
       row.gpuCount ? `${row.gpuCount} GPU` : "", row.cpuCores ? `${row.cpuCores} cores` : "", row.memoryBytes ? bytes(row.memoryBytes) : ""].filter(Boolean).join(", ") || NONE },
