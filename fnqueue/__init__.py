@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fnqueue.blocking import Client, Function, Handle
-    from fnqueue.client import AsyncClient, AsyncFunction, AsyncHandle, Upload
+    from fnqueue.client import AsyncClient, AsyncFunction, AsyncHandle, Download, Upload
     from fnqueue.errors import FnqueueError
     from fnqueue.events import Done, Eta, Queued, Running, StreamEvent
     from fnqueue.inputs import File
@@ -26,6 +26,7 @@ __all__ = [
     "AsyncHandle",
     "Client",
     "Done",
+    "Download",
     "Eta",
     "File",
     "FnqueueError",
@@ -42,7 +43,7 @@ __all__ = [
 # A sidecar or a command must not pay for an HTTP client that it does not use: each is imported when it is named.
 _HOMES = {
     "fnqueue.blocking": ("Client", "Function", "Handle"),
-    "fnqueue.client": ("AsyncClient", "AsyncFunction", "AsyncHandle", "Upload"),
+    "fnqueue.client": ("AsyncClient", "AsyncFunction", "AsyncHandle", "Download", "Upload"),
     "fnqueue.errors": ("FnqueueError",),
     "fnqueue.events": ("Done", "Eta", "Queued", "Running", "StreamEvent"),
     "fnqueue.inputs": ("File",),

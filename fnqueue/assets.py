@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from fnqueue.inputs import File
-from fnqueue.terminal import Line, calling, server_options, table
+from fnqueue.terminal import Line, calling, of_each, refuse, server_options, table
 
 
 @click.group("assets")
@@ -56,9 +56,13 @@ def upload_command(
 @click.argument("asset_ids", nargs=-1, required=True)
 @server_options
 def delete_command(url: str | None, key: str | None, as_json: bool, asset_ids: Sequence[str]) -> None:
-    """Delete assets. A request that names one and has not begun will fail."""
+    """Delete assets. A request that names one and has not begun will fail.
+
+    One that cannot be deleted keeps none of the others from it, and makes the exit status 1; 2 if only what is no ID
+    was in the way.
+    """
     with calling(url, key) as fnq:
-        for asset_id in asset_ids:
-            fnq.delete_asset(asset_id)
+        deleted, failed = of_each(asset_ids, fnq.delete_asset)
     if as_json:
-        click.echo(json.dumps({"deleted": list(asset_ids)}))
+        click.echo(json.dumps({"deleted": list(deleted)}))
+    refuse(failed, "deleted")

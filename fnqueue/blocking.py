@@ -22,6 +22,7 @@ from fnqueue.client import (
     AsyncHandle,
     FunctionVersion,
     Progress,
+    Receiving,
 )
 from fnqueue.events import Done, Queued, Running, StreamEvent
 from fnqueue.inputs import MAX_BODY_BYTES, File, FileLike
@@ -63,11 +64,17 @@ class Client:
         version: str | None = None,
         queue_timeout_s: float | None = None,
         run_timeout_s: float | None = None,
+        callback: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Function:
         """A function by name or ID. As `AsyncClient.function`."""
         found = self._client.function(
-            name, version=version, queue_timeout_s=queue_timeout_s, run_timeout_s=run_timeout_s, headers=headers
+            name,
+            version=version,
+            queue_timeout_s=queue_timeout_s,
+            run_timeout_s=run_timeout_s,
+            callback=callback,
+            headers=headers,
         )
         return Function(self._portal, found)
 
@@ -101,14 +108,25 @@ class Client:
         self._portal.call(self._client.delete_asset(asset_id, timeout_s=timeout_s))
 
     def ask(
-        self, gives: type[M], method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S
+        self,
+        gives: type[M],
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = DAY_S,
     ) -> M:
         """Any other call of the API, and its answer as `gives` reads it. As `AsyncClient.ask`."""
-        return self._portal.call(self._client.ask(gives, method, path, body, timeout_s=timeout_s))
+        return self._portal.call(self._client.ask(gives, method, path, body, headers=headers, timeout_s=timeout_s))
 
     def tell(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S) -> None:
         """As `AsyncClient.tell`."""
         self._portal.call(self._client.tell(method, path, body, timeout_s=timeout_s))
+
+    def listen(self, gives: type[M], path: str, *, timeout_s: float = DAY_S) -> Iterator[M]:
+        """The events of any other route. As `AsyncClient.listen`."""
+        return self._portal.each(self._client.listen(gives, path, timeout_s=timeout_s))
 
     def function_id(self, name: str, *, timeout_s: float = DAY_S) -> str:
         """By name, or by ID. As `AsyncClient.function_id`."""
@@ -144,6 +162,7 @@ class Function:
         idempotency_key: str | None = None,
         assets: Sequence[str] = (),
         stream: bool = False,
+        callback: str | None = None,
         progress: Progress | None = None,
         timeout_s: float = DAY_S,
         **fields: Any,
@@ -156,6 +175,7 @@ class Function:
                 idempotency_key=idempotency_key,
                 assets=assets,
                 stream=stream,
+                callback=callback,
                 progress=progress,
                 timeout_s=timeout_s,
                 **fields,
@@ -238,13 +258,14 @@ class Handle:
         self._handle = handle
 
     @classmethod
-    def from_id(cls, request_id: str, client: Client) -> Handle:
-        """As `Client.handle`. Raises ValueError: it is no ID."""
-        return client.handle(request_id)
+    def from_id(cls, request_id: str, client: Client | None = None) -> Handle:
+        """As `Client.handle`. Without a client it is of one of its own, made as `Client()` is, which lasts as long as
+        the program. Raises ValueError: it is no ID. ConfigurationError."""
+        return (client or Client()).handle(request_id)
 
-    def get(self, *, timeout_s: float = DAY_S) -> Result:
-        """Wait for the result. As `AsyncHandle.get`."""
-        return self._portal.call(self._handle.get(timeout_s=timeout_s))
+    def get(self, *, progress: Receiving | None = None, timeout_s: float = DAY_S) -> Result:
+        """Wait for the result. As `AsyncHandle.get`; `progress` is called in another thread."""
+        return self._portal.call(self._handle.get(progress=progress, timeout_s=timeout_s))
 
     def events(self, *, timeout_s: float = DAY_S) -> Iterator[Queued | Running | Done]:
         """What happens to it, as it happens, up to and including `Done`. As `AsyncHandle.events`."""

@@ -19,7 +19,19 @@ class Failed(Exception):
     """The text says which step failed, and why."""
 
 
-class NotYet(Failed):
+class NoServer(Failed):
+    """Nothing answers."""
+
+
+class Refused(Failed):
+    """The server answered with an error, of this HTTP status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class NotYet(Refused):
     """The server said to try again."""
 
 
@@ -43,11 +55,13 @@ class Answer:
 
 
 class Server:
-    """Blocks, for CALL_TIMEOUT_S at most. All raise Failed, or NotYet where the server says to try again."""
+    """Blocks, for `timeout_s` at most. All raise Failed, and of that Refused, or NotYet where the server says to try
+    again."""
 
-    def __init__(self, url: str, key: str) -> None:
+    def __init__(self, url: str, key: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._url = url
         self._key = key
+        self._timeout_s = timeout_s
         # Without the environment's proxies, which could not reach this machine's loopback.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -67,7 +81,7 @@ class Server:
     def fetch(self, url: str) -> bytes:
         """What a URL gives that needs no key."""
         try:
-            with self._opener.open(_checked(url), timeout=CALL_TIMEOUT_S) as response:
+            with self._opener.open(_checked(url), timeout=self._timeout_s) as response:
                 return bytes(response.read())
         except (OSError, HTTPException, ValueError) as exc:
             raise Failed(f"the input could not be fetched: {exc}") from exc
@@ -77,14 +91,14 @@ class Server:
         sent = {"Authorization": f"Bearer {self._key}", **headers}
         try:
             request = urllib.request.Request(self._url + path, body, sent, method=method)  # noqa: S310  checked above
-            with self._opener.open(request, timeout=CALL_TIMEOUT_S) as response:
+            with self._opener.open(request, timeout=self._timeout_s) as response:
                 return Answer(status=response.status, headers=_about(response.headers), body=response.read())
         except urllib.error.HTTPError as exc:
             with exc:
-                kind = NotYet if exc.code in (429, 503) else Failed
-                raise kind(f"{method} {path} was answered {exc.code}: {_reason(exc)}") from exc
+                kind = NotYet if exc.code in (429, 503) else Refused
+                raise kind(f"{method} {path} was answered {exc.code}: {_reason(exc)}", exc.code) from exc
         except urllib.error.URLError as exc:
-            raise Failed(f"no server answers at {self._url}: {exc.reason}") from exc
+            raise NoServer(f"no server answers at {self._url}: {exc.reason}") from exc
         except (OSError, HTTPException, ValueError) as exc:
             raise Failed(f"{method} {path} failed: {exc}") from exc
 

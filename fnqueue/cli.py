@@ -8,7 +8,7 @@ without a result or a deployment that cannot run, 4 for one that goes on because
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -17,9 +17,6 @@ import click
 from click.shell_completion import CompletionItem
 
 from fnqueue import __version__
-from fnqueue.calls import Failed
-from fnqueue.dead_letters import dead_letters
-from fnqueue.welcome import Welcome, welcome
 
 GROUP = "fnqueue.commands"
 # What needs an HTTP client, which a sidecar that starts must not wait for.
@@ -27,17 +24,28 @@ CLIENT_COMMANDS = {
     "assets": "fnqueue.assets",
     "cancel": "fnqueue.requests",
     "completion": "fnqueue.completion",
+    "dead-letters": "fnqueue.dead_letters",
     "deploy": "fnqueue.deployments",
     "functions": "fnqueue.functions",
     "invoke": "fnqueue.invoke",
-    "logs": "fnqueue.deployments",
+    "logs": "fnqueue.logs",
     "queue": "fnqueue.queues",
     "status": "fnqueue.requests",
     "top": "fnqueue.top",
     "undeploy": "fnqueue.deployments",
     "webhooks": "fnqueue.webhooks",
+    "welcome": "fnqueue.visits",
 }
 INTERRUPTED = 130
+_SENTENCE = 300
+# As the help shows them. What is plugged in by others comes last.
+SECTIONS = {
+    "Begin": ("dev", "welcome", "completion"),
+    "Call functions": ("invoke", "status", "cancel", "assets"),
+    "Make functions run": ("functions", "deploy", "undeploy", "logs"),
+    "See what goes on": ("queue", "top", "dead-letters", "webhooks"),
+    "Run servers": ("api", "controller", "sidecar", "doctor", "keys", "secrets"),
+}
 
 
 class Commands(click.Group):
@@ -45,14 +53,26 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         plugged = (plug.name for plug in entry_points(group=GROUP))
-        return sorted({*super().list_commands(ctx), *CLIENT_COMMANDS, *plugged})
+        return sorted({*CLIENT_COMMANDS, *plugged})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in CLIENT_COMMANDS:
-            return _command(getattr(import_module(CLIENT_COMMANDS[cmd_name]), cmd_name))
-        own = super().get_command(ctx, cmd_name)
+            return _command(getattr(import_module(CLIENT_COMMANDS[cmd_name]), cmd_name.replace("-", "_")))
         plugs = entry_points(group=GROUP, name=cmd_name)
-        return own if own or not plugs else _loaded(next(iter(plugs)))
+        return _loaded(next(iter(plugs))) if plugs else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        there = self.list_commands(ctx)
+        longest = max(map(len, there))
+        placed = {name for names in SECTIONS.values() for name in names}
+        others = tuple(name for name in there if name not in placed)
+        for title, names in {**SECTIONS, "Others": others}.items():
+            known = ((name, self.get_command(ctx, name)) for name in names if name in there)
+            # Their first sentences as a whole.
+            rows = [(name.ljust(longest), each.get_short_help_str(_SENTENCE)) for name, each in known if each]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Names alone: what a command does is not worth the second that loading all of them takes."""
@@ -83,53 +103,36 @@ def _command(found: object) -> click.Command:
 def cli() -> None:
     """The durable invocation queue for GPU functions that speaks the NVIDIA Cloud Functions (NVCF) API.
 
-    Start with: fnqueue dev
+    Start with: fnqueue dev. `fnqueue COMMAND --help` says more of each; docs/cli.md has all of them, and what exit
+    statuses mean.
     """
-
-
-@cli.command("welcome")
-@click.option(
-    "--url", envvar="FNQUEUE_URL", default="http://127.0.0.1:8080", show_default=True, help="The server. [FNQUEUE_URL]"
-)
-@click.option(
-    "--key",
-    envvar=["FNQUEUE_API_KEY", "FNQUEUE_ADMIN_KEY", "FNQUEUE_KEY"],
-    required=True,
-    help="An API key with every scope. [FNQUEUE_API_KEY, FNQUEUE_ADMIN_KEY]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def welcome_command(url: str, key: str, as_json: bool) -> None:
-    """Deploy the sample function on a running server, invoke it once, and show how.
-
-    The function is named echo; one that is there already is used.
-    """
-    try:
-        result = welcome(url.rstrip("/"), key)
-    except Failed as exc:
-        raise click.ClickException(str(exc)) from exc
-    click.echo(to_json(result) if as_json else result.text())
-
-
-cli.add_command(dead_letters)
-
-
-def to_json(result: Welcome) -> str:
-    return json.dumps(result.facts(), indent=2)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         code = cli.main(arguments, prog_name="fnqueue", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message(), err=True)
+        return exc.exit_code
     except click.ClickException as exc:
-        click.echo(f"fnqueue: {' '.join(exc.format_message().split())}", err=True)
+        click.echo(f"fnqueue: {_line(exc)}", err=True)
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
+        # Whoever read has seen enough, and no flush at the end shall complain of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _line(exc: click.ClickException) -> str:
+    """Of what was typed wrong, with where to read on."""
+    told = " ".join(exc.format_message().split())
+    if not isinstance(exc, click.UsageError) or exc.ctx is None:
+        return told
+    return f"{told.removesuffix('.')}; see {exc.ctx.command_path} --help"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ V = TypeVar("V")
 M = TypeVar("M", bound=Wire)
 
 NVCF = "/v2/nvcf"
+CALLBACK = "NVCF-CALLBACK-URL"
 DAY_S = 86_400.0
 # How long a server is asked to hold a call; proxies cut what is silent for a minute.
 HOLD_S = 50
@@ -65,7 +66,16 @@ class Upload:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """How much of a large answer has come; `size_bytes` is 0 where that is not known."""
+
+    received_bytes: int
+    size_bytes: int
+
+
 Progress = Callable[[Upload], None]
+Receiving = Callable[[Download], None]
 
 
 class FunctionVersion(Wire):
@@ -115,6 +125,7 @@ class AsyncClient:
         version: str | None = None,
         queue_timeout_s: float | None = None,
         run_timeout_s: float | None = None,
+        callback: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncFunction:
         """A function by name or ID; nothing is asked of the server yet.
@@ -123,10 +134,14 @@ class AsyncClient:
             version: the ID of a version; otherwise the server picks one that is deployed.
             queue_timeout_s: how long a request may wait for a worker before it is given up.
             run_timeout_s: how long an attempt may run in the container.
+            callback: the URL of a webhook that tells how each request ended; `none` where the function's own is not
+                wanted (see `fnqueue.signatures.verify`).
             headers: for the function, with every request.
         """
         limits = {"NVCF-QUEUE-TIMEOUT-SECONDS": queue_timeout_s, "NVCF-RUN-TIMEOUT-SECONDS": run_timeout_s}
         told = {header: str(math.ceil(limit)) for header, limit in limits.items() if limit is not None}
+        if callback is not None:
+            told[CALLBACK] = callback
         return AsyncFunction(self, name, version=version, headers={**(headers or {}), **told})
 
     def handle(self, request_id: str) -> AsyncHandle:
@@ -166,17 +181,34 @@ class AsyncClient:
         await self._call("DELETE", f"{NVCF}/assets/{_id(asset_id)}", timeout_s)
 
     async def ask(
-        self, gives: type[M], method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S
+        self,
+        gives: type[M],
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = DAY_S,
     ) -> M:
-        """Any other call of the API, and its answer as `gives` reads it. `path` is behind `/v2/nvcf`, `body` is sent as
-        JSON. A POST that may have been heard is not repeated."""
-        return _read(gives, await self._managed(method, path, body, timeout_s))
+        """Any other call of the API, and its answer as `gives` reads it. `path` is behind `/v2/nvcf`, or begins with
+        `/v1/`; `body` is sent as JSON. A POST that may have been heard is not repeated."""
+        return _read(gives, await self._managed(method, path, body, timeout_s, headers))
 
     async def tell(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = DAY_S
     ) -> None:
         """As `ask`, of a call whose answer says nothing more."""
         await self._managed(method, path, body, timeout_s)
+
+    async def listen(self, gives: type[M], path: str, *, timeout_s: float = DAY_S) -> AsyncGenerator[M, None]:
+        """The server-sent events of any other route, up to `done`, each as `gives` reads it. When a connection breaks
+        it goes on behind the last one. Raises as `ask`."""
+        give_up_at = self._transport.give_up_at(timeout_s)
+        async with aclosing(listen(self._transport, NVCF + path, {}, give_up_at=give_up_at, end_tells=False)) as events:
+            async for event in events:
+                if event.name == "done":
+                    return
+                yield _read(gives, Answer(status=200, headers={}, content=event.data.encode()))
 
     async def function_id(self, name: str, *, timeout_s: float = DAY_S) -> str:
         """By name, or by ID, which is not asked for. Raises: UnknownFunction."""
@@ -205,10 +237,18 @@ class AsyncClient:
             Call(method=method, path=path), give_up_at=self._transport.give_up_at(timeout_s)
         )
 
-    async def _managed(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Answer:
-        headers = {} if body is None else {"Content-Type": "application/json"}
+    async def _managed(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        told = {**({} if body is None else {"Content-Type": "application/json"}), **(headers or {})}
         content = None if body is None else json.dumps(body).encode()
-        call = Call(method=method, path=NVCF + path, headers=headers, content=content, once=method == "POST")
+        at = path if path.startswith("/v1/") else NVCF + path
+        call = Call(method=method, path=at, headers=told, content=content, once=method == "POST")
         return await self._transport.call(call, give_up_at=self._transport.give_up_at(timeout_s))
 
     async def _function_id(self, name: str, give_up_at: float) -> str:
@@ -230,7 +270,9 @@ class AsyncClient:
                 raise UnknownFunction(
                     f"{len(found)} functions are named {name!r}; use an ID: {', '.join(sorted(found))}"
                 )
-        raise UnknownFunction(f"no function that this key may list is named {name!r}; use an ID, or deploy one")
+        raise UnknownFunction(
+            f"no function that this key may list is named {name!r}; `functions()` has those there are"
+        )
 
     async def _listed(self, visibility: str, give_up_at: float) -> list[FunctionVersion]:
         call = Call(method="GET", path=f"{NVCF}/functions?visibility={quote(visibility)}")
@@ -294,6 +336,7 @@ class AsyncFunction:
         idempotency_key: str | None = None,
         assets: Sequence[str] = (),
         stream: bool = False,
+        callback: str | None = None,
         progress: Progress | None = None,
         timeout_s: float = DAY_S,
         **fields: Any,
@@ -307,6 +350,7 @@ class AsyncFunction:
             idempotency_key: 1 to 255 characters of printable ASCII. The same key with the same input leads to the same
                 request, also after a crash; without one, each call is a request of its own.
             assets: IDs of assets that the function is given beside.
+            callback: of this request, in place of the function's.
             stream: the answer is to be read with `AsyncHandle.stream` while it comes.
             progress: told of files that are uploaded.
             timeout_s: for all of it, uploads included.
@@ -319,6 +363,7 @@ class AsyncFunction:
             chosen=idempotency_key is not None,
             assets=tuple(assets),
             stream=stream,
+            callback=callback,
             progress=progress,
             give_up_at=self._transport.give_up_at(timeout_s),
         )
@@ -430,14 +475,17 @@ class AsyncFunction:
         path = await self._path(order.give_up_at)
         uploads = await self._uploaded(order, given)
         body, content_type = await asyncio.to_thread(given.body, uploads)
-        hold_s = max(1, min(HOLD_S, int(order.give_up_at - self._transport.now()))) if order.hold else 0
+        # Less than the caller waits: whoever gives up shall know which request goes on.
+        hold_s = max(0, min(HOLD_S, int(order.give_up_at - self._transport.now()) - 1)) if order.hold else 0
         headers = {
             "Content-Type": content_type,
             "Accept": ACCEPT if order.stream else "*/*",
             **self._headers,
             "Idempotency-Key": order.key,
-            **({"NVCF-POLL-SECONDS": str(hold_s)} if order.hold else {"Prefer": "respond-async"}),
+            **({"NVCF-POLL-SECONDS": str(hold_s)} if hold_s else {"Prefer": "respond-async"}),
         }
+        if order.callback is not None:
+            headers[CALLBACK] = order.callback
         if referenced := (*order.assets, *uploads.values()):
             headers["NVCF-INPUT-ASSET-REFERENCES"] = ",".join(referenced)
         call = Call(method="POST", path=path, headers=headers, content=body, hold_s=hold_s)
@@ -485,14 +533,16 @@ class AsyncHandle:
         self._context = tracing.context()
 
     @classmethod
-    def from_id(cls, request_id: str, client: AsyncClient) -> AsyncHandle:
-        """As `AsyncClient.handle`. Raises ValueError: it is no ID."""
-        return cls(client, request_id)
+    def from_id(cls, request_id: str, client: AsyncClient | None = None) -> AsyncHandle:
+        """As `AsyncClient.handle`. Without a client it is of one of its own, made as `AsyncClient()` is, which lasts as
+        long as the program. Raises ValueError: it is no ID. ConfigurationError."""
+        return cls(client or AsyncClient(), request_id)
 
-    async def get(self, *, timeout_s: float = DAY_S) -> Result:
+    async def get(self, *, progress: Receiving | None = None, timeout_s: float = DAY_S) -> Result:
         """Wait for the result. It can be asked for again, for as long as the server keeps it (a day).
 
-        Assets that `spawn` made of this request's files are deleted when it has ended.
+        `progress` is told of a large answer while it is fetched. Assets that `spawn` made of this request's files are
+        deleted when it has ended.
 
         Raises: RequestFailed: there is none. TimedOut: not yet; the request goes on. ResultExpired, NotFound,
             ConnectionFailed.
@@ -500,7 +550,7 @@ class AsyncHandle:
         give_up_at = self._transport.give_up_at(timeout_s)
         try:
             with tracing.operation("get", self._context):
-                result = await self._result(give_up_at)
+                result = await self._result(give_up_at, progress)
         except RequestDead:
             raise  # a dead letter is run again with its files
         except RequestFailed:
@@ -576,17 +626,17 @@ class AsyncHandle:
     def _status_path(self) -> str:
         return f"{NVCF}/pexec/status/{self.id}"
 
-    async def _result(self, give_up_at: float) -> Result:
+    async def _result(self, give_up_at: float, progress: Receiving | None) -> Result:
         answer = await self._ended(give_up_at)
         if answer.status >= 400:
             raise errors.of_answer(answer.status, answer.headers, answer.content)
         if answer.status != 302 or "location" not in answer.headers:
             return Result(request_id=self.id, status=answer.status, headers=answer.headers, content=answer.content)
         try:
-            return await self._downloaded(answer, give_up_at)
+            return await self._downloaded(answer, give_up_at, progress)
         except Forbidden:  # the URL has expired, and there is a new one for asking
             self._first = None
-            return await self._downloaded(await self._ended(give_up_at), give_up_at)
+            return await self._downloaded(await self._ended(give_up_at), give_up_at, progress)
 
     async def _ended(self, give_up_at: float) -> Answer:
         answer, self._first = self._first, None
@@ -613,11 +663,17 @@ class AsyncHandle:
             except (Refused, ConnectionFailed):
                 await self._transport.sleep(pause_s)
 
-    async def _downloaded(self, answer: Answer, give_up_at: float) -> Result:
+    async def _downloaded(self, answer: Answer, give_up_at: float, progress: Receiving | None) -> Result:
+        def received(received_bytes: int, size_bytes: int) -> None:
+            if progress is not None:
+                progress(Download(received_bytes=received_bytes, size_bytes=size_bytes))
+
         archive = spool()
         try:
             location = answer.headers["location"]
-            headers = await downloads.fetch(self._transport, location, archive, give_up_at=give_up_at)
+            headers = await downloads.fetch(
+                self._transport, location, archive, give_up_at=give_up_at, received=received
+            )
             return Result(request_id=self.id, status=200, headers=headers, archive=archive)
         except BaseException:
             archive.close()
@@ -639,6 +695,7 @@ class _Order:
     progress: Progress | None
     give_up_at: float
     stream: bool = False
+    callback: str | None = None
     hold: bool = False
 
 

@@ -37,7 +37,9 @@ def load(url: str | None = None, key: str | None = None, *, environ: Mapping[str
     filed = _read(path, asked="FNQUEUE_CONFIG" in environ)
     found_key = key or next((environ[name] for name in KEY_VARIABLES if environ.get(name)), "") or filed.get("api_key")
     if not found_key:
-        raise ConfigurationError(f'no API key: give one, set FNQUEUE_API_KEY, or write api_key = "…" into {path}')
+        raise ConfigurationError(
+            f'no API key: give one (`key`, --key), set FNQUEUE_API_KEY, or write api_key = "…" into {path}'
+        )
     if not found_key.isascii() or not found_key.isprintable() or " " in found_key:
         raise ConfigurationError("the API key cannot be sent: it has blanks or other characters that no key has")
     return Config(url=_checked(url or environ.get("FNQUEUE_URL") or filed.get("url") or DEFAULT_URL), key=found_key)

@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
@@ -16,6 +15,7 @@ from urllib.parse import urlencode
 import click
 
 from fnqueue.calls import Failed, Server
+from fnqueue.terminal import asking, server_options, table
 
 AT = "/v2/nvcf/dead-letters"
 CAUSES = ("attempts-exhausted", "worker-deaths", "delivery-limit", "rejected", "queue-full", "dead-lettered")
@@ -47,22 +47,6 @@ def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-_server = _with(
-    click.option(
-        "--url",
-        envvar="FNQUEUE_URL",
-        default="http://127.0.0.1:8080",
-        show_default=True,
-        help="The server. [FNQUEUE_URL]",
-    ),
-    click.option(
-        "--key",
-        envvar=["FNQUEUE_API_KEY", "FNQUEUE_ADMIN_KEY", "FNQUEUE_KEY"],
-        required=True,
-        help="An API key with the scope invoke_function. [FNQUEUE_API_KEY, FNQUEUE_ADMIN_KEY]",
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-)
 _narrowing = _with(
     click.option("--function", "function_id", help="Those of this function, by ID."),
     click.option("--version", "version_id", help="Those of this version, by ID."),
@@ -81,11 +65,10 @@ def dead_letters() -> None:
 @_narrowing
 @click.option("--redriven/--not-redriven", default=None, help="Only those that were started again, or were not.")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="The most that are shown.")
-@_server
-def list_command(url: str, key: str, as_json: bool, limit: int, **which: Any) -> None:
+@server_options
+def list_command(url: str | None, key: str | None, as_json: bool, limit: int, **which: Any) -> None:
     """Show dead letters, the latest first."""
-    server = Server(url.rstrip("/"), key)
-    with told():
+    with asking(url, key) as server:
         found = _listed(server, _query(**which), limit)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -94,21 +77,21 @@ def list_command(url: str, key: str, as_json: bool, limit: int, **which: Any) ->
         (each["diedAt"], each["requestId"], each["functionVersionId"], each["cause"], each.get("redrivenAs", "-"))
         for each in found
     ]
-    _table(("DIED", "REQUEST", "VERSION", "CAUSE", "REDRIVEN AS"), rows)
+    click.echo(table(("DIED", "REQUEST", "VERSION", "CAUSE", "REDRIVEN AS"), rows))
 
 
 @dead_letters.command("show")
 @click.argument("request_id")
 @click.option("--body", is_flag=True, help="Write the input's bytes to standard output, and nothing else.")
-@_server
-def show_command(url: str, key: str, as_json: bool, request_id: str, body: bool) -> None:
+@server_options
+def show_command(url: str | None, key: str | None, as_json: bool, request_id: str, body: bool) -> None:
     """Show one dead letter with its input."""
-    server = Server(url.rstrip("/"), key)
-    with told():
+    with asking(url, key) as server:
         letter = server.get(f"{AT}/{request_id}").json()
         content = _body(server, letter) if body else b""
     if body:
         sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
     elif as_json:
         click.echo(json.dumps(letter, indent=2))
     else:
@@ -118,17 +101,16 @@ def show_command(url: str, key: str, as_json: bool, request_id: str, body: bool)
 @dead_letters.command("causes")
 @_narrowing
 @click.option("--redriven/--not-redriven", default=None, help="Only those that were started again, or were not.")
-@_server
-def causes_command(url: str, key: str, as_json: bool, **which: Any) -> None:
+@server_options
+def causes_command(url: str | None, key: str | None, as_json: bool, **which: Any) -> None:
     """Count dead letters by what they died of."""
-    server = Server(url.rstrip("/"), key)
-    with told():
+    with asking(url, key) as server:
         found = server.get(f"{AT}/causes{_query(**which)}").json()["causes"]
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
     rows = [(each["cause"], str(each["count"]), each["firstDiedAt"], each["lastDiedAt"]) for each in found]
-    _table(("CAUSE", "COUNT", "FIRST", "LAST"), rows)
+    click.echo(table(("CAUSE", "COUNT", "FIRST", "LAST"), rows))
 
 
 @dead_letters.command("redrive")
@@ -137,10 +119,10 @@ def causes_command(url: str, key: str, as_json: bool, **which: Any) -> None:
 @click.option("--all", "everything", is_flag=True, help="All that were not started again yet.")
 @click.option("--to-version", help="Start them on this version of their function.  [default: their own]")
 @click.option("--rate", type=click.IntRange(1, 1000), help="The most in a second.  [default: what the server allows]")
-@_server
+@server_options
 def redrive_command(
-    url: str,
-    key: str,
+    url: str | None,
+    key: str | None,
     as_json: bool,
     request_ids: tuple[str, ...],
     everything: bool,
@@ -152,11 +134,10 @@ def redrive_command(
 
     Each once, as a new request. What was cut off can be asked for again. Exit status 1 if some could not be started.
     """
-    server = Server(url.rstrip("/"), key)
     redriven: list[Mapping[str, Any]] = []
     left: list[Mapping[str, Any]] = []
     extra = {"functionVersionId": to_version, "perSecond": rate}
-    with told():
+    with asking(url, key) as server:
         for select in _selections(request_ids, everything, **which):
             for answer in _calls(server, "redrive", {"select": select, **extra}):
                 redriven += answer["redriven"]
@@ -164,7 +145,7 @@ def redrive_command(
     if as_json:
         click.echo(json.dumps({"redriven": redriven, "left": left}, indent=2))
     else:
-        _table(("REQUEST", "REDRIVEN AS"), [(each["requestId"], each["redrivenAs"]) for each in redriven])
+        click.echo(table(("REQUEST", "REDRIVEN AS"), [(each["requestId"], each["redrivenAs"]) for each in redriven]))
     if left:
         first = left[0]
         raise click.ClickException(f"{len(left)} were not started; {first['requestId']}: {first['detail']}")
@@ -174,26 +155,17 @@ def redrive_command(
 @click.argument("request_ids", nargs=-1)
 @_narrowing
 @click.option("--all", "everything", is_flag=True, help="All of them.")
-@_server
+@server_options
 def purge_command(
-    url: str, key: str, as_json: bool, request_ids: tuple[str, ...], everything: bool, **which: Any
+    url: str | None, key: str | None, as_json: bool, request_ids: tuple[str, ...], everything: bool, **which: Any
 ) -> None:
     """Throw dead letters and their inputs away: those of these IDs, or those that the options choose."""
-    server = Server(url.rstrip("/"), key)
     count = 0
-    with told():
+    with asking(url, key) as server:
         for select in _selections(request_ids, everything, **which):
             for answer in _calls(server, "purge", {"select": select}):
                 count += answer["purged"]
     click.echo(json.dumps({"purged": count}) if as_json else f"{count} purged")
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    try:
-        yield
-    except Failed as exc:
-        raise click.ClickException(str(exc)) from exc
 
 
 def _query(
@@ -306,10 +278,3 @@ def _described(letter: Mapping[str, Any]) -> str:
         content = base64.b64decode(given["body"])[:_SHOWN_BYTES]
         lines += ["", content.decode(errors="backslashreplace")]
     return "\n".join(lines)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Nothing but the heads where there are no rows."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""`fnqueue deploy`, `undeploy` and `logs`: making a version run, and what became of that."""
+"""`fnqueue deploy` and `undeploy`: making a version run, and what became of that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import click
 
 from fnqueue import wire
 from fnqueue.blocking import Client
-from fnqueue.functions import deployment, faults, path_of, version
+from fnqueue.completion import function_names
+from fnqueue.functions import delays, deployment, faults, path_of, version
 from fnqueue.terminal import Failed, Line, Unfinished, Wrong, calling, server_options
 from fnqueue.wire import Deployment, DeploymentAnswer, Function, FunctionAnswer
 
@@ -21,7 +22,7 @@ _COUNT = click.IntRange(min=0)
 
 
 @click.command("deploy")
-@click.argument("function")
+@click.argument("function", shell_complete=function_names)
 @click.option("--version", "version_id", help="This version, by ID.  [default: the newest]")
 @click.option("--gpu", help="What to run on, as H100.  [default: the only GPU on offer, or CPU where there is none]")
 @click.option("--instance-type", help="The type of instance.  [default: that GPU's]")
@@ -79,7 +80,7 @@ def deploy(
 
 
 @click.command("undeploy")
-@click.argument("function")
+@click.argument("function", shell_complete=function_names)
 @click.option("--version", "version_id", help="This version, by ID.  [default: the newest]")
 @click.option("--graceful", is_flag=True, help="Keep its instances until nothing is queued or running.")
 @server_options
@@ -92,30 +93,6 @@ def undeploy(
         query = "?graceful=true" if graceful else ""
         found = fnq.ask(FunctionAnswer, "DELETE", f"/deployments{path_of(one)}{query}").function
     click.echo(_told(found, None) if as_json else f"{found.version_id}  {found.status}")
-
-
-@click.command("logs")
-@click.argument("function")
-@click.option("--version", "version_id", help="This version, by ID.  [default: the newest]")
-@server_options
-def logs(url: str | None, key: str | None, as_json: bool, function: str, version_id: str | None) -> None:
-    """Show the last words of those instances of FUNCTION, by name or ID, that do not run.
-
-    All that containers write is with what runs them: in the data folder of `fnqueue dev` or of a controller, or as
-    docker logs and kubectl logs show it.
-    """
-    with calling(url, key) as fnq:
-        one = version(fnq, function, version_id)
-        deployed = deployment(fnq, one)
-    told = (deployed.health_info if deployed else None) or []
-    if as_json:
-        click.echo(
-            json.dumps([each.model_dump(mode="json", by_alias=True, exclude_none=True) for each in told], indent=2)
-        )
-    elif told:
-        click.echo("\n\n".join(f"{each.instance_type}:\n{each.error}" for each in told))
-    else:
-        click.echo(f"{one.status}: no instance of {one.version_id} has failed", err=True)
 
 
 def _gpu(fnq: Client) -> str:
@@ -150,14 +127,19 @@ def _wait(fnq: Client, one: Function, timeout_s: float) -> None:
         for found, deployed in _looks(fnq, one):
             if found.status in _UP:
                 return
-            words = [word.splitlines()[0] for word in faults(deployed)]
+            words = [word.splitlines()[0] for word in [*faults(deployed), *delays(found)]]
             if found.status not in ("DEPLOYING", "DEGRADED"):
                 why = "\n".join(faults(deployed)) or "nobody says why"
                 raise Failed(f"{found.version_id} is {found.status}: {why}")
             line.show(": ".join([_state(found), *words[:1]]))
             if time.monotonic() + _LOOK_S > give_up_at:
-                raise Unfinished(f"{found.version_id} is still {found.status} after {timeout_s:g} s, and goes on")
+                why = f": {words[0]}" if words else ""
+                raise Unfinished(f"{found.version_id} is still {found.status} after {timeout_s:g} s, and goes on{why}")
             time.sleep(_LOOK_S)
+    except KeyboardInterrupt:
+        line.end()
+        click.echo(f"{one.version_id} goes on: fnqueue functions show {one.id}", err=True)
+        raise
     finally:
         line.end()
 
@@ -171,7 +153,8 @@ def _looks(fnq: Client, one: Function) -> Iterator[tuple[Function, Deployment | 
 def _state(found: Function) -> str:
     instances = found.active_instances or []
     running = sum(each.instance_status == "RUNNING" for each in instances)
-    return f"{found.status}, {running} of {len(instances)} instances running"
+    told = f"{running} of {len(instances)} instances" if instances else "no instances"
+    return f"{found.status}, {told} running"
 
 
 def _told(found: Function, deployed: Deployment | None) -> str:

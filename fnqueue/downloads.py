@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO
 
 from fnqueue.errors import ConnectionFailed
 from fnqueue.retries import Failures
 from fnqueue.transport import Call, Stream, Transport, limited
 
+Received = Callable[[int, int], None]
 
-async def fetch(transport: Transport, url: str, sink: IO[bytes], *, give_up_at: float) -> Mapping[str, str]:
-    """The headers of what was fetched. Raises as `Transport.call`; Forbidden once the URL has expired."""
+
+async def fetch(
+    transport: Transport, url: str, sink: IO[bytes], *, give_up_at: float, received: Received
+) -> Mapping[str, str]:
+    """The headers of what was fetched. `received` is told how many bytes are there, and of how many, 0 where the server
+    does not say. Raises as `Transport.call`; Forbidden once the URL has expired."""
     tag, failures = "", Failures()
     while True:
         # If-Range: what was replaced meanwhile begins anew, and is not glued to a beginning of something else.
@@ -25,7 +30,7 @@ async def fetch(transport: Transport, url: str, sink: IO[bytes], *, give_up_at: 
             start = sink.tell()
             try:
                 async with limited(give_up_at):
-                    await _copy(stream, sink)
+                    await _copy(stream, sink, received)
                 return stream.headers
             except ConnectionFailed as exc:
                 failures = (Failures() if sink.tell() > start else failures).one_more(transport.now())
@@ -33,6 +38,9 @@ async def fetch(transport: Transport, url: str, sink: IO[bytes], *, give_up_at: 
         await transport.wait_after(error, failures, give_up_at=give_up_at)
 
 
-async def _copy(stream: Stream, sink: IO[bytes]) -> None:
+async def _copy(stream: Stream, sink: IO[bytes], received: Received) -> None:
+    length = stream.headers.get("content-length", "")
+    size_bytes = sink.tell() + int(length) if length.isdecimal() else 0
     async for chunk in stream.chunks():
         await asyncio.to_thread(sink.write, chunk)
+        received(sink.tell(), size_bytes)

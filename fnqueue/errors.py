@@ -41,18 +41,25 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, ClassVar
 
 REQUEST_ID = "nvcf-reqid"
 STATUS = "nvcf-status"
 _FIELD = re.compile(r"\bfield (?P<name>[\w.\[\]-]+)")
 _SHOWN = 300
+_OF_A_PROXY = (502, 503, 504)
+_NO_PATH = "no such path"
+_STRANGER = "; is the URL that of such a server? `url`, --url, FNQUEUE_URL or the configuration file say where it is"
+NO_SERVER = "; where a server is say `url`, --url, FNQUEUE_URL or the configuration file, and `fnqueue dev` starts one"
+NO_BLOBS = "; files and large results are with the server's blob store, which has to be reached from here too"
 
 
 class FnqueueError(Exception):
     """Whatever the client raises of its own. `retryable` says whether the same call may go well later."""
 
     retryable: bool = False
+    # What its text ends with, where every such error has the same remedy.
+    remedy: ClassVar[str] = ""
 
 
 class ConfigurationError(FnqueueError):
@@ -102,7 +109,12 @@ class ApiError(FnqueueError):
         self.outcome_unknown = problem.get("outcome") == "unknown"
         self.headers = {name.lower(): value for name, value in headers.items()}
         self.content = content
-        super().__init__(f"{status}: {self.detail}" if self.detail else f"the server answered {status}")
+        told = f"{status}: {self.detail}" if self.detail else f"the server answered {status}"
+        super().__init__(told + self._next_step(bool(problem)))
+
+    def _next_step(self, is_ours: bool) -> str:
+        """What to do about it, behind a semicolon."""
+        return self.remedy if is_ours else ""
 
     def __reduce__(self) -> tuple[type[ApiError], tuple[int, dict[str, str], bytes]]:
         """It can be sent to another process."""
@@ -111,6 +123,12 @@ class ApiError(FnqueueError):
 
 class Refused(ApiError):
     """The call came to nothing."""
+
+    def _next_step(self, is_ours: bool) -> str:
+        of_a_store = self.content.lstrip().startswith((b"<?xml", b"<Error"))
+        if of_a_store or (self.status in _OF_A_PROXY and not is_ours):
+            return ""
+        return self.remedy if is_ours and self.detail != _NO_PATH else _STRANGER
 
     @property
     def retryable(self) -> bool:  # type: ignore[override]  # of the status, not of the class
@@ -124,9 +142,13 @@ class InvalidRequest(Refused):
 class Unauthenticated(Refused):
     """The key is missing, unknown, expired or suspended."""
 
+    remedy = "; a key is given by `key`, --key, FNQUEUE_API_KEY or the configuration file"
+
 
 class Forbidden(Refused):
     """The key does not cover this."""
+
+    remedy = "; whoever has manage_keys can make one that does: fnqueue keys create"
 
 
 class NotFound(Refused):
@@ -253,6 +275,11 @@ def of_answer(status: int, headers: Mapping[str, str], content: bytes) -> ApiErr
         return _ENDS.get(word, FunctionFailed)(status, headers, content)
     fallback = ServerFailed if status >= 500 else InvalidRequest
     return _BY_TYPE.get(word, _BY_STATUS.get(status, fallback))(status, headers, content)
+
+
+def remedy(status: int) -> str:
+    """What to do about a refusal of this status, as its error says; '' where that depends."""
+    return _BY_STATUS[status].remedy if status in _BY_STATUS else ""
 
 
 def retry_after_s(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:

@@ -11,6 +11,7 @@ import click
 
 from fnqueue import wire
 from fnqueue.blocking import Client
+from fnqueue.completion import function_names
 from fnqueue.errors import NotFound, UnknownFunction
 from fnqueue.terminal import Wrong, calling, server_options, table
 from fnqueue.wire.fields import Wire
@@ -52,7 +53,7 @@ def list_command(
 
 
 @functions.command("show")
-@click.argument("function")
+@click.argument("function", shell_complete=function_names)
 @click.option("--version", "version_id", help="This version, by ID.  [default: all]")
 @server_options
 def show_command(url: str | None, key: str | None, as_json: bool, function: str, version_id: str | None) -> None:
@@ -118,7 +119,7 @@ def version_group() -> None:
 
 
 @version_group.command("add")
-@click.argument("function")
+@click.argument("function", shell_complete=function_names)
 @_definition
 @server_options
 def add_command(url: str | None, key: str | None, as_json: bool, function: str, **given: Any) -> None:
@@ -136,7 +137,7 @@ def add_command(url: str | None, key: str | None, as_json: bool, function: str, 
 
 
 @functions.command("delete")
-@click.argument("function")
+@click.argument("function", shell_complete=function_names)
 @click.option("--version", "version_id", help="This version, by ID.")
 @click.option("--all", "everything", is_flag=True, help="All its versions, and so the function.")
 @server_options
@@ -192,6 +193,11 @@ def faults(deployed: wire.Deployment | None) -> list[str]:
     return [info.error for info in (deployed.health_info if deployed else None) or [] if info.error]
 
 
+def delays(one: wire.Function) -> list[str]:
+    """Why instances that start are not healthy yet."""
+    return [each.error for each in one.active_instances or [] if each.error]
+
+
 def _described(one: wire.Function, deployed: wire.Deployment | None) -> str:
     health = one.health
     facts = {
@@ -218,8 +224,11 @@ def _described(one: wire.Function, deployed: wire.Deployment | None) -> str:
         for each in (deployed.deployment_specifications if deployed else [])
     ]
     if one.active_instances:
-        rows = [(each.instance_id, each.instance_status, each.instance_type) for each in one.active_instances]
-        lines += ["", table(("INSTANCE", "STATUS", "TYPE"), rows)]
+        rows = [
+            (each.instance_id, each.instance_status, each.instance_type, each.error or "-")
+            for each in one.active_instances
+        ]
+        lines += ["", table(("INSTANCE", "STATUS", "TYPE", "WAITS FOR"), rows)]
     for fault in faults(deployed):
         lines += ["", fault]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from fnqueue.blocking import Handle
+from fnqueue.completion import function_names
 from fnqueue.events import Done, Queued, Running
 from fnqueue.inputs import File
 from fnqueue.results import Result
@@ -20,7 +21,7 @@ _PATH = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("invoke")
-@click.argument("function")
+@click.argument("function", shell_complete=function_names)
 @click.option("-d", "--data", help="The input as JSON; @PATH reads a file, - standard input.")
 @click.option("-i", "--input", "whole", type=_PATH, help="The input as one file of any type; - is standard input.")
 @click.option(
@@ -37,11 +38,14 @@ _PATH = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("-w", "--watch", is_flag=True, help="Show the place in the queue, then the progress.")
 @click.option("--no-wait", is_flag=True, help="Print the request's ID and leave it running.")
-@click.option("--stream", is_flag=True, help="Print the answer's events as they come.")
+@click.option(
+    "--stream", is_flag=True, help="Print the answer's events as they come; with --json one JSON object a line."
+)
 @click.option(
     "--timeout", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds to wait for the answer."
 )
 @click.option("--idempotency-key", help="The same key with the same input leads to the same request.")
+@click.option("--callback", metavar="URL", help="Tell this webhook how the request ended; `none` tells nobody.")
 @click.option("--version", help="A version by ID.  [default: any that is deployed]")
 @server_options
 def invoke(
@@ -60,6 +64,7 @@ def invoke(
     stream: bool,
     timeout: float,
     idempotency_key: str | None,
+    callback: str | None,
     version: str | None,
 ) -> None:
     """Call FUNCTION, by name or ID, and print its answer.
@@ -72,7 +77,7 @@ def invoke(
     value = _value(data, whole, files)
     line = Line()
     with calling(url, key) as fnq:
-        called = fnq.function(function, version=version)
+        called = fnq.function(function, version=version, callback=callback)
         try:
             handle = called.spawn(value, idempotency_key=idempotency_key, stream=stream, progress=line.uploading)
         finally:
@@ -80,9 +85,10 @@ def invoke(
         if no_wait:
             click.echo(json.dumps({"requestId": handle.id}) if as_json else handle.id)
         elif stream:
-            _stream(handle, timeout)
+            _stream(handle, timeout, as_json=as_json)
         else:
-            _answer(handle, watch=watch, timeout_s=timeout, output=output, files_to=files_to, as_json=as_json)
+            with _awaited(handle, line, timeout, watch=watch) as result:
+                _give(result, output=output, files_to=files_to, as_json=as_json)
 
 
 def follow(handle: Handle, line: Line, timeout_s: float) -> None:
@@ -115,19 +121,18 @@ def _time(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 7200 else f"{round(seconds / 3600)} h"
 
 
-def _answer(
-    handle: Handle, *, watch: bool, timeout_s: float, output: Path | None, files_to: Path | None, as_json: bool
-) -> None:
+def _awaited(handle: Handle, line: Line, timeout_s: float, *, watch: bool) -> Result:
     try:
         if watch:
             click.echo(f"request {handle.id}", err=True)
-            follow(handle, Line(), timeout_s)
-        result = handle.get(timeout_s=timeout_s)
+            follow(handle, line, timeout_s)
+        return handle.get(timeout_s=timeout_s, progress=line.downloading)
     except KeyboardInterrupt:
+        line.end()
         click.echo(f"request {handle.id} goes on: fnqueue status {handle.id}", err=True)
         raise
-    with result:
-        _give(result, output=output, files_to=files_to, as_json=as_json)
+    finally:
+        line.end()
 
 
 def _give(result: Result, *, output: Path | None, files_to: Path | None, as_json: bool) -> None:
@@ -139,6 +144,7 @@ def _give(result: Result, *, output: Path | None, files_to: Path | None, as_json
         return
     if output is None:
         sys.stdout.buffer.write(result.content)
+        sys.stdout.buffer.flush()
         if sys.stdout.isatty():
             click.echo()
     if result.files and files_to is None:
@@ -158,9 +164,14 @@ def _told(result: Result, output: Path | None, written: Sequence[Path]) -> dict[
     return told | {"files": [str(path) for path in written] or result.files}
 
 
-def _stream(handle: Handle, timeout_s: float) -> None:
-    for event in handle.stream(timeout_s=timeout_s):
-        click.echo(event.data)
+def _stream(handle: Handle, timeout_s: float, *, as_json: bool) -> None:
+    try:
+        for event in handle.stream(timeout_s=timeout_s):
+            told = {"event": event.event, "id": event.id, "data": event.data}
+            click.echo(json.dumps(told) if as_json else event.data)
+    except KeyboardInterrupt:
+        click.echo(f"request {handle.id} is cancelled by the server soon, as nobody reads its stream", err=True)
+        raise
 
 
 def _value(data: str | None, whole: Path | None, files: Sequence[str]) -> Any:

@@ -35,11 +35,14 @@ class Portal:
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Raises ClientClosed."""
+        loop = None
         try:
             with self._lock:
-                return asyncio.run_coroutine_threadsafe(coroutine, self._running())
+                loop = self._running()
+                return asyncio.run_coroutine_threadsafe(coroutine, loop)
         except BaseException:
-            coroutine.close()
+            if loop is None:  # else Ctrl-C came while it was handed over: it may run there, and only there it may end
+                coroutine.close()
             raise
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -64,12 +67,18 @@ class Portal:
 
         # An interrupted step takes a moment to end, and what is running cannot be closed.
         one_by_one = asyncio.Lock()
+        step: asyncio.Task[Any] | None = None
 
         async def following() -> T | _End:
+            nonlocal step
+            step = asyncio.current_task()
             async with one_by_one:
                 return await anext(source, _End())
 
         async def closing() -> None:
+            # One that was interrupted as it was handed over has nobody who would cancel it.
+            if step is not None and not step.cancelling():
+                step.cancel()
             async with one_by_one:
                 await source.aclose()
 

@@ -12,7 +12,7 @@ from fnqueue import wire
 from fnqueue.blocking import Handle
 from fnqueue.errors import Refused
 from fnqueue.invoke import expected, follow
-from fnqueue.terminal import Line, calling, server_options, table
+from fnqueue.terminal import Line, calling, of_each, refuse, server_options, table
 
 
 @click.command("status")
@@ -34,14 +34,21 @@ def status(url: str | None, key: str | None, as_json: bool, request_id: str, wat
 @click.argument("request_ids", nargs=-1, required=True)
 @server_options
 def cancel(url: str | None, key: str | None, as_json: bool, request_ids: Sequence[str]) -> None:
-    """Cancel requests: none of them starts any more, and one that runs is cut off."""
+    """Cancel requests: none of them starts any more, and one that runs is cut off.
+
+    One that cannot be cancelled keeps none of the others from it, and makes the exit status 1; 2 if only what is no ID
+    was in the way.
+    """
     with calling(url, key) as fnq:
-        found = {request_id: fnq.handle(request_id).cancel() for request_id in request_ids}
+        found, failed = of_each(request_ids, lambda request_id: fnq.handle(request_id).cancel())
     if as_json:
-        click.echo(json.dumps([{"requestId": each, "cancelled": done} for each, done in found.items()], indent=2))
-        return
-    for request_id, done in found.items():
-        click.echo(f"{request_id}  {'cancelled' if done else 'had ended'}")
+        told: list[dict[str, str | bool]] = [{"requestId": each, "cancelled": done} for each, done in found.items()]
+        told += [{"requestId": each, "cancelled": False, "error": str(exc)} for each, exc in failed.items()]
+        click.echo(json.dumps(told, indent=2))
+    else:
+        for request_id, done in found.items():
+            click.echo(f"{request_id}  {'cancelled' if done else 'had ended'}")
+    refuse(failed, "cancelled")
 
 
 def _place(handle: Handle, receipt: wire.RequestReceipt) -> str:
@@ -76,8 +83,11 @@ def _described(receipt: wire.RequestReceipt, place: str) -> str:
         told = (f"{name.removesuffix('_seconds').replace('_', ' ')} {seconds:g} s" for name, seconds in spent.items())
         lines.append(f"{'Time':<12} {', '.join(told)}")
     if receipt.attempts:
-        rows = [(str(each.number), each.outcome, each.instance_id, _when(each.started_at)) for each in receipt.attempts]
-        lines += ["", table(("ATTEMPT", "OUTCOME", "INSTANCE", "STARTED"), rows)]
+        rows = [
+            (str(each.number), each.outcome, each.instance_id, _when(each.started_at), each.reason or "-")
+            for each in receipt.attempts
+        ]
+        lines += ["", table(("ATTEMPT", "OUTCOME", "INSTANCE", "STARTED", "REASON"), rows)]
     return "\n".join(lines)
 
 

@@ -19,7 +19,8 @@ from fnqueue.wire import Function, FunctionAnswer, FunctionList, QueueDepth
 _AT_ONCE = 8
 # A narrow terminal cuts off the end.
 _HEADS = ("FUNCTION", "STATUS", "WAITING", "OLDEST", "RUNNING", "INSTANCES", "VERSION")
-_DEPLOYED = frozenset({"ACTIVE", "DEPLOYING", "DEGRADING", "DEGRADED", "ERROR"})
+_BROKEN = "ERROR"
+_DEPLOYED = frozenset({"ACTIVE", "DEPLOYING", "DEGRADING", "DEGRADED", _BROKEN})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,8 @@ class _Row:
 def top(url: str | None, key: str | None, as_json: bool, every: float, count: int | None) -> None:
     """Show all deployed functions, again and again: what waits and for how long, what runs, and on how many instances.
 
-    In a terminal in one place, elsewhere one table after the other; with --json a line for each look.
+    In a terminal in one place, elsewhere one table after the other; with --json a line for each look. Of versions in
+    ERROR no server tells what waits and runs (with --json null).
     """
     screen = Screen()
     with calling(url, key) as fnq, ThreadPoolExecutor(_AT_ONCE) as threads:
@@ -63,7 +65,9 @@ def _look(fnq: Client, threads: ThreadPoolExecutor) -> list[_Row]:
     def row(one: Function) -> _Row | None:
         try:
             found = fnq.ask(FunctionAnswer, "GET", path_of(one)).function
-            queues = fnq.function(one.id, version=one.version_id).queues()
+            # In ERROR it has no queue to ask for.
+            is_broken = found.status == _BROKEN
+            queues = [] if is_broken else fnq.function(one.id, version=one.version_id).queues()
         except NotFound:
             return None  # undeployed since it was listed
         instances = found.active_instances or []
@@ -95,9 +99,9 @@ def _cells(row: _Row) -> tuple[str, ...]:
     return (
         row.version.name,
         row.version.status,
-        str(_waiting(row)),
+        str(_waiting(row)) if row.queue else "-",
         f"{_oldest_s(row):.0f} s" if _waiting(row) else "-",
-        str(_running(row)),
+        str(_running(row)) if row.queue else "-",
         f"{row.up}/{row.instances}",
         row.version.version_id,
     )
@@ -107,15 +111,15 @@ def _oldest_s(row: _Row) -> float:
     return (row.queue.oldest_age_seconds or 0.0) if row.queue else 0.0
 
 
-def _told(row: _Row) -> dict[str, str | int | float]:
+def _told(row: _Row) -> dict[str, str | int | float | None]:
     return {
         "functionId": row.version.id,
         "functionVersionId": row.version.version_id,
         "name": row.version.name,
         "status": row.version.status,
-        "queueDepth": _waiting(row),
-        "oldestAgeSeconds": _oldest_s(row),
-        "inFlight": _running(row),
+        "queueDepth": _waiting(row) if row.queue else None,
+        "oldestAgeSeconds": _oldest_s(row) if row.queue else None,
+        "inFlight": _running(row) if row.queue else None,
         "instances": row.instances,
         "instancesRunning": row.up,
     }

@@ -7,6 +7,7 @@ request that is signed twice, and another host has no business with a key.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from fnqueue import __version__, errors, retries, tracing
 from fnqueue.config import Config
 from fnqueue.errors import ClientClosed, ConnectionFailed, FnqueueError, Refused, TimedOut
 from fnqueue.retries import Failures
+
+logger = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
 # Of a server that says nothing although nobody asked it to wait. An event stream has a comment every 25 s at most.
@@ -181,6 +184,7 @@ class Transport:
         wait = retries.wait_s(error, failures, self.now(), retry_for_s=self._retry_for_s, give_up_at=give_up_at)
         if wait is None:
             raise error
+        logger.info("call_repeated", extra={"error": str(error), "failures": failures.count})
         await self.sleep(max(wait, least_s))
 
     async def _repeated(self, once: Callable[[], Awaitable[T]], give_up_at: float, *, careful: bool = False) -> T:
@@ -219,7 +223,7 @@ class Transport:
         patience: httpx2.Timeout,
     ) -> Stream:
         request = client.build_request(call.method, call.path, headers=dict(headers), content=content, timeout=patience)
-        with _translated(request):
+        with _translated(request, errors.NO_BLOBS if call.signed else errors.NO_SERVER):
             return Stream(await client.send(request, stream=True))
 
 
@@ -236,7 +240,8 @@ async def limited(give_up_at: float, request_id: str | None = None) -> AsyncIter
 
 
 @contextmanager
-def _translated(request: httpx2.Request) -> Iterator[None]:
+def _translated(request: httpx2.Request, remedy: str = "") -> Iterator[None]:
+    """`remedy`: what to do where nothing is connected to."""
     try:
         yield
     except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol) as exc:
@@ -244,7 +249,8 @@ def _translated(request: httpx2.Request) -> Iterator[None]:
     except (httpx2.TransportError, httpx2.DecodingError, httpx2.StreamError) as exc:
         # The query of a signed URL is as good as a key.
         where = f"{request.url.scheme}://{request.url.netloc.decode()}"
-        raise ConnectionFailed(f"{where}: {str(exc) or type(exc).__name__}") from exc
+        connected = not isinstance(exc, httpx2.ConnectError | httpx2.ConnectTimeout)
+        raise ConnectionFailed(f"{where}: {str(exc) or type(exc).__name__}{'' if connected else remedy}") from exc
 
 
 def _without_effect(error: FnqueueError) -> bool:

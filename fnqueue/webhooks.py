@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlencode
 
 import click
 
 from fnqueue.calls import Failed, NotYet, Server
-from fnqueue.config import load
-from fnqueue.errors import ConfigurationError
-from fnqueue.terminal import Wrong, server_options, table
+from fnqueue.terminal import asking, server_options, table
 
 AT = "/v2/nvcf/webhooks"
 STATES = ("pending", "delivered", "failed")
@@ -39,7 +37,7 @@ def list_command(
 ) -> None:
     """Show deliveries, the latest first."""
     query = {name: value for name, value in (("functionId", function_id), ("state", ",".join(states))) if value}
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         found = _listed(server, query, limit)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -53,7 +51,7 @@ def list_command(
 @server_options
 def show_command(url: str | None, key: str | None, as_json: bool, request_id: str) -> None:
     """Show the delivery of one request with its log."""
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         delivery = server.get(f"{AT}/deliveries/{request_id}").json()
     click.echo(json.dumps(delivery, indent=2) if as_json else _described(delivery))
 
@@ -68,7 +66,7 @@ def redeliver_command(
     """Send the webhooks of these requests again, now. Their receivers know them by the same ID."""
     if bool(request_ids) == failed:
         raise click.UsageError("say which: by IDs of requests, or --failed")
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         which = list(request_ids) or [each["requestId"] for each in _listed(server, {"state": "failed"}, None)]
         for request_id in which:
             _redeliver(server, request_id)
@@ -87,7 +85,7 @@ def secrets() -> None:
 @server_options
 def list_secrets_command(url: str | None, key: str | None, as_json: bool) -> None:
     """Show which there are; not the secrets."""
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         found = server.get(f"{AT}/secrets").json()["secrets"]
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -107,7 +105,7 @@ def list_secrets_command(url: str | None, key: str | None, as_json: bool) -> Non
 def create_secret_command(url: str | None, key: str | None, as_json: bool, others_expire_s: int | None) -> None:
     """Make a secret, and print it. It is shown this once."""
     asked = {} if others_expire_s is None else {"othersExpireInSeconds": others_expire_s}
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         made = server.post(f"{AT}/secrets", asked).json()
     click.echo(json.dumps(made, indent=2) if as_json else made["secret"])
 
@@ -117,7 +115,7 @@ def create_secret_command(url: str | None, key: str | None, as_json: bool, other
 @server_options
 def delete_secret_command(url: str | None, key: str | None, as_json: bool, secret_id: str) -> None:
     """Delete a secret. It signs nothing more."""
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         server.delete(f"{AT}/secrets/{secret_id}")
     if as_json:
         click.echo(json.dumps({"deleted": [secret_id]}))
@@ -133,7 +131,7 @@ def default() -> None:
 @server_options
 def show_default_command(url: str | None, key: str | None, as_json: bool, function_id: str) -> None:
     """Show a function's default."""
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         _tell_default(server.get(_of(function_id)).json(), as_json=as_json)
 
 
@@ -146,7 +144,7 @@ def set_default_command(
     url: str | None, key: str | None, as_json: bool, function_id: str, callback_url: str, events: tuple[str, ...]
 ) -> None:
     """Tell the ends of a function's requests to a URL."""
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         _tell_default(
             server.put(_of(function_id), {"url": callback_url, "events": list(events)}).json(), as_json=as_json
         )
@@ -157,22 +155,10 @@ def set_default_command(
 @server_options
 def clear_default_command(url: str | None, key: str | None, as_json: bool, function_id: str) -> None:
     """Tell them no more."""
-    with _calling(url, key) as server:
+    with asking(url, key) as server:
         server.delete(_of(function_id))
     if as_json:
         click.echo(json.dumps({"functionId": function_id}))
-
-
-@contextmanager
-def _calling(url: str | None, key: str | None) -> Iterator[Server]:
-    """A server whose refusals end the command with one line."""
-    try:
-        config = load(url, key)
-        yield Server(config.url, config.key)
-    except ConfigurationError as exc:
-        raise Wrong(str(exc)) from exc
-    except Failed as exc:
-        raise click.ClickException(str(exc)) from exc
 
 
 def _listed(server: Server, query: Mapping[str, str], limit: int | None) -> list[Mapping[str, Any]]:

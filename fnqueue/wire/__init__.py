@@ -119,6 +119,7 @@ from fnqueue.wire.keys import (
 )
 from fnqueue.wire.limits import RateLimitModel, SetRateLimit
 from fnqueue.wire.llm import LlmConfig, LlmConfigUpdate, LlmInvocationConfig, ModelUpdate, Priority
+from fnqueue.wire.logs import EndedInstance, InstanceLogs, LogLine, LogLines
 from fnqueue.wire.problems import Problem
 from fnqueue.wire.queues import Activity, ActivityMinute, Eta, Position, QueueDepth, Queues, Times
 from fnqueue.wire.registries import (
@@ -212,6 +213,7 @@ __all__ = [
     "Deployment",
     "DeploymentAnswer",
     "DeploymentList",
+    "EndedInstance",
     "Envelope",
     "EnvelopeAnswer",
     "EnvelopeHeader",
@@ -241,6 +243,7 @@ __all__ = [
     "HeartbeatAnswer",
     "HelmValidationPolicy",
     "Instance",
+    "InstanceLogs",
     "InstanceType",
     "Introspect",
     "Introspected",
@@ -251,6 +254,8 @@ __all__ = [
     "LlmConfig",
     "LlmConfigUpdate",
     "LlmInvocationConfig",
+    "LogLine",
+    "LogLines",
     "Model",
     "ModelUpdate",
     "NamedFunction",

@@ -173,6 +173,7 @@ class Instance(Wire):
     gpu: str
     backend: str | None = None
     location: str | None = None
+    error: str | None = None
     instance_created_at: datetime
     instance_updated_at: datetime
 

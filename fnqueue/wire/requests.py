@@ -42,11 +42,13 @@ class RequestList(Wire):
 
 class RequestAttempt(Wire):
     """`outcome` is `running`, `lost` (its worker fell silent), `failed` (its container did), `returned` (given back,
-    and not counted), or the status of the request that ended with it."""
+    and not counted), or the status of the request that ended with it. `reason` says why it came to nothing, where its
+    worker could tell."""
 
     number: int
     instance_id: str
     outcome: str
+    reason: str | None = None
     started_at: datetime
     ended_at: datetime | None = None
 
