@@ -15,8 +15,8 @@ COMPILE := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11
 	--custom-compile-command "make lock" $(UPGRADE)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo stack stack-down stack-status test lint check docs chaos fuzz bench format lock audit sbom \
-	release clean
+.PHONY: help venv run demo stack stack-down stack-status stack-doctor test lint check docs chaos fuzz bench format lock audit sbom \
+	image release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ stack-down: $(VENV)/.run ## Stop the stack; its data stays in .fnqueue/stack
 
 stack-status: $(VENV)/.run ## Show what runs of the stack
 	$(PY) -m infra.local.stack status
+
+stack-doctor: $(VENV)/.run ## Look at the servers of the stack, and say what is wrong with them
+	$(PY) -m infra.local.stack doctor
 
 lint: $(VENV)/.dev ## Format, lint, types, import contracts
 	$(PY) -m ruff format --check .
@@ -79,6 +82,9 @@ lock: $(TOOLS)/.made ## Write requirements/*.txt anew after pyproject.toml chang
 	$(COMPILE) pyproject.toml --extra grpc --extra tracing --extra docs -c requirements/dev.txt -o requirements/docs.txt
 	$(COMPILE) requirements/build.in -o requirements/build.txt
 	$(COMPILE) requirements/tools.in -o requirements/tools.txt
+
+image: $(VENV)/.run ## Build the container image where no registry can be reached, and try it: needs root, takes minutes
+	$(PY) -m infra.image
 
 audit: $(TOOLS)/.made ## Compare what is installed for production with PyPI's list of known vulnerabilities
 	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off -r requirements/ocr.txt

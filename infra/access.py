@@ -22,6 +22,9 @@ INFRA = Path(__file__).resolve().parent
 ROLES = tuple(RULES)
 _VHOST = "/"
 _OPEN = "user default on nopass ~* &* +@all"
+# Nobody can be it. But by its rights Redis 7 reads back what its append-only file holds of scripts and transactions:
+# all of that is gone after a restart if it has none (docs/decisions/0055, redis/redis#14541).
+_SHUT = "user default off ~* &* +@all"
 
 
 def user_of(role: str) -> str:
@@ -37,7 +40,7 @@ def for_rabbitmq(passwords: Mapping[str, str]) -> dict[str, Any]:
 def for_redis(passwords: Mapping[str, str], *, open_to_all: bool = False) -> str:
     """The text of an ACL file. `open_to_all`: with the user `default` as a Redis that has no users has it."""
     hashes = {role: f"#{hashlib.sha256(passwords[role].encode()).hexdigest()}" for role in ROLES}
-    return _acl(hashes, default=_OPEN if open_to_all else "user default off")
+    return _acl(hashes, default=_OPEN if open_to_all else _SHUT)
 
 
 def rabbitmq_template() -> str:
@@ -45,7 +48,7 @@ def rabbitmq_template() -> str:
 
 
 def redis_template() -> str:
-    return _acl({role: f">{_placeholder(role)}" for role in ROLES}, default="user default off")
+    return _acl({role: f">{_placeholder(role)}" for role in ROLES}, default=_SHUT)
 
 
 def _definitions(passwords: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:

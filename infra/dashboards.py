@@ -281,6 +281,40 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Webhooks",
+        (
+            Panel(
+                "Tries by answer",
+                "What receivers said; `none`: nothing, or they could not be reached.",
+                _rate("fnqueue_webhook_tries_total", "answer"),
+                unit="ops",
+            ),
+            Panel(
+                "Done with",
+                "`failed`: given up. The results are there all the same.",
+                _rate("fnqueue_webhooks_total", "state", _CHOSEN),
+                unit="ops",
+            ),
+            Panel(
+                "Time to deliver",
+                "From the end of a request until its receiver had the webhook.",
+                _quantiles("fnqueue_webhook_delivery_seconds"),
+                unit="s",
+            ),
+            Panel(
+                "Due",
+                "Taken by no controller yet.",
+                (Query("max(fnqueue_webhooks_due)", "webhooks"),),
+            ),
+            Panel(
+                "Oldest due",
+                "More than seconds: there are too few controllers, or receivers are slow.",
+                (Query("max(fnqueue_webhooks_due_age_seconds)", "age"),),
+                unit="s",
+            ),
+        ),
+    ),
+    (
         "Processes",
         (
             Panel(

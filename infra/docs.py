@@ -78,7 +78,7 @@ Every process tells what it does at `/metrics`, in Prometheus' text format, on a
 |---|---|---|
 | `fnqueue api` | `FNQUEUE_STATUS_PORT`, {api} | `FNQUEUE_STATUS_HOST`, {host} |
 | `fnqueue controller` | the same, {controller} | the same |
-| `fnqueue sidecar` | the same, none unless it is set; launchers give each of theirs one | the same |
+| `fnqueue sidecar` | the same, none unless set, `any` a free one; launchers give theirs one | the same |
 | `fnqueue dev` | the controller's; all of it is one process | the same |
 
 There is no key: who comes to the port may read. It listens on this machine alone until `FNQUEUE_STATUS_HOST` says
@@ -164,14 +164,17 @@ CLI_HEAD = """\
 # The command line
 
 `pip install fnqueue` brings `fnqueue`, for callers and operators alike. Every command but those of the last section
-calls a server over HTTP:
+calls a server over HTTP; `fnqueue keys` there does so too, where `FNQUEUE_STORE_URL` is not set:
 
 - **Where and as whom**: `--url` and `--key`, else `FNQUEUE_URL` and `FNQUEUE_API_KEY`, else `url` and `api_key` in
   `~/.config/fnqueue/config.toml` (`FNQUEUE_CONFIG` names another file).
 - **For programs**: `--json` prints JSON on standard output, and nothing else. Progress and errors go to standard error.
-- **Functions** are given by name or ID, versions and requests by ID.
-- **Completion**: `eval "$(fnqueue completion bash)"` in `~/.bashrc`, the same with `zsh` in `~/.zshrc`, or
-  `fnqueue completion fish | source`.
+- **Functions** are given by name or ID, versions and requests by ID; of dead letters and webhooks all are by ID.
+- **Errors** are one line on standard error, with the next step where there is one.
+- **In a pipe** nothing is coloured or written over, and progress is told line by line. A reader that goes (`| head`)
+  ends the command quietly, with 1.
+- **Completion**, of the names of functions too: `eval "$(fnqueue completion bash)"` in `~/.bashrc`, the same with
+  `zsh` in `~/.zshrc`, or `fnqueue completion fish | source`.
 
 | Exit status | Means |
 |---|---|

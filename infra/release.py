@@ -17,12 +17,17 @@ from fnqueue import __version__
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIST = REPOSITORY / "dist"
 PACKAGES = ("api", "broker", "fnqueue", "workers")
-# What would be missed only by who uses it: types, the reference page, the samples, the licence.
+# What would be missed only by who uses it: types, the pages, the samples, the licence.
 NEEDED = (
     *(f"{package}/py.typed" for package in PACKAGES),
     "api/reference/index.html",
     "api/reference/page.css",
     "api/reference/page.js",
+    "api/dashboard/files/index.html",
+    "api/dashboard/files/page.css",
+    "api/dashboard/files/page.mjs",
+    "api/dashboard/files/vendor/preact.mjs",
+    "api/dashboard/files/vendor/preact.LICENSE.txt",
     "workers/examples/images.toml",
     "workers/examples/echo/server.py",
 )

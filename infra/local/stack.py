@@ -1,4 +1,4 @@
-"""The production shape on one machine: `python -m infra.local.stack up | down | status`.
+"""The production shape on one machine: `python -m infra.local.stack up | down | status | doctor`.
 
 RabbitMQ, Redis and S3, then `fnqueue api` and `fnqueue controller`, under a supervisor that restarts what
 dies. Everything is kept in `.fnqueue/stack` (`FNQUEUE_STACK_DIR`). A server that `FNQUEUE_QUEUE_URL`,
@@ -15,10 +15,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import psutil
 
 from infra.local import binaries, images
 from infra.local.compose import Compose
@@ -264,6 +266,20 @@ def status(stack: Stack) -> None:
         print(f"  {child['name']:<11} {state}, {child['restarts']} restarts, {child['log']}")
 
 
+def doctor(stack: Stack) -> int:
+    """`fnqueue doctor` as the running stack's controller would call it: ports and passwords are that one's. Returns its
+    exit status."""
+    report = stack.report() if stack.pid() is not None else None
+    pids = [child["pid"] for child in report["children"] if child["name"] == "controller"] if report else []
+    try:
+        settings = psutil.Process(pids[0]).environ() if pids and pids[0] else None
+    except psutil.Error:
+        settings = None
+    if settings is None:
+        raise ServerFailed("the stack's controller is not running: make stack-status")
+    return subprocess.run(fnqueue("doctor"), env=settings, stdin=subprocess.DEVNULL, check=False).returncode
+
+
 def supervise(stack: Stack) -> None:
     """What `up` leaves running."""
     stack.serve(stack.children(Address.from_environment()))
@@ -390,22 +406,27 @@ def fnqueue(command: str) -> list[str]:
     return [sys.executable, "-P", "-m", "fnqueue", command]
 
 
-COMMANDS = {"up": up, "down": down, "status": status, "supervise": supervise}
+COMMANDS: Mapping[str, Callable[[Stack], int | None]] = {
+    "up": up,
+    "down": down,
+    "status": status,
+    "doctor": doctor,
+    "supervise": supervise,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in COMMANDS:
-        print("usage: python -m infra.local.stack up | down | status", file=sys.stderr)
+        print("usage: python -m infra.local.stack up | down | status | doctor", file=sys.stderr)
         return 2
     try:
-        COMMANDS[arguments[0]](Stack(Path(os.environ.get("FNQUEUE_STACK_DIR", ".fnqueue/stack"))))
+        return COMMANDS[arguments[0]](Stack(Path(os.environ.get("FNQUEUE_STACK_DIR", ".fnqueue/stack")))) or 0
     except ServerFailed as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; what was started goes on until: make stack-down", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

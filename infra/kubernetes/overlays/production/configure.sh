@@ -22,6 +22,7 @@ dir /data
 appendonly yes
 appendfsync always
 save ""
+rdbcompression no
 maxmemory-policy noeviction
 requirepass $REDIS_PASSWORD
 masterauth $REDIS_PASSWORD
