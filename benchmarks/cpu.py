@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
@@ -27,6 +28,15 @@ def seconds(trees: Trees) -> dict[str, float]:
 def resident_bytes(trees: Trees) -> dict[str, int]:
     """Memory that is resident now, by label."""
     return {label: sum(_resident_bytes(process) for process in processes) for label, processes in trees.items()}
+
+
+def pin(processes: Iterable[psutil.Process], cores: Iterable[int]) -> None:
+    """Let them run on these cores only, with the threads that they have and will have."""
+    allowed = set(cores)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, allowed)
 
 
 def _seconds(process: psutil.Process) -> float:

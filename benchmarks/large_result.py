@@ -71,8 +71,7 @@ def main(gib: float, zeros: bool, folder: Path) -> None:
 
 
 async def _measure(folder: Path, url: str, size_bytes: int, *, zeros: bool) -> dict[str, float]:
-    space = Workspace(assets=folder / "a", response=folder / "r", scratch=folder / "s", clerk=loops.Clerk())
-    space.left = (space.response_name,)
+    space = Workspace(assets=folder / "a", response=folder / "r", scratch_dir=folder, clerk=loops.Clerk())
     for path in (space.response, space.scratch):
         path.mkdir()
     _fill(space.response / "file", size_bytes, bytes(MIB) if zeros else os.urandom(MIB))

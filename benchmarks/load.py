@@ -57,7 +57,8 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Burst:
-    """What to send. `headers` go with every request; `first_serial` and those that follow are used once."""
+    """What to send. `headers` go with every request; `first_serial` and those that follow are used once. `more_paths`
+    are asked in turn with `path`."""
 
     kind: Kind
     port: int
@@ -68,6 +69,7 @@ class Burst:
     first_serial: int = 0
     body_bytes: int = 1024
     path: str = "/"
+    more_paths: tuple[str, ...] = ()
     status_path: str = "/"
     headers: tuple[tuple[str, str], ...] = ()
     accepted: tuple[Accepted, ...] = ()
@@ -358,9 +360,10 @@ def _exchanges(burst: Burst) -> Iterator[Exchange]:
 
 
 def _posts(burst: Burst) -> Iterator[Exchange]:
-    head = _head(burst, "POST", burst.path, f"Content-Type: application/json\r\nContent-Length: {burst.body_bytes}\r\n")
-    request = head.replace(b"%", b"%%") + message(burst.body_bytes)
-    for serial in itertools.count(burst.first_serial):
+    fields = f"Content-Type: application/json\r\nContent-Length: {burst.body_bytes}\r\n"
+    heads = [_head(burst, "POST", path, fields) for path in (burst.path, *burst.more_paths)]
+    requests = [head.replace(b"%", b"%%") + message(burst.body_bytes) for head in heads]
+    for serial, request in zip(itertools.count(burst.first_serial), itertools.cycle(requests), strict=False):
         yield Exchange(request=request % serial, serial=serial)
 
 

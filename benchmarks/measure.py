@@ -1,4 +1,4 @@
-"""The run: short bursts of the floor, fnqueue and the pipes in alternation, in another order in each round."""
+"""The run: short bursts of the floor, fnqueue and the others in alternation, in another order in each round."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ BETWEEN_S = 0.1  # for what a burst has left to do: acknowledgements, logs
 WARM_UP_S = 0.5
 IDLE_S = 2.0
 MOST_REQUESTS = 50_000  # of one burst; half of what one queue takes by default
+LARGE_BODY_BYTES = 1024 * 1024  # the echo function's message at most
 COLLECTORS = 64
 
 
 class Workload(StrEnum):
-    """`sync`: POST and its result. `submit`: POST that is answered 202 at once, and every result afterwards.
-    `status`: GET the status of a finished request. The floor is a direct POST in all three."""
+    """`sync`: POST and its result. `large`: the same with a body of 1 MiB each way. `submit`: POST that is answered 202
+    at once, and every result afterwards. `status`: GET the status of a finished request. The floor is a direct POST in
+    all of them."""
 
     SYNC = "sync"
+    LARGE = "large"
     SUBMIT = "submit"
     STATUS = "status"
 
@@ -42,8 +45,9 @@ class Plan:
 class Measurement:
     """One burst. Round 0 is the warm-up, of which only faults count.
 
-    `cpu_s` is CPU time by process while the burst ran. After a `submit` burst, `drain_s` is how long it took to
-    read the result of every accepted request, and `lost` how many gave none or a wrong one.
+    `cpu_s` is CPU time by process while the burst ran, `resident_bytes` memory by process after it. After a `submit`
+    burst, `drain_s` is how long it took to read the result of every accepted request, and `lost` how many gave none or
+    a wrong one.
     """
 
     workload: Workload
@@ -57,6 +61,7 @@ class Measurement:
     p99_ms: float
     polls: int
     cpu_s: dict[str, float]
+    resident_bytes: dict[str, int] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     examples: Sequence[str] = ()
     lost: int = 0
@@ -75,12 +80,13 @@ class Bench:
         self._serials = itertools.count(1, MOST_REQUESTS)
         self._finished: dict[str, tuple[Accepted, ...]] = {}
 
-    def run(self, floor: Target, target: Target, *pipes: Target) -> list[Measurement]:
-        """Everything in the plan. `pipes` know nothing but to wait for a result."""
+    def run(self, floor: Target, target: Target, *others: Target) -> list[Measurement]:
+        """Everything in the plan. Those of `others` that tell no status know nothing but to wait for a result."""
         measurements: list[Measurement] = []
         for workload, concurrency in itertools.product(self._plan.workloads, self._plan.concurrencies):
-            turns = [(floor, Workload.SYNC), (target, workload)]
-            turns += [(pipe, workload) for pipe in pipes if workload is Workload.SYNC]
+            waits = workload in (Workload.SYNC, Workload.LARGE)
+            turns = [(floor, workload if waits else Workload.SYNC), (target, workload)]
+            turns += [(other, workload) for other in others if waits or other.status_path]
             for number in range(self._plan.rounds + 1):
                 self._say(f"{workload} by {concurrency}: {f'round {number}' if number else 'warm-up'}")
                 seconds = self._plan.seconds if number else min(WARM_UP_S, self._plan.seconds)
@@ -105,7 +111,8 @@ class Bench:
         before = cpu.seconds(trees)
         tally = self._send(burst)
         after = cpu.seconds(trees)
-        measurement = _measurement(tally, workload, burst, target, {role: after[role] - before[role] for role in after})
+        cpu_s = {role: after[role] - before[role] for role in after}
+        measurement = _measurement(tally, workload, burst, target, cpu_s, cpu.resident_bytes(trees))
         return self._drained(measurement, target, tally) if workload is Workload.SUBMIT else measurement
 
     def _burst(self, target: Target, workload: Workload, concurrency: int, seconds: float) -> Burst:
@@ -124,6 +131,8 @@ class Bench:
         match workload:
             case Workload.SYNC:
                 return burst
+            case Workload.LARGE:
+                return replace(burst, body_bytes=LARGE_BODY_BYTES)
             case Workload.SUBMIT:
                 return replace(burst, kind=Kind.SUBMIT, headers=(*target.headers, ("Prefer", "respond-async")))
             case Workload.STATUS:
@@ -160,7 +169,12 @@ class Bench:
 
 
 def _measurement(
-    tally: Tally, workload: Workload, burst: Burst, target: Target, cpu_s: dict[str, float]
+    tally: Tally,
+    workload: Workload,
+    burst: Burst,
+    target: Target,
+    cpu_s: dict[str, float],
+    resident_bytes: dict[str, int],
 ) -> Measurement:
     return Measurement(
         workload=workload,
@@ -174,6 +188,7 @@ def _measurement(
         p99_ms=tally.percentile_ms(99),
         polls=tally.polls,
         cpu_s=cpu_s,
+        resident_bytes=resident_bytes,
         errors=dict(tally.errors),
         examples=tally.examples,
     )

@@ -31,7 +31,8 @@ from yarl import URL
 from broker.backends.rabbitmq import wire
 from broker.backends.redis.connection import Connection
 from broker.settings import Settings
-from workers.connections import Connections
+from workers.connections import MAX_PLAIN_BYTES, Connections
+from workers.connections import Plain as PlainAnswer
 
 try:
     from uvloop import new_event_loop
@@ -160,7 +161,9 @@ class Lean:
     async def post(self, body: bytes) -> bytes:
         assert self._function is not None, "a worker has one"
         url = URL(os.environ["PIPE_FUNCTION"])
-        answer = await self._function.post(url, [("Content-Type", JSON)], body, keep=True)
+        answer = await self._function.post(url, [("Content-Type", JSON)], body, keep=True, plain_bytes=MAX_PLAIN_BYTES)
+        if isinstance(answer, PlainAnswer):
+            return answer.body
         try:
             return await answer.content.read()
         finally:

@@ -14,6 +14,8 @@ COLUMNS = (
     "workload", "callers", "target", "requests/s", "of floor", "p50 ms", "p99 ms", "+p50 ms", "+p99 ms",
     "CPU µs", "errors", "lost",
 )  # fmt: skip
+MIB = 1 << 20
+OURS = ("api", "sidecar")
 NOTES = """\
 Medians over rounds; ratio and added latency are taken within a round. CPU µs: of all processes of the target per
 request, what they use when idle included, load generator left out. On a machine that does other work too, trust
@@ -29,6 +31,8 @@ def text(facts: Mapping[str, str], summaries: Sequence[Summary]) -> str:
     ]
     if compared := [line for one in summaries for line in _compared(one)]:
         parts.append("\n".join(compared))
+    if fronts := [one for one in summaries if one.per_front_core]:
+        parts.append("\n".join(_front(one) for one in fronts))
     if drained := [one for one in summaries if one.drain_s]:
         parts.append("\n".join(_drained(one) for one in drained))
     return "\n\n".join([*parts, NOTES])
@@ -98,6 +102,19 @@ def _compared(one: Summary) -> list[str]:
         for other, ratio in one.of.items()
         if not one.target.endswith("pipe")
     ]
+
+
+def _front(one: Summary) -> str:
+    """Memory in MiB, of the processes that are ours."""
+    memory = ", ".join(
+        f"{role} {one.resident_bytes[role][0] / MIB:.0f} -> {one.resident_bytes[role][1] / MIB:.0f}"
+        for role in OURS
+        if role in one.resident_bytes
+    )
+    return (
+        f"{one.workload} by {one.concurrency}, {one.target}: {one.per_front_core:,.0f} requests/s for each core that "
+        f"the front end uses; resident MiB before and after: {memory}"
+    )
 
 
 def _drained(one: Summary) -> str:

@@ -14,7 +14,8 @@ from benchmarks.measure import Measurement, Workload
 class Summary:
     """One target under one workload. `of_floor` is its requests/s over the floor's, `added_…` what it takes
     longer than the floor; `of` and `cpu_of` its requests/s and its CPU per request over those of each other target;
-    medians of what was found in each round. `cpu_us` per request is over all rounds."""
+    medians of what was found in each round. `cpu_us` per request is over all rounds; `resident_bytes` is memory after
+    the warm-up and after the last round."""
 
     workload: Workload
     concurrency: int
@@ -31,6 +32,7 @@ class Summary:
     errors: int
     lost: int
     cpu_us: dict[str, float] = field(default_factory=dict)
+    resident_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
     drain_s: float = 0.0
     finished_per_second: float = 0.0
     of: dict[str, float] = field(default_factory=dict)
@@ -39,6 +41,11 @@ class Summary:
     @property
     def all_cpu_us(self) -> float:
         return sum(self.cpu_us.values())
+
+    @property
+    def per_front_core(self) -> float:
+        """Requests/s that one core takes in the front end alone; 0 when there is none."""
+        return 1e6 / self.cpu_us["api"] if self.cpu_us.get("api") else 0.0
 
 
 def summarise(measurements: Sequence[Measurement], *, floor: str) -> list[Summary]:
@@ -82,6 +89,9 @@ def _summary(
         errors=sum(sum(one.errors.values()) for one in every),
         lost=sum(one.lost for one in every),
         cpu_us=_cpu_us(rounds, completed),
+        resident_bytes={
+            role: (every[0].resident_bytes.get(role, 0), after) for role, after in rounds[-1].resident_bytes.items()
+        },
         drain_s=_median(rounds, lambda one: one.drain_s),
         finished_per_second=_median(rounds, lambda one: one.completed / (one.elapsed_s + one.drain_s)),
         of={name: _ratio(rounds, other, lambda one: one.per_second) for name, other in others.items()},

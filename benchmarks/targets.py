@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class SetUpFailed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Something that listens on `port` of the loopback. `trees` finds its processes, by label."""
+    """Something that listens on `port` of the loopback. `trees` finds its processes, by label; `environment` is that of
+    its front end, secrets included."""
 
     name: str
     port: int
@@ -51,6 +52,7 @@ class Target:
     headers: tuple[tuple[str, str], ...] = ()
     status_path: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class Program(Server):
@@ -186,7 +188,31 @@ def production(
             "FNQUEUE_DRAIN_S": DRAIN_S,
             **(settings or {}),
         }
-        yield _deployed("fnqueue", port, key, function, slots=slots, trees=lambda: _by_role(roles), settings=told)
+        target = _deployed("fnqueue", port, key, function, slots=slots, trees=lambda: _by_role(roles), settings=told)
+        yield replace(target, environment=shared | front)
+
+
+@contextlib.contextmanager
+def processes(folder: Path, target: Target, count: int) -> Iterator[Target]:
+    """The same fnqueue behind one more `fnqueue api` with so many processes. What the others do when idle is in the
+    figures of both."""
+    port = free_port()
+    command = [*fnqueue("api"), "--processes", str(count)]
+    environment = {**target.environment, "FNQUEUE_PORT": str(port)}
+    with running(Program(f"api-{count}", folder, command=command, environment=environment, port=port)) as front:
+        yield replace(
+            target,
+            name=f"{count} processes",
+            port=port,
+            trees=lambda: {**target.trees(), "api": cpu.tree(front.pid)},
+        )
+
+
+def another(target: Target, name: str, *, slots: int) -> Target:
+    """One more function of the same kind on the same fnqueue, ready to be invoked."""
+    key = dict(target.headers)["Authorization"].removeprefix("Bearer ")
+    definition = {**FUNCTION, "name": name}
+    return _deployed(name, target.port, key, definition, slots=slots, trees=target.trees, settings=target.settings)
 
 
 @contextlib.contextmanager

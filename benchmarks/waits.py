@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import click
 
 from benchmarks.scaling import LOOK_S, Plan, names, read
-from broker.activity import Histogram, Minute, merged, step_of
+from broker.activity import NO_TIMES, Histogram, Minute, merged, step_of
 from broker.estimates import Capacity, Estimate, Forecast, Lately, Starting
 from broker.model import Line
 from broker.ports import LANDMARKS
@@ -63,7 +63,16 @@ class _Job:
 class _Instance:
     since: float
     ready_at: float
+    first: bool
     running: int = 0
+    told: bool = False
+
+    def tell(self, job: _Job) -> tuple[Histogram, Histogram]:
+        """What its start took and, of the first of all, how long its first request had waited when it began."""
+        if self.told:
+            return NO_TIMES, NO_TIMES
+        self.told = True
+        return _one(self.ready_at - self.since), _one(self.since - job.accepted_at) if self.first else NO_TIMES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +141,7 @@ class _World:
         for instance in [each for each in self._instances if not each.running][: max(0, len(self._instances) - count)]:
             self._instances.remove(instance)
         for _ in range(count - len(self._instances)):
-            instance = _Instance(self.now, self.now + self._start(self._starts))
+            instance = _Instance(self.now, self.now + self._start(self._starts), first=not self._instances)
             self._instances.append(instance)
             self.at(instance.ready_at, self._work)
         self.at(self.now + LOOK_S, self.look)
@@ -143,10 +152,7 @@ class _World:
                 self._begin(instance, self._queue.popleft())
 
     def _begin(self, instance: _Instance, job: _Job) -> None:
-        first = instance.ready_at == self.now and all(
-            each.ready_at > self.now or each is instance for each in self._instances
-        )
-        cold_s = self.now - job.accepted_at if first and not instance.running else 0.0
+        starts, leads = instance.tell(job)
         instance.running += 1
         self._running.add(job)
         job.started_at = self.now
@@ -155,18 +161,19 @@ class _World:
             instance.running -= 1
             self._running.remove(job)
             job.ended_at = self.now
-            self._note(job, cold_s)
+            self._note(job, starts, leads)
             self._work()
 
         self.at(self.now + self._draw(self._runs), end)
 
-    def _note(self, job: _Job, cold_s: float) -> None:
+    def _note(self, job: _Job, starts: Histogram, leads: Histogram) -> None:
         minute = int(self.now // 60)
         self._minutes.setdefault(minute, []).append(
             Minute(
                 at=minute * 60.0,
                 runs=_one(job.ended_at - job.started_at),
-                cold_starts=_one(cold_s) if cold_s else Histogram(),
+                starts=starts,
+                leads=leads,
             )
         )
 
@@ -186,7 +193,7 @@ class _World:
         if job.started_at >= 0:
             return forecast.running(self.now - job.started_at)
         if job.accepted_at == self.now:  # a front end knows the place of what it accepts
-            return forecast.queued(len(self._queue))
+            return forecast.placed(len(self._queue), since_s=self.now - since)
         return forecast.queued(forecast.rank(job.accepted_at), since_s=self.now - since)
 
     def _known(self) -> Forecast:
@@ -213,17 +220,20 @@ class _World:
             most_slots=self.plan.max_instances * self.plan.slots,
             slots_each=self.plan.slots,
         )
-        return Forecast(line, capacity, self._lately.runs, self._lately.starts)
+        return Forecast(line, capacity, self._lately.runs, self._lately.starts, self._lately.leads)
 
 
 def simulate(arrivals: Sequence[int], plan: Plan, draw: Draw, *, rounds: int = 1, seed: int = SEED) -> Figures:
-    """Play the trace so many times in a row, with time between for everything to end."""
+    """Play the trace so many times in a row, with time between for everything to end. Each time, it begins anywhere
+    between two looks of the controller."""
     world = _World(plan, draw, seed)
     world.look()
     length_s = len(arrivals) + _AFTERWARDS_S
+    phases = random.Random(seed + 2)
     for turn in range(rounds):
+        begins_at = turn * length_s + phases.random() * LOOK_S
         for when in _times(arrivals):
-            world.at(turn * length_s + when, world.accept)
+            world.at(begins_at + when, world.accept)
     world.play(rounds * length_s)
     return _figures([job for job in world.jobs if job.ended_at >= 0])
 
@@ -262,21 +272,23 @@ def _together(minutes: Sequence[Minute]) -> Minute:
     return Minute(
         at=minutes[0].at,
         runs=merged(each.runs for each in minutes),
-        cold_starts=merged(each.cold_starts for each in minutes),
+        starts=merged(each.starts for each in minutes),
+        leads=merged(each.leads for each in minutes),
     )
 
 
 @click.command()
+@click.option("--trace", "traces", multiple=True, help="Of benchmarks/traces; all without it.")
 @click.option("--min", "min_instances", type=click.IntRange(0, 1000), default=0, show_default=True)
 @click.option("--max", "max_instances", type=click.IntRange(1, 1000), default=8, show_default=True)
 @click.option("--slots", type=click.IntRange(1, 1000), default=1, show_default=True, help="maxRequestConcurrency.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each trace.")
 @click.option("--seed", type=int, default=SEED, show_default=True)
-def main(min_instances: int, max_instances: int, slots: int, rounds: int, seed: int) -> None:
+def main(traces: Sequence[str], min_instances: int, max_instances: int, slots: int, rounds: int, seed: int) -> None:
     """Measure how often requests end within the estimates that they were told."""
     plan = Plan(min_instances=min_instances, max_instances=max_instances, slots=slots)
     click.echo("trace     runs    answered   told  <= p50  <= p90  later <= p50  <= p90  polls   late")
-    for name, (spread, draw) in itertools.product(names(), RUNS.items()):
+    for name, (spread, draw) in itertools.product(traces or names(), RUNS.items()):
         seen = simulate(read(name), plan, draw, rounds=rounds, seed=seed)
         click.echo(
             f"{name:<9} {spread:<7} {seen.answered:>8}  {seen.told:>5.1%}  {seen.within_p50:>6.1%}  "
