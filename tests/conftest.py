@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from broker.telemetry import logs
 from infra.local import binaries
 from infra.local.podman import Podman
 from infra.local.process import Server
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests import images
+
+# How fast this machine is decides nothing.
+settings.register_profile("any-machine", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 AnyServer = TypeVar("AnyServer", bound=Server)
 
@@ -47,6 +54,17 @@ def _needs_server(test: pytest.Function) -> bool:
         return True
     parameters = test.callspec.params.values() if hasattr(test, "callspec") else ()
     return any(value in SERVER_BACKENDS for value in parameters if isinstance(value, str))
+
+
+@pytest.fixture(autouse=True)
+def kept_logging() -> Iterator[None]:
+    """A command that a test runs in its own process says where this process logs: not beyond that test."""
+    root, metering = logging.getLogger(), logging.getLogger(logs.METERING)
+    handlers, levels, source = root.handlers[:], (root.level, metering.level), logging._srcfile
+    yield
+    root.handlers, logging._srcfile = handlers, source
+    root.setLevel(levels[0])
+    metering.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ class _Stored:
 
 class KubernetesApi:
     """`requests` are the method and path of each call. `down` makes every call fail; `absent` are kinds that are not
-    installed; `logs` what the containers of a pod, by name, wrote."""
+    installed; `logs` what the containers of a pod, by name, wrote; those of `silent` have not begun."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -162,6 +162,8 @@ class KubernetesApi:
         self.down = False
         self.absent: set[str] = set()
         self.logs: dict[str, str] = {}
+        self.asked_logs: list[dict[str, str]] = []
+        self.silent: set[str] = set()
         self._stored: dict[tuple[str, str], _Stored] = {}
         self._version = 100
         self._oldest = 0
@@ -253,6 +255,9 @@ class KubernetesApi:
             return web.Response(status=404, text="404 page not found")
         name = rest[1] if len(rest) > 1 else ""
         if rest[2:] == ["log"]:
+            self.asked_logs.append(dict(request.query))
+            if name in self.silent:
+                return _status(400, "BadRequest", "container is waiting to start: ContainerCreating")
             return web.Response(text=self.logs.get(name, ""))
         if rest[2:]:
             return _status(404, "NotFound", "no such subresource")

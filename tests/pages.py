@@ -3,8 +3,8 @@
     <!-- not run: needs a cluster -->
 
 Other marks above a block: `<!-- file: NAME -->`, its text is a file that later blocks use; `<!-- server -->`, it goes
-on running in a terminal of its own, and is there once it has told how to stop it. A block without a language below one
-that is run is what that one writes.
+on running in a terminal of its own, and is there once it has told how to stop it; `<!-- celery -->`, a test of its own
+runs it on Celery. A block without a language below one that is run is what that one writes.
 """
 
 from __future__ import annotations

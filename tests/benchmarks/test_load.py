@@ -23,6 +23,18 @@ async def test_every_exchange_is_answered_and_timed() -> None:
     assert 0 < tally.percentile_ms(50) <= tally.percentile_ms(99)
 
 
+async def test_paths_are_asked_in_turn() -> None:
+    asked: list[bytes] = []
+
+    def echo_of(request: bytes) -> Iterable[bytes]:
+        asked.append(request.split(b" ", 2)[1])
+        return echo(request)
+
+    async with server(echo_of) as port:
+        await play(replace(burst(port, requests=5, concurrency=1), path="/a", more_paths=("/b",)))
+    assert asked == [b"/a", b"/b", b"/a", b"/b", b"/a"]
+
+
 async def test_an_answer_in_pieces_is_one_answer() -> None:
     async with server(lambda request: [bytes([byte]) for byte in b"".join(echo(request))]) as port:
         tally = await play(burst(port, requests=3, body_bytes=64))

@@ -30,7 +30,7 @@ def test_a_short_embedded_run_gives_clean_ratios_for_every_workload(tmp_path: Pa
 def test_a_bad_option_is_one_clear_line() -> None:
     done = bench("--workload", "sync,fast")
     assert done.returncode == 2
-    assert "known, to be separated by commas, are sync, submit, status" in done.stderr
+    assert "known, to be separated by commas, are sync, large, submit, status" in done.stderr
     assert "Traceback" not in done.stderr
 
 

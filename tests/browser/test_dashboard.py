@@ -35,6 +35,8 @@ PLACES = {
 }
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 EVERYTHING = {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}
+CUT_OFF = """[...document.querySelectorAll(".card")].filter((each) => each.scrollWidth > each.clientWidth)
+  .map((each) => `${each.getAttribute("aria-label")}: ${each.scrollWidth} of ${each.clientWidth}`)"""
 # What a browser says of an answer that a test asks for.
 REFUSED = ("401 (Unauthorized)", "404 (Not Found)")
 
@@ -281,6 +283,7 @@ async def test_nothing_is_wider_than_a_phone(house: House, visiting: Visiting) -
             await expect(visit.page.locator("main .card").first).to_be_visible()
             wide = await visit.page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
             assert wide <= 0, place
+            assert await visit.page.evaluate(CUT_OFF) == [], place
         small = await visit.page.evaluate(
             "[...document.querySelectorAll('main button, nav a')].filter((each) => each.offsetHeight < 24).length"
         )

@@ -9,6 +9,7 @@ POST / with JSON, every field optional:
     crowd    answer only when so many are here that asked for one, and then always
     progress list of [gate, text]: once that file exists, make the text the progress file
     secret   name of a secret: answer with a digest of its value as `secret`
+    say      text: a line of it on standard output, before anything else
 Written to the file RECORD, one line each: `start <id>`, `done <id>`, `aborted <id>`.
 """
 
@@ -43,6 +44,8 @@ async def run(request: web.Request) -> web.StreamResponse:
     order: dict[str, Any] = await request.json()
     name = order.get("id") or request.headers["NVCF-REQID"]
     write(f"start {name}")
+    if order.get("say"):
+        print(order["say"], flush=True)
     try:
         if order.get("die") or not os.path.exists(order.get("cured", "/")):  # noqa: ASYNC240  a look is quick
             await die(request)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import re
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -12,7 +14,7 @@ import pytest
 from broker.activity import KEPT_MINUTES, Minute, merged, step_of
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.upkeep import MemoryUpkeep
-from broker.backends.redis import keys
+from broker.backends.redis import access, keys
 from broker.backends.redis.connection import Connection
 from broker.backends.redis.store import open_store
 from broker.errors import Unavailable
@@ -25,6 +27,9 @@ from tests.eventually import eventually
 DB = 4
 SETTINGS = Settings(result_ttl_s=60, idempotency_ttl_s=60)
 OUTCOME = Outcome(status=200)
+TIMINGS = Timings(cold_start_s=5.0)
+# So many ends that some of them were counted together.
+MANY = 100
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ async def lately(results: Results, version_id: str) -> Minute:
         waits=merged(minute.waits for minute in minutes),
         runs=merged(minute.runs for minute in minutes),
         cold_starts=merged(minute.cold_starts for minute in minutes),
+        starts=merged(minute.starts for minute in minutes),
+        leads=merged(minute.leads for minute in minutes),
     )
 
 
@@ -120,9 +127,8 @@ async def test_a_settled_request_counts_once_with_its_times(store: Store, versio
             entry = store.results.entry(job.id)
             assert entry is not None
             entry.created_at, entry.started_at = accepted.created_at, early.started_at
-        stands = await store.results.settle(
-            early, accepted, RequestState.FULFILLED, OUTCOME, Timings(cold_start_s=5.0, container_s=7.0)
-        )
+        timings = Timings(cold_start_s=5.0, container_s=7.0, start_s=4.0, lead_s=1.0)
+        stands = await store.results.settle(early, accepted, RequestState.FULFILLED, OUTCOME, timings)
         assert stands is RequestState.FULFILLED
     found = await lately(store.results, version_id)
     assert (found.ends, found.attempts) == ({RequestState.FULFILLED: 1}, 1)
@@ -130,6 +136,8 @@ async def test_a_settled_request_counts_once_with_its_times(store: Store, versio
     assert found.waits.sum_s == pytest.approx(32, abs=2)
     assert found.runs.sum_s == pytest.approx(8, abs=2)
     assert (found.cold_starts.counts, found.cold_starts.sum_s) == ({step_of(5): 1}, 5)
+    assert (found.starts.counts, found.starts.sum_s) == ({step_of(4): 1}, 4)
+    assert (found.leads.counts, found.leads.sum_s) == ({step_of(1): 1}, 1)
 
 
 async def test_every_end_counts_as_what_it_is(store: Store, version_id: str) -> None:
@@ -243,28 +251,44 @@ async def test_a_minute_is_kept_for_a_day(version_id: str) -> None:
     assert [bool(minute.ends) for minute in (minutes[0], minutes[-1])] == [False, True]
 
 
-async def test_redis_forgets_a_minute_after_a_day(redis_url: str, version_id: str) -> None:
+async def test_redis_counts_ends_together_and_forgets_them_after_a_day(redis_url: str, version_id: str) -> None:
     async with open_store(redis_url, SETTINGS) as (results, *_):
-        for _ in range(2):
+        begun = await results.epoch(fresh=True)
+        for _ in range(MANY // 2):
             await results.cancel((await accept(results, version_id)).id, reason="why")
-        [minutes] = await results.activity([version_id], minutes=2)
-        ended = [keys.minute(version_id, int(minute.at) // 60) for minute in minutes if minute.ends]
+            job = await accept(results, version_id)
+            await results.settle(await granted(results, job), job, RequestState.FULFILLED, OUTCOME, TIMINGS)
+        [minutes] = await results.activity([version_id], minutes=10)
+        over = await results.epoch(fresh=True)
         connection = Connection(redis_url, SETTINGS)
         try:
-            lives = await connection.run(*(("PTTL", key) for key in ended))
+            named = [keys.minute(version_id, at) for at in range(int(begun.now // 60), int(over.now // 60) + 1)]
+            hours = [keys.hour(version_id, at) for at in range(int(begun.now // 3600), int(over.now // 3600) + 1)]
+            lives = await connection.run(*(("PTTL", key) for key in (*named, *hours)))
+            waiting = await connection.run(*(("STRLEN", key) for key in hours))
         finally:
             await connection.close()
-    assert lives
-    assert all(0 < life <= KEPT_MINUTES * 60_000 for life in lives)
+    assert sum(sum(minute.ends.values()) for minute in minutes) == MANY
+    assert sum(minute.attempts for minute in minutes) == MANY // 2
+    found = merged(minute.cold_starts for minute in minutes)
+    assert (found.counts, found.sum_s) == ({step_of(5): MANY // 2}, 5 * MANY // 2)
+    assert merged(minute.runs for minute in minutes).count == MANY // 2
+    assert sum(waiting) < MANY * 30
+    assert max(lives[: len(named)]) > 0
+    assert all(life <= KEPT_MINUTES * 60_000 for life in lives[: len(named)])
+    assert all(life <= (KEPT_MINUTES + 60) * 60_000 for life in lives)
+    assert -1 not in lives
 
 
 async def test_a_damaged_minute_fails_no_request(redis_url: str, version_id: str) -> None:
     async with open_store(redis_url, SETTINGS) as (results, *_):
         [[_, present]] = await results.activity([version_id], minutes=2)
         minutes = [keys.minute(version_id, int(present.at) // 60 + ahead) for ahead in range(3)]
+        hours = [keys.hour(version_id, int(present.at) // 3600 + ahead) for ahead in range(2)]
         connection = Connection(redis_url, SETTINGS)
         try:
             await connection.run(*(("SET", key, "what") for key in minutes))
+            await connection.run(*(("LPUSH", key, "what") for key in hours))
             assert (await lately(results, version_id)).ends == {}
             job = await accept(results, version_id)
             lease = await granted(results, job)
@@ -272,7 +296,10 @@ async def test_a_damaged_minute_fails_no_request(redis_url: str, version_id: str
             job = await accept(results, version_id)
             await results.cancel(job.id, reason="why")
             assert (await lately(results, version_id)).ends.get(RequestState.CANCELLED) == 1
-            await connection.run(*(("DEL", key) for key in minutes))
+            for _ in range(MANY):
+                await results.cancel((await accept(results, version_id)).id, reason="why")
+            assert (await lately(results, version_id)).ends.get(RequestState.CANCELLED, 0) > MANY // 2
+            await connection.run(*(("DEL", key) for key in (*minutes, *hours)))
         finally:
             await connection.close()
 
@@ -283,10 +310,45 @@ async def test_a_sidecars_user_notes_what_it_settles_and_reads_nothing(redis_ser
         open_store(redis_server.url_for("api", DB), SETTINGS) as (front, *_),
         open_store(redis_server.url_for("sidecar", DB), settings) as (sidecar, *_),
     ):
-        job = await accept(front, version_id)
-        lease = await granted(sidecar, job)
-        assert await sidecar.settle(lease, job, RequestState.FULFILLED, OUTCOME) is RequestState.FULFILLED
-        assert (await lately(front, version_id)).runs.count == 1
+        for _ in range(MANY):
+            job = await accept(front, version_id)
+            lease = await granted(sidecar, job)
+            assert await sidecar.settle(lease, job, RequestState.FULFILLED, OUTCOME) is RequestState.FULFILLED
+        [minutes] = await front.activity([version_id], minutes=10)
+        assert sum(minute.runs.count for minute in minutes) == MANY
         with pytest.raises(Unavailable):
             await sidecar.line(version_id)
         assert (await lately(sidecar, version_id)).ends == {}
+
+
+async def test_a_user_that_may_not_note_ends_fails_no_request(
+    redis_server: Redis, version_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with the rules of a release that knew of no such lines."""
+    caplog.set_level(logging.ERROR)
+    rules = access.SIDECAR.replace(" (+append +del +getdel +pexpire ~fnq:{*}:e:*)", "")
+    assert rules != access.SIDECAR
+    settings = SidecarSettings.model_construct(**SETTINGS.model_dump())
+    operator = Connection(redis_server.url_for("operator", DB), SETTINGS)
+    try:
+        await operator.run(("ACL", "SETUSER", "older", "on", ">older", *_parts(rules)))
+        url = redis_server.url_for("sidecar", DB)
+        older = f"redis://older:older@{url.rpartition('@')[2]}"
+        async with (
+            open_store(redis_server.url_for("api", DB), SETTINGS) as (front, *_),
+            open_store(older, settings) as (sidecar, *_),
+        ):
+            job = await accept(front, version_id)
+            lease = await granted(sidecar, job)
+            assert await sidecar.settle(lease, job, RequestState.FULFILLED, OUTCOME) is RequestState.FULFILLED
+            assert "store_refused" not in caplog.text
+            assert (await front.load([version_id]))[0].running == 0
+            assert (await lately(front, version_id)).ends == {}
+    finally:
+        await operator.run(("ACL", "DELUSER", "older"))
+        await operator.close()
+
+
+def _parts(rules: str) -> list[str]:
+    """A selector is one part."""
+    return re.findall(r"\([^)]*\)|\S+", rules)

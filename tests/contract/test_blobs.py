@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import threading
 import time
@@ -127,7 +128,7 @@ async def status_of(client: aiohttp.ClientSession, verb: str, url: str, headers:
 async def test_what_was_put_is_got(blobs: Blobs) -> None:
     key = new_key()
     body = os.urandom(100_000)
-    await blobs.put(key, body, content_type="application/zip")
+    assert await blobs.put(key, body, content_type="application/zip") == hashlib.sha256(body).hexdigest()
     assert await blobs.get(key, limit_bytes=len(body)) == body
 
 
@@ -197,6 +198,14 @@ async def test_delete_says_whether_there_was_one(blobs: Blobs) -> None:
     assert await blobs.delete(key)
     assert not await blobs.delete(key)
     assert await blobs.head(key) is None
+
+
+async def test_what_was_discarded_is_gone(blobs: Blobs) -> None:
+    key = new_key()
+    await blobs.put(key, b"x", content_type="text/plain")
+    for _ in range(2):
+        await blobs.discard(key)
+        assert await blobs.head(key) is None
 
 
 async def test_list_never_leaves_its_prefix(blobs: Blobs) -> None:
@@ -604,6 +613,72 @@ async def test_a_silent_s3_is_unavailable_in_time() -> None:
         async with s3.open_blobs(url, load(Settings, blobs_timeout_s=0.5), make=False) as blobs:
             with pytest.raises(BlobsUnavailable, match=r"within 0\.5 s"):
                 await blobs.head("a/b")
+
+
+async def test_what_goes_wrong_once_is_repeated_by_boto() -> None:
+    """A refusal, and an answer that is cut short."""
+    body = os.urandom(100_000)
+    agents: list[tuple[str, str]] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.method == "HEAD":
+            return web.Response()
+        agents.append((request.method, "boto" if "Boto3" in request.headers.get("User-Agent", "") else "short"))
+        assert request.method != "PUT" or await request.read() == body
+        if len(agents) % 2:
+            if request.method != "GET":
+                return web.Response(status=503)
+            cut = web.StreamResponse(headers={"Content-Length": str(len(body))})
+            await cut.prepare(request)
+            await cut.write(body[:5000])
+            assert request.transport is not None
+            request.transport.close()
+            return cut
+        if request.method == "GET":
+            return web.Response(body=body)
+        return web.Response(status=204 if request.method == "DELETE" else 200)
+
+    app = web.Application()
+    app.add_routes([web.route("*", "/{path:.*}", answer)])
+    async with TestServer(app) as server:
+        url = f"s3://access:secret@{LOOPBACK}:{server.port}/bucket?tls=false"
+        async with open_s3(url) as blobs:
+            assert await blobs.put("a/b", body, content_type=PNG) == hashlib.sha256(body).hexdigest()
+            assert await blobs.get("a/b", limit_bytes=len(body)) == body
+            await blobs.discard("a/b")
+    assert agents == [(method, agent) for method in ("PUT", "GET", "DELETE") for agent in ("short", "boto")]
+
+
+async def test_a_part_that_is_refused_once_is_sent_again_by_boto(tmp_path: Path) -> None:
+    sent: dict[str, list[bytes]] = {}
+    completed = b""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal completed
+        if "uploads" in request.query:
+            return web.Response(body=b"<Upload><UploadId>1/&amp;</UploadId></Upload>", content_type="application/xml")
+        if request.method == "POST":
+            completed = await request.read()
+            return web.Response(body=b"<Done><ETag>whole</ETag></Done>", content_type="application/xml")
+        if request.method == "PUT":
+            assert request.query["uploadId"] == "1/&"
+            number = request.query["partNumber"]
+            tries = sent.setdefault(number, [])
+            tries.append(hashlib.sha256(await request.read()).digest())
+            return web.Response(status=503 if len(tries) == 1 else 200, headers={"ETag": f'"part {number}"'})
+        return web.Response()
+
+    content = os.urandom(s3.PART_BYTES + MIB)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    app = web.Application(client_max_size=s3.PART_BYTES + MIB)
+    app.add_routes([web.route("*", "/{path:.*}", answer)])
+    async with TestServer(app) as server, open_s3(f"s3://a:b@{LOOPBACK}:{server.port}/bucket?tls=false") as blobs:
+        await blobs.upload("a/b", copying(path), content_type=PNG, scratch=tmp_path)
+    parts = content[: s3.PART_BYTES], content[s3.PART_BYTES :]
+    digests = [hashlib.sha256(part).digest() for part in parts]
+    assert sent == {"1": [digests[0]] * 2, "2": [digests[1]] * 2}
+    assert completed.index(b"part 1") < completed.index(b"part 2")
 
 
 async def test_a_wrong_secret_is_unavailable(s3: S3) -> None:

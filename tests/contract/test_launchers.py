@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from broker.errors import ConfigurationError
-from broker.model import Health
-from tests.contract.launchers import Containers, Kind, Processes, dead, started, tidy
+from broker.model import Health, LogLine, Part
+from tests.contract.launchers import DEADLINE_S, Containers, Kind, Processes, dead, started, tidy
+from tests.eventually import eventually
 
 
 @pytest.fixture(params=["process", "docker"])
@@ -55,6 +57,49 @@ async def test_a_crash_is_told_with_the_tail_of_the_log(kind: Kind) -> None:
         assert len(instance.error.encode()) <= 4096
         await launcher.stop(instance_id, grace_s=0.0)
         assert await launcher.launched() == []
+
+
+async def test_what_an_instance_writes_is_read_on_from_where_it_was(kind: Kind) -> None:
+    async with kind.open() as launcher:
+        instance_id = await started(launcher, kind.serving)
+        position, lines = "", list[LogLine]()
+
+        async def read() -> bool:
+            nonlocal position
+            excerpt = await launcher.log(instance_id, Part.SIDECAR, after=position)
+            position, lines[len(lines) :] = excerpt.position, excerpt.lines
+            return any(line.text == "reached" for line in lines)
+
+        began_at = time.time()
+        await eventually(read, bool, within_s=2 * DEADLINE_S)
+        assert "".join(f"{line.text}\n" for line in lines) == kind.log(instance_id, "sidecar")
+        assert all(began_at - 60 < line.at < time.time() + 60 for line in lines)
+        [line, *_] = (await launcher.log(instance_id, Part.CONTAINER, after="")).lines
+        assert "NVCF_FUNCTION_ID" in line.text
+        await launcher.stop(instance_id, grace_s=0.0)
+        rest = await launcher.log(instance_id, Part.SIDECAR, after=position)
+        assert [line.text for line in rest.lines if line.text == "reached"] == [], "each line once"
+        assert (await launcher.log("nobody", Part.CONTAINER, after="")).lines == ()
+
+
+async def test_what_those_wrote_that_are_gone_is_there_for_the_next_controller_too(kind: Kind) -> None:
+    async with kind.open() as launcher:
+        crashed, stopped = await started(launcher, kind.crashing), await started(launcher, kind.serving)
+        await dead(launcher, crashed)
+        await launcher.stop(crashed, grace_s=0.0)
+        await kind.up(launcher, stopped)
+        assert [each.instance_id for each in await launcher.ended()] == [crashed]
+        await launcher.stop(stopped, grace_s=0.0)
+    async with kind.open() as launcher:
+        second, first = await launcher.ended()
+        assert (first.instance_id, first.version_id, first.cause) == (
+            crashed, kind.crashing.id, "container exited with status 3",
+        )  # fmt: skip
+        assert (second.instance_id, second.cause) == (stopped, "stopped")
+        assert time.time() - 600 < first.at <= second.at
+        lines = (await launcher.log(crashed, Part.CONTAINER, after="")).lines
+        assert lines[-1].text == "the reason"
+        assert lines[-1].at <= first.at
 
 
 async def test_instances_outlive_their_controller_and_are_found_again(kind: Kind) -> None:

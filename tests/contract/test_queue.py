@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from broker.backends.codec import pack_job
 from broker.backends.memory.queue import MemoryQueue
+from broker.backends.rabbitmq.deliveries import Lane
 from broker.backends.rabbitmq.queue import RabbitQueue, open_queue
 from broker.errors import ConfigurationError, PublishRejected, QueueMissing, Unavailable
 from broker.model import Job
@@ -272,6 +273,11 @@ async def test_depth_without_a_queue_is_none(queue: Queue) -> None:
     assert await queue.depth(str(uuid.uuid4())) is None
 
 
+async def test_many_can_ask_for_queues_that_are_missing_at_once(queue: Queue) -> None:
+    for _ in range(4):
+        assert await asyncio.gather(*(queue.depth(str(uuid.uuid4())) for _ in range(64))) == [None] * 64
+
+
 async def test_the_dead_letters_have_a_depth(queue: Queue) -> None:
     assert await queue.depth("") is not None
 
@@ -376,6 +382,33 @@ async def test_garbage_goes_to_the_dead_letters_and_stops_nobody(
     assert len(unreadable) == len(strangers) + 1
     arrived = [await soon(_get(channel, "fnq.dead")) for _ in unreadable]
     assert sum(message.body == b"no header" for message in arrived) == 1
+
+
+@pytest.mark.parametrize("backend", ["rabbitmq"])
+async def test_who_waits_for_a_slot_looks_seldom(
+    queue: Queue, version_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, looked_often, look = 0, asyncio.Event(), Lane.hears_within
+
+    async def counted(lane: Lane, silence_s: float) -> bool:
+        nonlocal looks
+        heard = await look(lane, silence_s)
+        looks += 1
+        if looks == 4:
+            looked_often.set()
+        return heard
+
+    await publish(queue, [a_job(version_id), a_job(version_id)])
+    async with queue.consume(version_id, prefetch=1) as deliveries:
+        held = await soon(anext(deliveries))
+        monkeypatch.setattr(Lane, "hears_within", counted)
+        began_at = asyncio.get_running_loop().time()
+        waiting = asyncio.ensure_future(anext(deliveries))
+        await soon(looked_often.wait())
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await held.ack()
+    assert asyncio.get_running_loop().time() - began_at >= 3 * RENEW_S
 
 
 async def test_garbage_that_the_broker_cannot_move_to_the_dead_letters_is_gone_and_stops_nobody(

@@ -209,7 +209,7 @@ async def test_an_attempt_is_on_the_record_while_it_runs_and_when_it_is_over(res
 async def test_every_attempt_is_told_with_its_worker_and_its_end(results: Results) -> None:
     job = await accept(results, make_draft())
     await results.release(await granted(results, job, worker="a"), refund=True)
-    await results.release(await granted(results, job, worker="b,\n 'ü'"), refund=False)
+    await results.release(await granted(results, job, worker="b,\n 'ü'"), refund=False, reason='it said "ü"')
     await granted(results, job, worker="c", lease_s=0.05)
     await asyncio.sleep(0.1)
     lease = await granted(results, job, worker="d")
@@ -221,6 +221,7 @@ async def test_every_attempt_is_told_with_its_worker_and_its_end(results: Result
         (2, "c", AttemptEnd.LOST),
         (3, "d", AttemptEnd.TIMED_OUT),
     ]
+    assert [each.reason for each in record.attempts] == ["", 'it said "ü"', "", ""]
     assert (record.state, record.state.terminal) == (RequestState.TIMED_OUT, True)
     times = [at for each in record.attempts for at in (each.started_at, each.ended_at)]
     assert times == sorted(times)

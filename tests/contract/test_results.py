@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +14,8 @@ from broker.backends.redis.connection import Connection
 from broker.backends.redis.results import RedisResults
 from broker.backends.redis.scripts import READ
 from broker.backends.redis.store import open_store
-from broker.errors import IdempotencyKeyReused, QueueFull
+from broker.backends.redis.wire import Question, Wire
+from broker.errors import IdempotencyKeyReused, QueueFull, StoreUnavailable
 from broker.model import (
     AttemptEnd,
     Claim,
@@ -756,6 +757,67 @@ async def test_whoever_had_no_answer_is_granted_the_same_attempt_again(results: 
     assert (again.verdict, again.state) == (Verdict.SETTLED, FULFILLED)
 
 
+async def test_who_waits_is_shown_what_was_settled_with_the_hint(redis_server: Redis, version_id: str) -> None:
+    settings = Settings()
+    async with (
+        open_store(redis_server.url, settings) as (front, *_),
+        open_store(redis_server.url, settings) as (sidecar, *_),
+    ):
+        connection = Connection(redis_server.url, settings)
+        try:
+            for times_lost, size in ((0, 10), (0, 9000), (1, 10)):
+                job = await accept(front, version_id)
+                outcome = replace(OUTCOME, body=b"\n" * size)
+                async with front.watch(job.id) as watch:
+                    await watch.read()
+                    for _ in range(times_lost):
+                        await granted(sidecar, job, lease_s=0.01)
+                        await asyncio.sleep(0.02)
+                    timings = Timings(container_s=7.0)
+                    await sidecar.settle(await granted(sidecar, job), job, FULFILLED, outcome, timings)
+                    assert await watch.changed(30)
+                    stored = await front.read(job.id)
+                    assert stored is not None
+                    assert stored.outcome == outcome
+                    shown = (times_lost, size) == (0, 10)
+                    if shown:  # not asked for again
+                        await connection.run(("DEL", f"fnq:{{{job.id}}}:r", f"fnq:{{{job.id}}}:b"))
+                    assert await watch.read() == stored
+                    assert await front.read(job.id) == (None if shown else stored)
+        finally:
+            await connection.close()
+
+
+@pytest.mark.parametrize("news", ["", "x", "\x00\x09fulfilled", "\x00\x08running 1\x00\x00\x00\x00"])
+async def test_a_hint_that_cannot_be_read_means_read_again(redis_server: Redis, version_id: str, news: str) -> None:
+    async with open_store(redis_server.url, Settings()) as (front, *_):
+        assert isinstance(front, RedisResults)
+        job = await accept(front, version_id)
+        connection = Connection(redis_server.url, Settings())
+        try:
+            async with front.watch(job.id) as watch:
+                await connection.run(("PUBLISH", front.channel, f"{job.id}\n{news}"))
+                assert await watch.changed(30)
+                assert await watch.read() == await front.read(job.id)
+        finally:
+            await connection.close()
+
+
+async def test_a_hint_shows_nothing_that_a_replica_has_to_have(redis_server: Redis, version_id: str) -> None:
+    async with (
+        open_store(redis_server.url, Settings(durable_replicas=1)) as (front, *_),
+        open_store(redis_server.url, Settings()) as (sidecar, *_),
+    ):
+        job = await accept(sidecar, version_id)
+        async with front.watch(job.id) as watch:
+            with pytest.raises(StoreUnavailable):
+                await watch.read()
+            await sidecar.settle(await granted(sidecar, job), job, FULFILLED, OUTCOME)
+            assert await watch.changed(30)
+            with pytest.raises(StoreUnavailable):
+                await watch.read()
+
+
 async def test_a_poll_that_redis_runs_twice_takes_one_update(redis_server: Redis, version_id: str) -> None:
     settings = Settings()
     connection = Connection(redis_server.url, settings)
@@ -925,3 +987,33 @@ async def test_of_many_places_the_furthest_are_told_as_far(results: Results, ver
     places = sorted(place.rank for place in await results.places(version_id, [job.id for job in jobs]))
     assert places[:999] == list(range(1, 1000))
     assert all(rank >= FURTHEST for rank in places[999:])
+
+
+async def test_what_is_asked_while_an_answer_is_to_come_is_asked_together(
+    redis_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    first, send = asyncio.Event(), Wire.send
+
+    def noted(wire: Wire, questions: Sequence[Question]) -> None:
+        sent.append(len(questions))
+        send(wire, questions)
+        first.set()
+
+    monkeypatch.setattr(Wire, "send", noted)
+    asking, other = (Connection(redis_server.url, Settings()) for _ in range(2))
+    held = f"held:{uuid.uuid4()}"
+    try:
+        slow = asyncio.create_task(asking.run(("BLPOP", held, 30)))
+        await asyncio.wait_for(first.wait(), 30)
+        waiting = []
+        for number in range(10):
+            waiting.append(asyncio.create_task(asking.run(("ECHO", str(number)))))
+            await asyncio.sleep(0)
+        assert sent == [1]
+        await other.run(("RPUSH", held, "x"))
+        assert [reply for [reply] in await asyncio.gather(*waiting)] == [str(number).encode() for number in range(10)]
+        assert (await slow)[0][1] == b"x"
+        assert sorted(sent) == [1, 1, 10]
+    finally:
+        await asyncio.gather(asking.close(), other.close())

@@ -170,8 +170,8 @@ async def test_the_commands_make_suspend_and_list_keys(
     made = ("create", "--account", account, "--resource", "authorized-functions/*", "--expires-in", "12h")
     code, token = await run(*made, "--scope", "invoke_function")
     assert (code, token[:6]) == (0, "nvapi-")
-    _, line = await run("list", "--account", account)
-    key_id, *_, status, resources = line.split("\t")
+    _, listed = await run("list", "--account", account)
+    key_id, _, _, status, *_, resources = listed.splitlines()[1].split()
     assert (status, resources) == ("ACTIVE", "authorized-functions/*")
     assert (await run("suspend", key_id))[0] == 0
     assert "SUSPENDED" in (await run("list", "--account", account))[1]

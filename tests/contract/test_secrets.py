@@ -253,6 +253,10 @@ def test_the_command_rotates_and_tells(redis_server: Redis, tmp_path: Path, monk
     assert "sealed again" in done.output
     assert CANARY in asyncio.run(reveal(version)).decode()
     assert CANARY not in done.output
+    again = json.loads(CliRunner().invoke(secrets_command, ["rotate", "--json"]).stdout)
+    assert again["resealed"] == 0
+    # Other tests' secrets are in this Redis, too, under keys that nobody has now.
+    assert not [one for one in again["unopened"] if one.startswith(version.id)]
     monkeypatch.setenv("FNQUEUE_ENCRYPTION_KEYS", f"other:{'4d' * 32}")
     failed = CliRunner().invoke(secrets_command, ["rotate"])
     assert failed.exit_code == 1

@@ -243,6 +243,30 @@ async def test_on_loan_it_is_nobody_elses_and_a_lapsed_loan_is_given_again(store
     assert await take(store, account) == []
 
 
+async def test_what_is_due_is_counted_until_it_is_taken(store: Store, account: str) -> None:
+    await take(store, account)
+    before = await store.webhooks.backlog()
+    assert before.count == 0
+    assert before.late_s == 0
+    for _ in range(3):
+        await settle(store, await accept(store, account))
+    due = await eventually(store.webhooks.backlog, lambda seen: seen.late_s > 0)
+    assert due.count == 3
+    assert len(await take(store, account)) == 3
+    assert (await store.webhooks.backlog()).count == 0
+
+
+async def test_what_is_due_longest_is_taken_first(store: Store, account: str) -> None:
+    ids = []
+    for _ in range(5):
+        job = await accept(store, account)
+        ids.append(job.id)
+        await settle(store, job)
+        await asyncio.sleep(0.002)  # another millisecond of the store's clock
+    taken = [loan.delivery.request_id for loan in await take(store, account)]
+    assert taken == ids
+
+
 async def test_several_take_each_one_once(store: Store, account: str) -> None:
     jobs = [await accept(store, account) for _ in range(KEPT)]
     for job in jobs:

@@ -90,6 +90,7 @@ def settings_for(folder: Path) -> dict[str, str]:
         "FNQUEUE_RENEW_S": "0.5",
         "FNQUEUE_DRAIN_S": "3",
         "FNQUEUE_SWEEP_S": "1",
+        "FNQUEUE_DASHBOARD_REFRESH_S": "0.5",
         "FNQUEUE_REGION": "here",
         # Receivers of the tests are here, and speak plain HTTP.
         "FNQUEUE_WEBHOOK_NETWORKS": "127.0.0.0/8",

@@ -49,7 +49,9 @@ NOT_OF_SIDECARS = (
     *NOT_OF_FRONT_ENDS,
     *(f"ZRANGE {OTHERS}:{kind} 0 -1" for kind in "qxda"),
     *(f"ZRANK {OTHERS}:{kind} x" for kind in "qxda"),
-    f"HGETALL {OTHERS}:n", f"HMGET {OTHERS}:n a", f"HSCAN {OTHERS}:n 0", f"HGETALL {RECORD}", f"XRANGE {OTHERS}:s - +",
+    f"HGETALL {OTHERS}:n", f"HVALS {OTHERS}:n", f"HKEYS {OTHERS}:n:0a1", f"HSCAN {OTHERS}:n 0",
+    f"HGETALL {RECORD}", f"XRANGE {OTHERS}:s - +",
+    f"XRANGE {OTHERS}:y - +", f"HGETALL {OTHERS}:z", "ZRANGE fnq:{logs}:w 0 -1", "ZADD fnq:{logs}:w 1 x",
     f"LRANGE {OTHERS}:p 0 -1", "HGET fnq:c:{keys} x", "HSET fnq:c:{keys} x 1", "ZRANGE fnq:c:{versions}:: 0 -1",
     "GET fnq:k:x", "HGET fnq:l:{v}:x:1 t", "GET fnq:gpus", "SET fnq:epoch 1:1", "DEL fnq:epoch", "SUBSCRIBE fnq:h:1",
 )  # fmt: skip
@@ -99,6 +101,21 @@ async def test_a_guarded_redis_lets_nobody_in_without_a_password(tmp_path: Path)
             async with Client.from_url(url) as client:
                 with pytest.raises(AuthenticationError):
                     await client.ping()
+
+
+async def test_a_guarded_redis_that_was_killed_has_what_scripts_and_transactions_wrote(tmp_path: Path) -> None:
+    """It reads them from its append-only file by the rights of `default`, whom nobody can be."""
+    with Redis(tmp_path, guarded=True) as server:
+        async with Client.from_url(server.url) as client:
+            await client.eval("redis.call('SET', 'a', 1) redis.call('SET', 'b', 1)", 0)
+            async with client.pipeline(transaction=True) as both:
+                both.set("c", 1)
+                both.set("d", 1)
+                await both.execute()
+        server.kill()
+        server.start()
+        async with Client.from_url(server.url) as client:
+            assert await client.exists("a", "b", "c", "d") == 4
 
 
 # -- RabbitMQ --------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ async def test_the_life_of_a_function(shell: Shell) -> None:
     assert [row["versionId"] for row in rows] == [made["versionId"]]
     shown = (await shell.fnqueue("functions", "show", "lifecycle")).stdout
     assert "Deployed     1 to 1 on CPU, 2 at once in each" in shown
-    assert re.search(r"^[0-9a-f-]{36}  RUNNING  CPU$", shown, re.MULTILINE)
+    assert re.search(r"^[0-9a-f-]{36}  RUNNING  CPU   -$", shown, re.MULTILINE)
 
     more = await shell.told("deploy", "lifecycle", "--instances", "2")
     assert more["deployment"]["deploymentSpecifications"][0]["minInstances"] == 2
@@ -73,6 +73,11 @@ async def test_a_function_that_cannot_run_is_told_by_status_and_reason(shell: Sh
     assert done.exit_code == 3, done.output
     assert "nobody/has:this" in done.stderr
     assert "nobody/has:this" in (await shell.fnqueue("logs", "lost")).stdout
+    assert re.search(r"^lost +ERROR +- ", (await shell.fnqueue("queue")).stdout, re.MULTILINE)
+    assert [row["functionStatus"] for row in await shell.told("queue", "lost")] == ["ERROR"]
+    rows = json.loads((await shell.fnqueue("top", "--json", "--count", "1")).stdout)
+    assert [row["status"] for row in rows if row["name"] == "lost"] == ["ERROR"]
+    assert re.search(r"^lost +ERROR +- ", (await shell.fnqueue("top", "--count", "1")).stdout, re.MULTILINE)
 
 
 async def test_top_shows_what_waits_and_what_runs(shell: Shell, caller: Caller, recorder: Function, gate: Gate) -> None:

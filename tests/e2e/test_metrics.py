@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from infra.local import binaries
 from infra.local.process import LOOPBACK, free_port
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests.eventually import eventually
-from tests.house import RECORDER, Function, House, running, users
+from tests.house import RECORDER, Caller, Function, House, running, users
 from tests.prometheus import Prometheus
+from tests.receiver import receiving
 from tests.unit.scrapes import Scrape
 
 DB = 2
@@ -33,10 +35,19 @@ def ports() -> dict[str, int]:
 
 
 @pytest.fixture
-def house(
-    product_rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path: Path, ports: dict[str, int]
-) -> Iterator[House]:
-    fronts, controllers = users(product_rabbitmq, redis_server, s3, database=DB)
+def rabbitmq(programs: None, tmp_path: Path) -> Iterator[RabbitMQ]:
+    """Of this test's own: which controller takes a dead letter, and counts it, is nobody's to choose."""
+    server = RabbitMQ(tmp_path / "rabbitmq", management=True)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def house(rabbitmq: RabbitMQ, redis_server: Redis, s3: S3, tmp_path: Path, ports: dict[str, int]) -> Iterator[House]:
+    fronts, controllers = users(rabbitmq, redis_server, s3, database=DB)
     controllers["FNQUEUE_STATUS_PORT"] = str(ports[CONTROLLER])
     made = House(
         tmp_path,
@@ -45,6 +56,10 @@ def house(
         FNQUEUE_STATUS_PORT=str(ports[API]),
         FNQUEUE_AUDIT_S="0.5",
         FNQUEUE_MAX_ATTEMPTS="1",
+        # The receiver of the test is here, and speaks plain HTTP.
+        FNQUEUE_WEBHOOK_NETWORKS="127.0.0.0/8",
+        FNQUEUE_WEBHOOK_PORTS="1024-65535",
+        FNQUEUE_WEBHOOK_HTTP="true",
     )
     with running(made) as started:
         yield started
@@ -101,17 +116,25 @@ async def test_an_invocation_shows_in_every_process_and_on_the_dashboard(
         asked = [as_grafana_asks(query.expression) for panel in panels() for query in panel.queries]
         assert len(asked) > 40
         of_the_dead = [expression for expression in asked if "dead_letters" in expression]
+        of_webhooks = [expression for expression in asked if "webhook" in expression]
         for expression in asked:
-            if expression not in of_the_dead:
+            if expression not in (*of_the_dead, *of_webhooks):
                 await has_an_answer(prometheus, expression)
+
+        await webhooks_are_told(caller, function)
+        for expression in of_webhooks:
+            await has_an_answer(prometheus, expression)
+        given_up = await an_alert_fires(prometheus, "FnqueueWebhooksFailed")
+        assert given_up["labels"]["function_version_id"] == function.version_id
 
         died = await caller.invoke(function.id, {"die": True})
         assert died.status == 500
         assert died.json["type"].endswith(":request-dead")
         for expression in of_the_dead:
             await has_an_answer(prometheus, expression)
-        await an_alert_fires(prometheus, "FnqueueDeadLetters")
-        assert {rule["health"] for rule in await prometheus.rules()} == {"ok"}
+        alert = await an_alert_fires(prometheus, "FnqueueDeadLetters")
+        assert alert["labels"]["cause"] == "attempts-exhausted", json.dumps(alert)
+        await every_alert_looks_at_something(prometheus)
         await function.undeploy()
 
         async def versions_of_the_controller() -> set[str]:
@@ -119,6 +142,20 @@ async def test_an_invocation_shows_in_every_process_and_on_the_dashboard(
             return {dict(labels)["function_version_id"] for name, labels in samples if name == "fnqueue_queue_depth"}
 
         await eventually(versions_of_the_controller, lambda seen: function.version_id not in seen)
+
+
+async def webhooks_are_told(caller: Caller, function: Function) -> None:
+    """One that its receiver takes, and one that is given up."""
+    assert (await caller.call("POST", "/v2/nvcf/webhooks/secrets", data={})).status == 200
+    async with receiving() as receiver:
+        for answer, state in ((204, "delivered"), (410, "failed")):
+            receiver.answers.append(answer)
+            told = await caller.invoke(function.id, headers={"NVCF-CALLBACK-URL": receiver.url})
+            assert told.status == 200
+            at = f"/v2/nvcf/webhooks/deliveries/{told.request_id}"
+            look = partial(caller.call, "GET", at)
+            delivery = await eventually(look, lambda seen: seen.status == 200 and seen.json["state"] != "pending")
+            assert delivery.json["state"] == state
 
 
 async def seen_by_the_front_end(address: str, function: Function) -> None:
@@ -173,9 +210,25 @@ async def has_an_answer(prometheus: Prometheus, expression: str) -> None:
     assert found, expression
 
 
-async def an_alert_fires(prometheus: Prometheus, name: str) -> None:
+async def every_alert_looks_at_something(prometheus: Prometheus) -> None:
+    """Prometheus has evaluated each without a complaint; and what does not fire here does not for its threshold or for
+    the values of its labels: there are such series, with such labels."""
+    rules = await prometheus.rules()
+    assert len(rules) > 15
+    assert {rule["health"] for rule in rules} == {"ok"}
+    for rule in rules:
+        await has_an_answer(prometheus, without_thresholds(rule["query"]))
+
+
+def without_thresholds(expression: str) -> str:
+    plain = re.sub(r"\s(==|>|<)\s[\d.]+", "", expression)
+    plain = re.sub(r"absent\((.+)\)", r"\1", plain)
+    return re.sub(r'(\w+)(=~|=)"[^"]*"', r'\1!=""', plain)
+
+
+async def an_alert_fires(prometheus: Prometheus, name: str) -> dict[str, Any]:
     async def alerts() -> list[dict[str, Any]]:
         return [alert for rule in await prometheus.rules() if rule["name"] == name for alert in rule["alerts"]]
 
     (alert,) = await eventually(alerts, lambda found: bool(found) and found[0]["state"] == "firing")
-    assert alert["labels"]["cause"] == "attempts-exhausted", json.dumps(alert)
+    return alert

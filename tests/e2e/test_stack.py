@@ -36,6 +36,7 @@ async def test_up_prints_how_to_invoke_and_the_line_works(stack: Stack) -> None:
     answered = await asyncio.to_thread(subprocess.check_output, ["bash", "-c", line], timeout=60)
     assert json.loads(answered) == {"echo": "hello hello"}
     assert "already running" in await asyncio.to_thread(stack.run, "up")
+    assert "profile B:" in await asyncio.to_thread(stack.run, "doctor")  # which ends badly if anything fails
 
 
 async def persist(call: Callable[[], Awaitable[Reply]]) -> Reply:

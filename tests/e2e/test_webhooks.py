@@ -62,7 +62,7 @@ async def test_the_end_of_a_request_is_told_signed_by_all_secrets(
     came = await told(receiver, reply.request_id)
     payload = verify(secret, came["headers"], came["body"])
     assert verify(other["secret"], came["headers"], came["body"]) == payload
-    assert payload["type"] == "request.fulfilled"
+    assert payload["type"] == came["headers"]["ce-type"] == "request.fulfilled"
     data = payload["data"]
     assert (data["requestId"], data["functionId"], data["statusCode"]) == (reply.request_id, mirror.function.id, 200)
     assert receiver.came[0].path == "/in?x=1"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aio_pika
 import click
 import pytest
 import redis
@@ -86,6 +87,7 @@ async def test_the_doctor_finds_nothing_wrong_with_our_own_servers(environment: 
     for name, value in {
         "redis appendfsync": "always",
         "redis maxmemory-policy": "noeviction",
+        "redis user default": "~* &* +@all",
         "rabbitmq nodes": "1",
         "rabbitmq alarms": "none",
         "rabbitmq queue policy": "fnqueue-versions",
@@ -95,6 +97,21 @@ async def test_the_doctor_finds_nothing_wrong_with_our_own_servers(environment: 
     assert found["rabbitmq consumer time-out"]["unknown"] is True
 
 
+async def test_a_queue_that_was_just_declared_is_not_blamed(
+    environment: dict[str, str], managed_rabbitmq: RabbitMQ
+) -> None:
+    """The management API tells of its policy with its first statistics, up to 10 s later."""
+    async with await aio_pika.connect(managed_rabbitmq.url) as connection:
+        channel = await connection.channel()
+        queue = await channel.declare_queue("fnq.v.young", durable=True, arguments={"x-queue-type": "quorum"})
+        try:
+            result = await asyncio.to_thread(run_doctor, environment, "--json", FNQUEUE_PROFILE="B")
+        finally:
+            await queue.delete(if_unused=False, if_empty=False)
+    assert result.exit_code == 0, result.output
+    assert findings(result)["rabbitmq queue policy"]["value"] == "fnqueue-versions"
+
+
 async def test_the_doctor_says_what_keeps_the_servers_from_a_profile(environment: dict[str, str]) -> None:
     result = await asyncio.to_thread(run_doctor, environment, FNQUEUE_PROFILE="C")
     assert result.exit_code == 1
@@ -102,6 +119,41 @@ async def test_the_doctor_says_what_keeps_the_servers_from_a_profile(environment
     at = next(number for number, line in enumerate(lines) if "min-replicas-to-write" in line)
     assert lines[at].startswith("fail")
     assert "CONFIG SET min-replicas-to-write 1" in lines[at + 2]
+
+
+async def test_as_the_controllers_user_the_doctor_sees_the_same(
+    environment: dict[str, str], managed_rabbitmq: RabbitMQ
+) -> None:
+    """It may not publish, which the doctor does to be told of an alarm."""
+    own = {
+        "FNQUEUE_QUEUE_URL": managed_rabbitmq.url_for("controller"),
+        "FNQUEUE_QUEUE_MANAGEMENT_URL": managed_rabbitmq.management_url_for("controller"),
+    }
+    result = await asyncio.to_thread(run_doctor, environment | own, "--json", FNQUEUE_PROFILE="B")
+    assert result.exit_code == 0, result.output
+    assert findings(result)["rabbitmq alarms"]["value"] == "none"
+    blind = await asyncio.to_thread(run_doctor, environment | own, "--json", FNQUEUE_QUEUE_MANAGEMENT_URL="")
+    assert findings(blind)["rabbitmq alarms"]["unknown"] is True
+    assert blind.exit_code == 0
+
+
+async def test_the_doctor_sees_a_powerless_default_user_where_it_may(
+    environment: dict[str, str], redis_server: Redis
+) -> None:
+    def asked(role: str) -> dict[str, Any]:
+        own = {"FNQUEUE_STORE_URL": redis_server.url_for(role)}
+        return findings(run_doctor(environment | own, "--json", FNQUEUE_PROFILE="B"))["redis user default"]
+
+    hidden = await asyncio.to_thread(asked, "controller")
+    assert (hidden["level"], hidden["unknown"]) == ("warn", True)
+    assert hidden["mend"].endswith("ACL GETUSER default")
+    with redis.Redis.from_url(redis_server.url_for("operator")) as client:
+        client.execute_command("ACL SETUSER default -@all")
+        try:
+            found = await asyncio.to_thread(asked, "operator")
+        finally:
+            client.execute_command("ACL SETUSER default +@all")
+    assert (found["level"], found["unknown"], found["value"]) == ("fail", False, "~* &* -@all")
 
 
 async def test_what_amqp_does_not_tell_is_called_unknown(environment: dict[str, str]) -> None:

@@ -119,12 +119,15 @@ async def test_redis_keeps_an_answered_write_when_killed(new_redis: Callable[[],
 
 async def test_redis_runs_with_the_durable_settings(redis_server: Redis) -> None:
     async with RedisClient.from_url(redis_server.url) as client:
-        settings = await client.config_get("appendonly", "appendfsync", "maxmemory-policy", "save", "bind")
+        settings = await client.config_get(
+            "appendonly", "appendfsync", "maxmemory-policy", "save", "rdbcompression", "bind"
+        )
     assert settings == {
         "appendonly": "yes",
         "appendfsync": "always",
         "maxmemory-policy": "noeviction",
         "save": "",
+        "rdbcompression": "no",
         "bind": "127.0.0.1",
     }
 

@@ -4,11 +4,12 @@ is expected of a real one."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity
-from broker.model import Gpu, GpuSpecification, Login, Version
+from broker.model import Ended, Gpu, GpuSpecification, LogExcerpt, Login, LogLine, Part, Version
 from broker.ports import Launched
 
 KNOWN_IMAGE = "test/server:1"
@@ -36,6 +37,10 @@ class FakeLauncher:
         self.stopped: list[tuple[str, float]] = []
         self.started = asyncio.Event()
         self.leaves_running = False
+        self.logs: dict[tuple[str, Part], list[LogLine]] = {}
+        self.unreadable: set[str] = set()
+        self.reads = 0
+        self.gone: list[Ended] = []
 
     async def gpus(self) -> list[Gpu]:
         return [CPU]
@@ -61,7 +66,11 @@ class FakeLauncher:
     async def stop(self, instance_id: str, *, grace_s: float) -> None:
         if self.draining is not None:
             await self.draining.wait()
-        if self.instances.pop(instance_id, None) is not None:
+        instance = self.instances.pop(instance_id, None)
+        if instance is not None:
+            cause = instance.error.partition("\n")[0] or "stopped"
+            ended = Ended(instance_id=instance_id, version_id=instance.version_id, at=time.time(), cause=cause)
+            self.gone.insert(0, ended)
             self.stopped.append((instance_id, grace_s))
 
     async def deliver(self, instance_id: str, secrets: bytes) -> None:
@@ -71,6 +80,18 @@ class FakeLauncher:
 
     async def launched(self) -> list[Launched]:
         return list(self.instances.values())
+
+    async def log(self, instance_id: str, part: Part, *, after: str) -> LogExcerpt:
+        """Positions are the numbers of lines."""
+        self.reads += 1
+        if instance_id in self.unreadable:
+            raise LauncherUnavailable("its engine is away")
+        known = instance_id in {*self.instances, *(ended.instance_id for ended in self.gone)}
+        written = self.logs.get((instance_id, part), []) if known else []
+        return LogExcerpt(lines=tuple(written[int(after or 0) :]), position=str(len(written)))
+
+    async def ended(self) -> list[Ended]:
+        return list(self.gone)
 
     def kill(self, instance_id: str, error: str = "container was killed by signal 9") -> None:
         self.instances[instance_id].alive = False

@@ -16,6 +16,7 @@ from pamqp.header import ContentHeader
 
 from broker.backends.rabbitmq import wire
 from broker.backends.rabbitmq.wire import Channel, Message, Refused, Returned, Wire
+from tests.eventually import eventually
 
 
 class Sent(asyncio.Transport):
@@ -47,9 +48,9 @@ class Sent(asyncio.Transport):
 class Bench:
     """A channel of a connection that needs no server."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gather_s: float = 3600.0) -> None:
         self.sent = Sent()
-        self.wire = Wire("amqp://guest:guest@localhost/", "test")
+        self.wire = Wire("amqp://guest:guest@localhost/", "test", gather_s=gather_s)
         self.wire.connection_made(self.sent)
         self.wire._opened = True  # as after the handshake
         self.wire.frame_max = 4096
@@ -63,8 +64,13 @@ class Bench:
         await asyncio.sleep(0)
         return self.sent.frames()
 
-    async def consume(self) -> list[Message]:
+    async def consume(self, *, prefetch: int = 0) -> list[Message]:
         arrived: list[Message] = []
+        if prefetch:
+            limiting = asyncio.create_task(self.channel.prefetch(prefetch))
+            await asyncio.sleep(0)
+            self.hear(commands.Basic.QosOk())
+            await limiting
         consuming = asyncio.create_task(self.channel.consume("queue", arrived.append, tag="jobs"))
         await asyncio.sleep(0)
         self.hear(commands.Basic.ConsumeOk("jobs"))
@@ -140,10 +146,60 @@ async def test_acknowledgements_in_a_row_leave_as_one() -> None:
     acks = cast("list[commands.Basic.Ack]", await bench.flushed())
     assert [(ack.delivery_tag, ack.multiple) for ack in acks] == [(3, True), (5, False)]
     bench.channel.ack(4)
-    bench.channel.nack(6, requeue=True)
-    nack, ack = cast("list[commands.Basic.Ack]", await bench.flushed())
+    bench.channel.requeue(6)
+    ack, nack = cast("list[commands.Basic.Ack]", await bench.flushed())
     assert isinstance(nack, commands.Basic.Nack)
     assert (ack.delivery_tag, ack.multiple) == (4, False)
+
+
+async def test_acknowledgements_wait_for_others_while_the_broker_sends_on() -> None:
+    bench = Bench()
+    await bench.consume(prefetch=3)
+    for tag in (1, 2):
+        bench.hear(*delivery(tag, b""))
+    for tag in (2, 1):
+        bench.channel.ack(tag)
+        assert await bench.flushed() == []
+    bench.hear(*delivery(3, b""))
+    [ack] = cast("list[commands.Basic.Ack]", await bench.flushed())
+    assert (ack.delivery_tag, ack.multiple) == (2, True)
+
+
+async def test_an_acknowledgement_without_others_is_said_too() -> None:
+    bench = Bench(gather_s=0.001)
+    await bench.consume(prefetch=3)
+    bench.hear(*delivery(1, b""))
+    bench.channel.ack(1)
+    [ack] = cast("list[commands.Basic.Ack]", await eventually(bench.flushed, bool))
+    assert (ack.delivery_tag, ack.multiple) == (1, False)
+
+
+@pytest.mark.parametrize("first", ["ack", "delivery"])
+async def test_acknowledgements_do_not_wait_where_the_broker_does(first: str) -> None:
+    bench = Bench()
+    await bench.consume(prefetch=3)
+    for tag in (1, 2):
+        bench.hear(*delivery(tag, b""))
+    if first == "delivery":
+        bench.hear(*delivery(3, b""))
+    bench.channel.ack(1)
+    if first == "ack":
+        bench.hear(*delivery(3, b""))
+    [ack] = cast("list[commands.Basic.Ack]", await bench.flushed())
+    assert (ack.delivery_tag, ack.multiple) == (1, False)
+
+
+async def test_what_was_acknowledged_is_said_before_the_channel_closes() -> None:
+    bench = Bench()
+    await bench.consume(prefetch=3)
+    bench.hear(*delivery(1, b""))
+    bench.channel.ack(1)
+    closing = asyncio.create_task(bench.channel.close())
+    ack, close = await eventually(bench.flushed, bool)
+    assert isinstance(ack, commands.Basic.Ack)
+    assert isinstance(close, commands.Channel.Close)
+    bench.hear(commands.Channel.CloseOk())
+    await closing
 
 
 async def test_each_publish_ends_with_its_own_answer() -> None:

@@ -15,7 +15,7 @@ from broker.backends import files
 from broker.errors import BadRequest, NotFound, PayloadTooLarge
 from broker.keyring import Keyring
 from broker.model import Principal
-from broker.ports import Broker, Catalog, Counters, DeadLetters, Queue, Results, Streams, Upkeep, Webhooks
+from broker.ports import Broker, Catalog, Counters, DeadLetters, InstanceLogs, Queue, Results, Streams, Upkeep, Webhooks
 from broker.settings import MIB, Settings, load
 
 HOUR_S = 3600.0
@@ -42,6 +42,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
             upkeep=cast(Upkeep, nothing),
             dead_letters=cast(DeadLetters, nothing),
             webhooks=cast(Webhooks, nothing),
+            instance_logs=cast(InstanceLogs, nothing),
             blobs=blobs,
             settings=settings,
             keyring=Keyring({}),

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from fnqueue import errors
-from fnqueue.client import AsyncClient, Upload
+from fnqueue.client import AsyncClient, Download, Upload
 from fnqueue.errors import (
     ConnectionFailed,
     FunctionFailed,
@@ -73,6 +73,15 @@ async def test_a_request_is_handed_in_without_waiting_for_it(service: Service, c
     assert call.headers["Authorization"] == f"Bearer {KEY}"
     assert (call.headers["NVCF-QUEUE-TIMEOUT-SECONDS"], call.headers["X-Mine"]) == ("10", "1")
     assert len(call.headers["Idempotency-Key"]) == 36
+
+
+async def test_a_callback_is_of_a_function_or_of_one_request(service: Service, client: AsyncClient) -> None:
+    service.will(pending(), pending())
+    function = client.function(FUNCTION_ID, callback="https://example.com/all")
+    await function.spawn(message="hello")
+    await function.spawn(message="hello", callback="none")
+    told = [call.headers["NVCF-CALLBACK-URL"] for call in service.heard]
+    assert told == ["https://example.com/all", "none"]
 
 
 async def test_what_fails_on_the_way_is_repeated_under_the_same_key(service: Service, client: AsyncClient) -> None:
@@ -232,6 +241,16 @@ async def test_one_call_is_enough_for_a_result_that_comes_soon(service: Service,
     assert 1 <= int(service.heard[0].headers["NVCF-POLL-SECONDS"]) <= 60
 
 
+async def test_the_server_answers_before_the_caller_gives_up(service: Service, client: AsyncClient) -> None:
+    """So that whoever does knows which request goes on."""
+    service.will(*(each for _ in range(2) for each in (pending(), ended("later"))))
+    await client.function(FUNCTION_ID).run(timeout_s=1.9)
+    await client.function(FUNCTION_ID).run(timeout_s=40.0)
+    little, much = (service.heard[at].headers for at in (0, 2))
+    assert little["Prefer"] == "respond-async"
+    assert int(much["NVCF-POLL-SECONDS"]) < 40
+
+
 async def test_a_wait_that_breaks_is_taken_up_again(service: Service, client: AsyncClient) -> None:
     service.will(hang_up, pending(), hang_up, problem(503), ended("after all"))
     assert (await client.function(FUNCTION_ID).run()).json() == "after all"
@@ -317,9 +336,12 @@ async def test_a_download_that_breaks_goes_on_where_it_was(service: Service, cli
         return web.Response(body=content)
 
     for second in (rest, replaced):
+        told: list[Download] = []
         service.will(elsewhere(service), half, second)
-        with await client.handle(REQUEST_ID).get() as result:
+        with await client.handle(REQUEST_ID).get(progress=told.append) as result:
             assert result.json() == {"pages": 2}
+        assert {each.size_bytes for each in told} == {len(content)}
+        assert [each.received_bytes for each in told] == [100, len(content)]
 
 
 async def test_a_link_that_has_expired_is_asked_for_again(service: Service, client: AsyncClient) -> None:

@@ -204,14 +204,42 @@ def test_an_iterator_that_is_interrupted_is_closed_once_its_step_has_ended(porta
     async def slow() -> AsyncGenerator[int, None]:
         try:
             ending.set()
-            await asyncio.sleep(0.05)
+            await asyncio.Event().wait()
             yield 1
         finally:
+            await asyncio.sleep(0.05)
             closed.set()
 
     with pytest.raises(KeyboardInterrupt):
         next(Interrupted(_nothing).each(slow()))
     assert closed.is_set()
+
+
+def test_an_iterator_that_is_interrupted_as_it_asks_is_closed_where_it_runs(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come when the loop has the step, and the thread has not yet what to wait for."""
+    begun, ended_in = threading.Event(), list[str]()
+    hand_over = asyncio.run_coroutine_threadsafe
+
+    async def endless() -> AsyncGenerator[int, None]:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+            yield 1
+        finally:
+            ended_in.append(threading.current_thread().name)
+
+    def interrupted(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> Any:
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", hand_over)
+        hand_over(coroutine, loop)
+        assert begun.wait(TIMEOUT_S)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(portal.each(endless()))
+    assert ended_in == ["fnqueue"]
 
 
 def test_closing_lets_what_runs_tidy_up() -> None:
@@ -271,6 +299,18 @@ def test_whoever_does_not_use_the_client_does_not_pay_for_it() -> None:
     """A sidecar imports the wire's models, and every command the command line."""
     look = "import sys, fnqueue.cli, fnqueue.wire; sys.exit('httpx2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", look], check=False, timeout=TIMEOUT_S).returncode == 0
+
+
+def test_who_uses_the_client_imports_nothing_of_a_server() -> None:
+    """They are installed with it, and are not to be waited for."""
+    look = (
+        "import sys, fnqueue.blocking; "
+        "sys.exit(' '.join({name.partition('.')[0] for name in sys.modules} & set(sys.argv[1:])) or 0)"
+    )
+    servers = ("aio_pika", "aiodocker", "aiohttp", "aiormq", "api", "boto3", "broker", "click", "lightkube", "orjson")
+    command = [sys.executable, "-c", look, *servers, "prometheus_client", "psutil", "redis", "uvloop", "workers"]
+    done = subprocess.run(command, check=False, timeout=TIMEOUT_S, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_every_public_name_is_there() -> None:

@@ -70,6 +70,8 @@ def test_an_answer_that_is_no_problem_is_shown() -> None:
     found = errors.of_answer(502, {}, b"<html>Bad Gateway</html>")
     assert type(found) is errors.ServerFailed
     assert str(found) == "502: <html>Bad Gateway</html>"
+    assert "is the URL that of such a server?" in str(errors.of_answer(404, {}, b"<html>Not Found</html>"))
+    assert str(errors.of_answer(403, {}, b"<?xml?><Error>expired</Error>")) == "403: <?xml?><Error>expired</Error>"
     assert errors.of_answer(500, {}, b"").detail == ""
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +34,16 @@ def test_a_job_survives_the_queue(body: bytes, headers: tuple[tuple[str, str], .
     limits = {"queue_deadline_at": 1.5, "run_timeout_s": 30.0, "region": "eu"}
     job = make_job(body=body, headers=headers, assets=assets, passthrough=True, poll_s=7, **limits)
     assert codec.unpack_job(*codec.pack_job(job)) == job
+
+
+def test_an_envelope_is_without_what_has_its_default_but_for_what_older_releases_need() -> None:
+    job = make_job(body=b"x")
+    envelope, body = codec.pack_job(job)
+    needed = {"id", "account", "function_id", "version_id", "subject", "created_at", "deadline_at", "digest"}
+    assert orjson.loads(envelope).keys() == needed | {"v", "headers", "assets"}
+    whole = {field.name: getattr(job, field.name) for field in dataclasses.fields(Job) if field.name != "body"}
+    written_before = orjson.dumps({**whole, "v": 1, "of_another_release": True})
+    assert codec.unpack_job(envelope, body) == codec.unpack_job(written_before, body) == job
 
 
 @given(token=TEXT, websocket=st.booleans(), body_bytes=st.integers(-1, 2**40))

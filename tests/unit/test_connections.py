@@ -72,7 +72,7 @@ async def test_who_has_asked_may_be_silent(tmp_path: Path) -> None:
     [("max_connections", 503, "overloaded"), ("max_address_connections", 429, "too-many-requests")],
 )
 async def test_one_connection_too_many_is_refused_in_words(tmp_path: Path, limit: str, status: int, kind: str) -> None:
-    async with opened(tmp_path, failing=None, failing_queue=None, **{limit: 2}) as house:
+    async with opened(tmp_path, failing=None, failing_queue=None, kind=ApiSettings, **{limit: 2}) as house:
         held = [await house.connect(ASK) for _ in range(2)]
         for reader, _ in held:
             assert (await told(reader))[0] == 200

@@ -23,7 +23,16 @@ from api.dashboard.session import CSRF, LONGEST_S, Sessions
 from api.front import Front
 from broker import accounts
 from broker.errors import Forbidden, Unauthenticated
-from broker.model import Deployment, FunctionStatus, GpuSpecification, HealthInfo, Principal, Version
+from broker.model import (
+    Deployment,
+    FunctionStatus,
+    GpuSpecification,
+    HealthInfo,
+    Instance,
+    InstanceStatus,
+    Principal,
+    Version,
+)
 from broker.ports import Broker
 from broker.settings import ApiSettings
 from infra import vendored
@@ -366,6 +375,27 @@ async def test_a_page_shows_its_own_account(watched: Watched) -> None:
     [row] = said["put"]["deployments"]
     assert row["health"] == [{"gpu": "H100", "instanceType": "big", "error": "no room"}]
     assert (row["state"], row["specifications"][0]["most"]) == ("ACTIVE", 2)
+
+
+async def test_an_instance_that_is_not_healthy_yet_does_not_count_as_running_and_says_why(watched: Watched) -> None:
+    for number, status in enumerate((InstanceStatus.RUNNING, InstanceStatus.STARTING, InstanceStatus.ERRORED)):
+        beat = Instance(
+            id=f"i{number}",
+            function_id=FUNCTION,
+            version_id=VERSION,
+            account="default",
+            gpu="H100",
+            instance_type="big",
+            backend="b",
+            status=status,
+            created_at=1.0,
+            updated_at=1.0,
+            error="" if status is InstanceStatus.RUNNING else f"{status}: answered 503, not 200",
+        )
+        await watched.broker.catalog.beat(beat, ttl_s=600)
+    said = await watched.first(View(holder("deploy_function"), "default"))
+    [row] = said["put"]["deployments"]
+    assert (row["running"], row["starting"], row["waitsFor"]) == (1, 1, "STARTING: answered 503, not 200")
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,8 @@ def test_models_need_the_folder_that_holds_them() -> None:
 
 def test_a_sidecar_reports_its_health_to_the_engine_where_it_has_a_port() -> None:
     assert a_plan().sidecar(SIDECAR)["Healthcheck"] == {"Test": ["NONE"]}
+    anywhere = SIDECAR.model_copy(update={"status_port": "any"})
+    assert a_plan().sidecar(anywhere)["Healthcheck"] == {"Test": ["NONE"]}
     with_port = SIDECAR.model_copy(update={"status_port": 8090})
     assert "http://127.0.0.1:8090/v1/health/ready" in a_plan().sidecar(with_port)["Healthcheck"]["Test"]
 

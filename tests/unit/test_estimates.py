@@ -116,6 +116,27 @@ def test_instances_that_were_asked_for_in_vain_are_not() -> None:
     assert told(stuck.queued(100)).p50_s == pytest.approx(1010, rel=0.05)
 
 
+def test_of_instances_that_start_together_some_are_there_sooner() -> None:
+    starting = Capacity(slots=0, starting=(Starting(since=NOW, slots=1),) * 9, most_slots=9)
+    seen = forecast(starting, queued=9, starts=times(20, 30, 40), of=runs(100.0, 0.01))
+    first, middle, last = (told(seen.queued(rank)).p50_s for rank in (1, 5, 9))
+    assert (first, middle, last) == pytest.approx((121, 130, 142), rel=0.03)
+
+
+def test_what_came_before_earlier_starts_comes_before_the_next() -> None:
+    line = Line(at=NOW, queued=1, running=0, landmarks=((1, NOW),))
+    cold = Capacity(slots=0, most_slots=4)
+    pulled = Forecast(line, cold, runs(1.0), times(30), leads=times(60, 60))
+    assert told(pulled.queued(1)).p50_s == pytest.approx(91, rel=0.15)
+
+
+def test_slots_that_are_coming_have_come_nearer_since_those_that_are_there_have_not() -> None:
+    starting = Capacity(slots=0, starting=(Starting(since=NOW, slots=1),), most_slots=1)
+    cold, warm = forecast(starting, queued=3, starts=times(30)), forecast(queued=3, running=1)
+    assert told(cold.queued(3)).p50_s - told(cold.placed(3, since_s=2.0)).p50_s == pytest.approx(2)
+    assert warm.placed(3, since_s=2.0) == warm.queued(3)
+
+
 def test_a_run_has_what_is_left_of_those_that_took_as_long() -> None:
     mixed = merged([runs(1.0, count=100), runs(60.0, count=100)])
     seen = forecast(of=mixed, running=1)
@@ -153,7 +174,7 @@ def test_places_far_back_are_told_in_steps(rank: int) -> None:
 
 
 def minute(number: int, run: Histogram, start: Histogram | None = None) -> Minute:
-    return Minute(at=number * 60.0, runs=run, cold_starts=start or Histogram())
+    return Minute(at=number * 60.0, runs=run, starts=start or Histogram())
 
 
 def test_only_the_latest_runs_count() -> None:
@@ -175,3 +196,10 @@ def test_starts_are_remembered_for_longer_than_runs() -> None:
     lately.add([minute(1, runs(count=1), times(30)), *(minute(at, busy) for at in range(2, KEPT_MINUTES))])
     assert lately.starts == times(30)
     assert lately.runs.count <= ENOUGH_RUNS + 51
+
+
+def test_the_runs_of_a_minute_that_is_remembered_for_its_starts_do_not_count() -> None:
+    lately = Lately()
+    lately.add([minute(1, runs(1.0, count=50), times(30)), minute(2, runs(10.0, count=ENOUGH_RUNS))])
+    assert lately.starts == times(30)
+    assert lately.runs == runs(10.0, count=ENOUGH_RUNS)

@@ -129,6 +129,19 @@ async def test_a_remembered_sharing_is_forgotten_within_a_second(memory_broker: 
     assert await callables.pick(OURS, version.function_id) == version
 
 
+async def test_what_is_remembered_for_one_caller_is_nobody_elses(memory_broker: Broker) -> None:
+    callables = CallableVersions(memory_broker)
+    version = await turn(memory_broker, await functions.create(memory_broker, OURS, ECHO), FunctionStatus.ACTIVE)
+    narrow = replace(OURS, resources=frozenset({f"function/{UNKNOWN}/*"}))
+    await callables.pick(OURS, version.function_id)
+    for _ in range(2):
+        assert callables.known(OURS, version.function_id) == version
+        assert callables.known(OURS, version.function_id, version.id) == version
+        assert callables.known(OURS, version.function_id, UNKNOWN) is None
+        assert callables.known(THEIRS, version.function_id) is None
+        assert callables.known(narrow, version.function_id) is None
+
+
 async def test_a_key_for_other_functions_is_refused_and_not_told_they_are_unknown(memory_broker: Broker) -> None:
     version = await turn(memory_broker, await functions.create(memory_broker, OURS, ECHO), FunctionStatus.ACTIVE)
     narrow = replace(OURS, resources=frozenset({f"function/{UNKNOWN}/*"}))

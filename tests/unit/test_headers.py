@@ -98,6 +98,70 @@ def test_an_idempotency_key_is_printable_and_given_once() -> None:
         headers.idempotency_key(given(("Idempotency-Key", "a"), ("Idempotency-Key", "b")))
 
 
+def test_repeats_and_other_spellings_of_a_name_do_not_shift_what_is_forwarded() -> None:
+    arrived = given(
+        ("X-Mine", "a"), ("Cookie", "secret"), ("x-mine", "b"), ("X-Mine", "c"), ("authorization", "secret")
+    )
+    assert headers.forwarded(arrived) == (("X-Mine", "a"), ("x-mine", "b"), ("X-Mine", "c"))
+    assert headers.forwarded(arrived, cookies=True)[1] == ("Cookie", "secret")
+
+
+def raw(*pairs: tuple[str, str]) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple((name.encode(), value.encode()) for name, value in pairs)
+
+
+def test_what_headers_say_is_remembered_by_all_of_them_but_the_length() -> None:
+    heads = headers.Heads()
+    pairs = (("Authorization", "Bearer one"), ("X-Mine", "a"))
+
+    def said(*pairs: tuple[str, str]) -> headers.Head:
+        return heads.of(given(*pairs), raw(*pairs))
+
+    head = said(*pairs, ("Content-Length", "5"))
+    assert said(*pairs, ("Content-Length", "6")) is head
+    assert (head.bearer, head.forwarded) == ("one", (("X-Mine", "a"),))
+    for other in (
+        (("Authorization", "Bearer two"), ("X-Mine", "a")),
+        (("Authorization", "Bearer one"), ("X-Mine", "b")),
+        (("Authorization", "Bearer one"), ("X-Min", "ea")),
+        (*pairs, ("Prefer", "respond-async")),
+        pairs[:1],
+    ):
+        assert said(*other) is not head
+
+
+def test_what_is_refused_of_headers_is_refused_each_time() -> None:
+    heads, pairs = headers.Heads(), (("NVCF-POLL-SECONDS", "soon"),)
+    for _ in range(2):
+        head = heads.of(given(*pairs), raw(*pairs))
+        assert head.bearer is None
+        with pytest.raises(BadRequest, match="poll duration"):
+            _ = head.wait
+
+
+def test_neither_many_nor_large_headers_are_remembered() -> None:
+    heads = headers.Heads()
+
+    def remembered(value: str) -> bool:
+        pairs = (("X-Mine", value),)
+        return heads.of(given(*pairs), raw(*pairs)) is heads.of(given(*pairs), raw(*pairs))
+
+    assert remembered("a")
+    assert not remembered("a" * 8000)
+    first = heads.of(given(), raw())
+    for number in range(1000):
+        remembered(str(number))
+    assert heads.of(given(), raw()) is not first
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_options_are_seen_among_few_and_among_many_headers(count: int) -> None:
+    more = [(f"X-{number}", "") for number in range(count)]
+    assert not headers.survey(given(*more)).options
+    assert headers.survey(given(*more, ("idempotency-KEY", "k"))).options
+    assert headers.survey(given(*more, ("Origin", "https://a.page"))).apart
+
+
 def test_what_a_container_must_not_see_is_not_forwarded() -> None:
     kept = headers.forwarded(
         given(

@@ -3,17 +3,21 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
 import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from broker.model import Job, Outcome, RequestState
+from tests.eventually import eventually
 from tests.unit.container import Container, a_job, answer, container, keeping, raw_container, settings_for
+from workers import connections
 from workers.connections import BRIEFLY_S, SHORT_S
 from workers.inference import Answer, AttemptFailed, ContainerLost, Inference, RunTimedOut, problem
 from workers.inference import Refused as ContainerRefused
@@ -33,9 +37,8 @@ class Bench:
         headers: Iterable[tuple[str, str]] = (),
         *,
         body: bytes | Path = b"{}",
-        budget_s: float = 30,
     ) -> Answer:
-        return await self.inference.infer(job or a_job(), headers, body=body, spill=self.spill, budget_s=budget_s)
+        return await self.inference.infer(job or a_job(), headers, body=body, spill=lambda: self.spill)
 
     def answers(self, body: bytes, **given: Any) -> None:
         self.box.handler = lambda _: answer(body, **given)
@@ -55,7 +58,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 async def infer_raw(folder: Path, reply: bytes) -> Answer:
     async with raw_container(reply) as port, Inference(settings_for(folder, port)) as inference:
-        return await inference.infer(a_job(), (), body=b"{}", spill=folder / "spill", budget_s=10)
+        return await inference.infer(a_job(), (), body=b"{}", spill=lambda: folder / "spill")
 
 
 async def test_body_and_headers_reach_the_configured_path_unchanged(bench: Bench) -> None:
@@ -212,7 +215,7 @@ async def test_any_method_and_target_reach_the_container_as_they_were_sent(tmp_p
         port = server.sockets[0].getsockname()[1]
         async with Inference(settings_for(tmp_path, port)) as inference:
             job = a_job(method=method, target=target, body=b"", passthrough=True)
-            got = await inference.infer(job, (), body=b"", spill=tmp_path / "spill", budget_s=10)
+            got = await inference.infer(job, (), body=b"", spill=lambda: tmp_path / "spill")
     assert got.status == 204
     assert heads[0].startswith(f"{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n".encode())
     assert (b"Content-Length" in heads[0]) is (method in ("PROPFIND", "PUT", "DELETE", "PATCH"))
@@ -343,7 +346,7 @@ async def test_a_refused_connection_is_lost_before_it_was_sent(tmp_path: Path) -
         port = unused.getsockname()[1]
     async with Inference(settings_for(tmp_path, port)) as inference:
         with pytest.raises(ContainerLost) as lost:
-            await inference.infer(a_job(), (), body=b"", spill=tmp_path / "spill", budget_s=10)
+            await inference.infer(a_job(), (), body=b"", spill=lambda: tmp_path / "spill")
     assert not lost.value.sent
 
 
@@ -400,14 +403,15 @@ async def test_a_broken_chunk_is_an_error_and_no_crash(tmp_path: Path) -> None:
 async def test_an_answer_that_comes_before_the_body_was_read_counts(bench: Bench) -> None:
     reply = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
     async with raw_container(reply) as port, Inference(settings_for(bench.spill.parent, port)) as inference:
-        got = await inference.infer(a_job(), (), body=b"x" * 100_000, spill=bench.spill, budget_s=10)
+        got = await inference.infer(a_job(), (), body=b"x" * 100_000, spill=lambda: bench.spill)
     assert got.status == 413
 
 
 async def test_the_budget_ends_a_slow_call_and_the_container_is_told(bench: Bench) -> None:
     bench.box.handler = never
     with pytest.raises(RunTimedOut) as timed_out:
-        await bench.infer(budget_s=0.05)
+        async with bench.inference.exchange(a_job(), (), body=b"{}", budget_s=0.05):
+            pass
     await asyncio.wait_for(bench.box.left.wait(), 20)
     assert timed_out.value.state is RequestState.EXPIRED
     assert timed_out.value.outcome.status == 504
@@ -434,8 +438,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 async def once_and_again(inference: Inference, attempt: int = 1) -> bytes:
-    spill = Path("unused")
-    return (await inference.infer(a_job(), (), body=b"{}", spill=spill, budget_s=10, attempt=attempt)).body
+    return (await inference.infer(a_job(), (), body=b"{}", spill=lambda: Path("unused"), attempt=attempt)).body
 
 
 async def ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -545,6 +548,70 @@ async def test_the_connection_of_a_long_job_is_not_kept(tmp_path: Path) -> None:
         for _ in range(3):
             assert await once_and_again(inference) == b"ok"
         assert box.opened == 4
+
+
+async def test_a_connection_that_keeps_nobody_waiting_grows_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "OLD_S", 0.0)
+    async with keeping(ok) as box, Inference(settings_for(tmp_path, box.port)) as inference:
+        await trusted(inference)
+        opened = box.opened
+        for _ in range(20):
+            assert await once_and_again(inference) == b"ok"
+        # More than one only where this machine stood still for as long as a connection is kept.
+        assert opened < box.opened < opened + 20
+        opened = box.opened
+        inference._connections.make_way()
+        await once_and_again(inference)
+        await once_and_again(inference)
+        assert box.opened > opened, "what was old makes way"
+
+
+async def test_no_job_starves_before_a_container_that_serves_one_connection_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(connections, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(connections, "OLDEST_S", math.inf)
+    begun, over, turn = asyncio.Event(), asyncio.Event(), asyncio.Lock()
+    served: asyncio.StreamReader | None = None
+    closings: list[asyncio.Task[None]] = []
+
+    async def one_by_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        nonlocal served
+        if served is not reader:
+            await turn.acquire()
+            served = reader
+            closings.append(asyncio.create_task(closed(reader)))
+        return await ok(reader, writer)
+
+    async def closed(reader: asyncio.StreamReader) -> None:
+        async def ended() -> bool:
+            return reader.at_eof()
+
+        await eventually(ended, bool)
+        turn.release()
+
+    async def work() -> None:
+        nonlocal now_s
+        while not over.is_set():
+            await once_and_again(inference)
+            now_s += 0.1
+            if now_s > 102:
+                begun.set()
+            assert now_s < 110, "it starves"
+
+    async with keeping(one_by_one) as box, Inference(settings_for(tmp_path, box.port)) as inference:
+        inference._connections._trusted = True
+        async with asyncio.TaskGroup() as group:
+            group.create_task(work())
+            async with asyncio.timeout(30):
+                await begun.wait()
+                await once_and_again(inference)
+            over.set()
+        inference._connections.close()
+        await asyncio.gather(*closings)
 
 
 async def test_after_a_kept_connection_died_none_is_kept(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.eventually import eventually
 from tests.unit.container import FUNCTION_ID, VERSION_ID, a_job, settings_for
 from workers import loops
 from workers.inference import AttemptFailed
-from workers.inputs import Workspace, container_headers, headers_for_all, workspace
+from workers.inputs import BodyAltered, Workspace, container_headers, headers_for_all, workspace
 
 ASSET = "5b9b7d1e-6a0c-4f43-9d57-3f6f1f1d2e44"
 
@@ -94,10 +94,31 @@ async def test_what_a_container_writes_after_its_answer_is_removed_too(
         return left_behind(settings)
 
     with loops.Clerk() as clerk:
+        clerk.now(time.sleep, loops.HELD_S)  # a disk that is being flushed
         async with workspace(blobs, settings, a_job(), clerk) as room:
             assert room.is_empty()
             (room.response / "late").touch()
         await eventually(left, lambda names: names == [])
+
+
+async def test_an_output_directory_that_was_found_empty_goes_with_its_job(
+    blobs: FileBlobs, settings: SidecarSettings
+) -> None:
+    async with laid_out(blobs, settings, a_job()) as room:
+        assert room.is_empty()
+    assert left_behind(settings) == []
+
+
+async def test_a_link_in_place_of_the_output_directory_leads_nowhere(
+    blobs: FileBlobs, settings: SidecarSettings, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").mkdir()
+    async with laid_out(blobs, settings, a_job()) as room:
+        room.response.rmdir()
+        room.response.symlink_to(tmp_path / "kept")
+        assert not room.is_empty()
+    assert left_behind(settings) == []
+    assert (tmp_path / "kept").is_dir()
 
 
 async def test_an_output_directory_with_a_file_is_not_empty(blobs: FileBlobs, settings: SidecarSettings) -> None:
@@ -141,9 +162,26 @@ async def test_a_body_from_the_blob_store_comes_as_a_file(blobs: FileBlobs, sett
     assert left_behind(settings) == []
 
 
+async def test_a_body_of_a_few_mib_stays_in_memory(blobs: FileBlobs, settings: SidecarSettings) -> None:
+    await blobs.put("inputs/acme/1", b"large", content_type="application/octet-stream")
+    async with laid_out(blobs, settings, a_job(body=b"", body_key="inputs/acme/1", blob_bytes=5)) as room:
+        assert room.body == b"large"
+        assert left_behind(settings) == [room.response.name]
+
+
+async def test_a_body_that_is_longer_than_the_accepted_one_was_altered(
+    blobs: FileBlobs, settings: SidecarSettings
+) -> None:
+    await blobs.put("inputs/acme/1", b"larger", content_type="application/octet-stream")
+    with pytest.raises(BodyAltered):
+        await enter(blobs, settings, a_job(body=b"", body_key="inputs/acme/1", blob_bytes=5))
+    assert left_behind(settings) == []
+
+
 async def test_a_body_that_cannot_be_fetched_fails_the_attempt(blobs: FileBlobs, settings: SidecarSettings) -> None:
-    job = a_job(body=b"", body_key="inputs/acme/none")
-    assert await failure(blobs, settings, job) == "Internal error while preparing for inference"
+    for size_bytes in (0, 5):
+        job = a_job(body=b"", body_key="inputs/acme/none", blob_bytes=size_bytes)
+        assert await failure(blobs, settings, job) == "Internal error while preparing for inference"
     assert left_behind(settings) == []
 
 
@@ -282,7 +320,7 @@ def room_of(job: Job, settings: SidecarSettings) -> Workspace:
     return Workspace(
         assets=settings.asset_dir / job.id,
         response=settings.response_dir / job.id,
-        scratch=Path("unused"),
+        scratch_dir="unused",
         clerk=loops.Clerk(),
     )
 
@@ -291,6 +329,12 @@ def room_of(job: Job, settings: SidecarSettings) -> Workspace:
 def test_a_clients_copy_of_our_headers_is_dropped(settings: SidecarSettings, name: str) -> None:
     found = told(settings, headers=((name, "victim"),))
     assert [value for key, value in found if key.lower().replace("_", "-") == "nvcf-ncaid"] == ["acme"]
+
+
+def test_no_name_of_ours_can_be_a_clients(settings: SidecarSettings) -> None:
+    ours = told(settings, region="us", assets=(ASSET,), passthrough=True, headers=())
+    forged = tuple((name.lower(), "forged") for name, _ in ours)
+    assert "forged" not in dict(told(settings, passthrough=True, headers=forged)).values()
 
 
 def test_a_forged_list_of_assets_is_dropped_without_a_replacement(settings: SidecarSettings) -> None:

@@ -113,10 +113,10 @@ class Tasks:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Record]] = set()
 
-    def __call__(self, work: Coroutine[Any, Any, Record]) -> asyncio.Task[Record]:
+    def __call__(self, work: Coroutine[Any, Any, Record]) -> asyncio.Future[Record]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        return task
+        return asyncio.shield(task)
 
     async def finish(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)

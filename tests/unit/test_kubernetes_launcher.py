@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,7 +22,19 @@ from lightkube.types import PatchType
 from pydantic import SecretStr
 
 from broker.errors import ConfigurationError, LauncherUnavailable, NoCapacity
-from broker.model import Autoscaling, GpuSpecification, Login, Model, Resource, Scaling, Stickiness, Version
+from broker.model import (
+    Autoscaling,
+    GpuSpecification,
+    LogExcerpt,
+    Login,
+    LogLine,
+    Model,
+    Part,
+    Resource,
+    Scaling,
+    Stickiness,
+    Version,
+)
 from broker.ports import Fleet, Replica
 from broker.settings import ControllerSettings
 from broker.signatures import Signatures
@@ -584,6 +597,36 @@ async def test_a_crash_is_told_with_the_last_words_of_the_container(api: Kuberne
     assert replica.error == "inference ended with status 137 (OOMKilled)\nloading\nno such model"
     await fleet.replicas()
     assert sum(path.endswith("/log") for _, path in api.requests) == 1
+
+
+async def test_what_a_pod_writes_is_read_on_from_where_it_was(api: KubernetesApi, fleet: KubernetesFleet) -> None:
+    await fleet.keep(VERSION, CPU)
+    await api.scale(NAME, 1)
+    (pod,) = await api.roll_out()
+    (replica,) = await replicas(fleet, 1)
+    name = pod["metadata"]["name"]
+    api.logs[name] = "2026-01-31T08:00:00.000000001Z one\n2026-01-31T08:00:00.5Z two\n"
+    first = await fleet.log(replica.instance_id, Part.CONTAINER, after="")
+    assert first.lines == (LogLine(1769846400.000000001, "one"), LogLine(1769846400.5, "two"))
+    api.logs[name] += "2026-01-31T08:00:00.500000001Z three\n"
+    second = await fleet.log(replica.instance_id, Part.CONTAINER, after=first.position)
+    assert [line.text for line in second.lines] == ["three"]
+    assert [asked["container"] for asked in api.asked_logs] == ["inference", "inference"]
+    assert "sinceSeconds" not in api.asked_logs[0]
+    assert int(api.asked_logs[1]["sinceSeconds"]) >= time.time() - 1769846400
+    assert all(asked["timestamps"] == "true" and asked["tailLines"] == "1000" for asked in api.asked_logs)
+
+
+async def test_of_a_pod_that_has_not_begun_or_is_not_there_nothing_is_read(
+    api: KubernetesApi, fleet: KubernetesFleet
+) -> None:
+    await fleet.keep(VERSION, CPU)
+    await api.scale(NAME, 1)
+    (pod,) = await api.roll_out()
+    (replica,) = await replicas(fleet, 1)
+    api.silent.add(pod["metadata"]["name"])
+    assert await fleet.log(replica.instance_id, Part.SIDECAR, after="") == LogExcerpt(lines=(), position="0")
+    assert await fleet.log("nobody", Part.SIDECAR, after="") == LogExcerpt(lines=(), position="")
 
 
 async def test_a_pod_that_finds_no_room_says_so(api: KubernetesApi, fleet: KubernetesFleet) -> None:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import logging
 import sys
-from collections.abc import Iterator
 from typing import Literal
 
 import orjson
 import pytest
 
 from broker.telemetry import logs
-
-
-@pytest.fixture(autouse=True)
-def kept_root() -> Iterator[None]:
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers, root.level = before, level
 
 
 def a_record(created: float = 0.0, **facts: object) -> logging.LogRecord:
@@ -109,32 +102,45 @@ def test_what_is_no_credential_stays() -> None:
     assert orjson.loads(as_json(record))["url"] == "http://host:8000/a@b"
 
 
-def test_what_is_noted_is_written_as_what_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure("INFO", "json")
+def test_a_note_is_written_as_what_is_logged(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     logger = logging.getLogger(logs.METERING)
-    logs.note(logger, "invocation", {"status": 200, "state": "fulfilled"})
-    logger.info("invocation", extra={"status": 200, "state": "fulfilled"})
+    note = logs.Note(logger, "invocation", {"metering": True, "region": 'of "one"'})
+    with caplog.at_level(logging.INFO, logger.name):
+        note.add({"status": 200})
+    assert [(record.message, record.__dict__["region"]) for record in caplog.records] == [("invocation", 'of "one"')]
+    logs.configure("INFO", "json")
+    note.add({"status": 200, "state": "fulfilled"})
+    logger.info("invocation", extra={"metering": True, "region": 'of "one"', "status": 200, "state": "fulfilled"})
     noted, logged = (orjson.loads(line) for line in capsys.readouterr().err.splitlines())
     assert noted.pop("time") <= logged.pop("time")
     assert noted == logged
-
-
-def test_what_is_noted_reaches_every_handler(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger(logs.METERING)
-    with caplog.at_level(logging.INFO, logger.name):
-        logs.note(logger, "invocation", {"status": 200})
-    assert [(record.message, record.__dict__["status"]) for record in caplog.records] == [("invocation", 200)]
 
 
 async def test_lines_of_one_loop_turn_are_written_together_and_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("INFO", "json")
     logger = logging.getLogger("api.middleware")
     for number in range(3):
-        logs.note(logger, "answered", {"number": number})
+        logs.Note(logger, "answered", {}).add({"number": number})
     assert capsys.readouterr().err == ""
     await asyncio.sleep(0)
     lines = capsys.readouterr().err.splitlines()
     assert [orjson.loads(line)["number"] for line in lines] == [0, 1, 2]
-    logs.note(logger, "answered", {"number": 3})
+    logs.Note(logger, "answered", {}).add({"number": 3})
     logger.warning("beware")
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+async def test_a_stream_that_is_gone_breaks_nothing() -> None:
+    heard: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, facts: heard.append(facts))
+    gone = io.StringIO()
+    with contextlib.redirect_stderr(gone):
+        logs.configure("INFO", "json")
+    gone.close()
+    logs.Note(logging.getLogger(logs.METERING), "invocation", {}).add({"status": 200})
+    logging.getLogger("sidecar").warning("beware")
+    logs.Note(logging.getLogger(logs.METERING), "invocation", {}).add({"status": 200})
+    await asyncio.sleep(0)
+    assert heard == []

@@ -202,12 +202,20 @@ async def test_what_was_slow_on_the_loop_is_the_clerks_from_then_on() -> None:
     here = threading.get_ident()
 
     def slow() -> int:
-        time.sleep(2 * loops.QUICK_S)  # a disk that is being flushed
+        time.sleep(loops.HELD_S)  # a disk that is being flushed
         return threading.get_ident()
 
     with loops.Clerk() as clerk:
         assert await clerk.soon(slow) == here
+        assert clerk.patient
         assert await clerk.soon(threading.get_ident) != here
+
+
+async def test_what_only_waited_for_its_turn_now_and_then_stays_on_the_loop() -> None:
+    with loops.Clerk() as clerk:
+        for _ in range(3):
+            clerk.now(time.sleep, 2 * loops.QUICK_S)
+        assert not clerk.patient
 
 
 async def raising(error: BaseException, cause: Exception | None = None) -> None:

@@ -235,6 +235,7 @@ async def test_instances_carry_the_request_that_asked_for_them_under_both_names(
             updated_at=2.0,
             specification_id=ID if number == 0 else "",
             location="here",
+            error="GET /health answered 503, not 200" if status is InstanceStatus.STARTING else "",
         )
         await house.broker.catalog.beat(instance, ttl_s=60)
     first, second = (await call(house, "GET", path(function)))["function"]["activeInstances"]
@@ -250,6 +251,7 @@ async def test_instances_carry_the_request_that_asked_for_them_under_both_names(
         "gpu": "CPU",
         "backend": "local",
         "location": "here",
+        "error": "GET /health answered 503, not 200",
         "instanceCreatedAt": "1970-01-01T00:00:01Z",
         "instanceUpdatedAt": "1970-01-01T00:00:02Z",
     }

@@ -41,6 +41,7 @@ from tests.unit.scrapes import Scrape, scrape
 # What a label may be called. None of them has values that grow with requests, accounts or instances.
 BOUNDED = {
     *OF_VERSION,
+    "answer",
     "backend",
     "cause",
     "end",

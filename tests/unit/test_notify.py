@@ -31,9 +31,11 @@ from broker.model import (
 )
 from broker.ports import Broker
 from broker.settings import ControllerSettings
+from broker.telemetry.metrics import Metrics
 from broker.webhooks import RETRIES_S, Answer
 from tests.eventually import eventually
 from tests.receiver import verify
+from tests.unit.scrapes import Scrape
 from workers.controller import notify
 from workers.controller.notify import NOTE_S, PER_HOST, Notifier
 
@@ -361,3 +363,43 @@ async def test_what_was_sent_is_noted_once_the_store_is_back(broker: Broker, pos
 
 async def _len(sent: list[tuple[str, Mapping[str, str], bytes]]) -> int:
     return len(sent)
+
+
+async def test_what_is_sent_and_what_became_of_it_is_counted(broker: Broker, posts: Posts, clock: Clock) -> None:
+    told = replace(broker, metrics=Metrics())
+    kept = await ended(told)
+    posts.answers.extend([VAIN, Answer(error="no connection"), OK])
+    for wait_s in (0.0, *RETRIES_S[:2]):
+        clock.now += wait_s
+        await turn(told, posts, clock)
+    posts.answers.append(Answer(status=410))
+    await ended(told, host="gone.example")
+    await turn(told, posts, clock)
+    page = Scrape.of(told.metrics.read().text().decode())
+    tries = {
+        answer: page.value("fnqueue_webhook_tries_total", answer=answer) for answer in ("2xx", "4xx", "5xx", "none")
+    }
+    assert tries == {"2xx": 1, "4xx": 1, "5xx": 1, "none": 1}
+    for state in ("delivered", "failed"):
+        assert page.value("fnqueue_webhooks_total", function_version_id="v", state=state) == 1
+    assert page.value("fnqueue_webhook_delivery_seconds_sum") == sum(RETRIES_S[:2])
+    await told.webhooks.again(kept)
+    await turn(told, posts, clock)
+    page = Scrape.of(told.metrics.read().text().decode())
+    assert page.value("fnqueue_webhook_tries_total", answer="2xx") == 2
+    assert page.value("fnqueue_webhook_delivery_seconds_count") == 1
+
+
+async def test_what_is_due_is_shown_while_it_is_known(broker: Broker, posts: Posts, clock: Clock) -> None:
+    for _ in range(3):
+        await ended(broker)
+    clock.now += 7.0
+    async with sending(broker, posts, clock) as notifier:
+        assert list(notifier.read()) == []
+        await notifier.look()
+        assert [reading.value for reading in notifier.read()] == [3, 7.0]
+        clock.now += notify.BLIND_S
+        assert list(notifier.read()) == []
+        await notifier.step()
+        await notifier.look()
+        assert [reading.value for reading in notifier.read()] == [0, 0.0]

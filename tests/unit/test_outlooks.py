@@ -39,7 +39,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
         yield running
 
 
-async def ran(house: House, *, run_s: float = 0.0, cold_start_s: float = 0.0, count: int = RUNS) -> None:
+async def ran(house: House, *, run_s: float = 0.0, start_s: float = 0.0, count: int = RUNS) -> None:
     """So many requests, of which nobody at the front door heard."""
     store = house.broker.results.results  # type: ignore[attr-defined]  # Replicated's
     assert isinstance(store, MemoryResults)
@@ -63,7 +63,7 @@ async def ran(house: House, *, run_s: float = 0.0, cold_start_s: float = 0.0, co
         assert claim.lease is not None
         assert entry is not None
         entry.started_at -= run_s
-        timings = Timings(cold_start_s=cold_start_s)
+        timings = Timings(start_s=start_s)
         await store.settle(claim.lease, job, RequestState.FULFILLED, Outcome(status=200), timings)
 
 
@@ -199,7 +199,7 @@ async def test_so_many_versions_are_remembered_and_no_more(house: House) -> None
 
 async def test_a_deployment_that_may_grow_is_counted_on_after_a_start_was_seen(tmp_path: Path) -> None:
     async with opened(tmp_path, queue_limit=1000) as house:
-        await ran(house, run_s=1.0, cold_start_s=20.0)
+        await ran(house, run_s=1.0, start_s=20.0)
         record = await house.broker.results.read(await house.submit())
         assert record is not None
         assert await Outlooks(house.broker, Counting()).estimate(record) is None

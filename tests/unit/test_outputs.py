@@ -39,8 +39,7 @@ class Room:
     def __init__(self, folder: Path, blobs: Blobs, **settings: Any) -> None:
         self.blobs = blobs
         self.job = a_job()
-        self.space = Workspace(assets=folder / "a", response=folder / "r", scratch=folder / "s", clerk=loops.Clerk())
-        self.space.left = (self.space.response_name,)
+        self.space = Workspace(assets=folder / "a", response=folder / "r", scratch_dir=folder, clerk=loops.Clerk())
         self.out = self.space.response
         for path in (self.space.assets, self.space.response, self.space.scratch):
             path.mkdir()

@@ -493,7 +493,8 @@ async def test_only_the_logs_of_the_last_instances_are_kept(launcher: Launcher, 
     await launcher.stop(instance.instance_id, grace_s=0.0)
     kept = {path.name for path in root.iterdir() if path.is_dir()}
     assert kept == {instance.instance_id, running.instance_id} | {f"old-{number}" for number in range(11, 30)}
-    assert sorted(path.name for path in (root / instance.instance_id).iterdir()) == ["container.log", "sidecar.log"]
+    left = sorted(path.name for path in (root / instance.instance_id).iterdir())
+    assert left == ["container.log", "ended.json", "sidecar.log"]
 
 
 async def test_what_a_killed_sidecar_left_of_its_requests_goes_with_the_instance(

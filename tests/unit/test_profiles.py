@@ -152,6 +152,7 @@ def test_memory_keeps_nothing(profile: str) -> None:
         (replace(RABBIT, queues=(replace(QUEUE, members=1, online=1),)), "CD", "rabbitmq-queues grow"),
         (replace(RABBIT, queues=(replace(QUEUE, policy={}),)), "BCD", "rabbitmqctl set_policy"),
         (replace(RABBIT, queues=(), policies={}), "BCD", "overflow is missing"),
+        (replace(RABBIT, queues=(replace(QUEUE, policy=None),), policies={}), "BCD", "overflow is missing"),
         (replace(RABBIT, queues=(), policies={"p": POLICY | {"max-length": 10}}), "BCD", "max-length is 10"),
         (
             replace(RABBIT, queues=(), policies={"p": POLICY | {"max-length-bytes": 2**20}}),
@@ -168,6 +169,29 @@ def test_a_rabbitmq_that_is_configured_otherwise_is_named(queue: QueueFacts, pro
             assert said in why
         elif profile not in "CD":  # those may miss more
             assert not why
+
+
+@pytest.mark.parametrize(
+    ("rights", "level"),
+    [
+        ("~* &* +@all", OK),
+        ("-@all", FAIL),
+        ("~fnq:* &* +@all", FAIL),
+        ("~* +@all", FAIL),
+        ("~* &* +@all -@dangerous", FAIL),
+        ("~* &* +@all -flushall", FAIL),
+        (None, WARN),
+    ],
+)
+def test_a_user_default_whose_rights_do_not_do_for_a_restart_is_named(rights: str | None, level: Level) -> None:
+    facts = Facts(store=replace(REDIS, default_user=rights), queue=RABBIT, blobs=BUCKET)
+    for profile in "BCD":
+        found = judged(profile, facts)["redis", "user default"]
+        assert (found.level, found.unknown) == (level, rights is None)
+        assert ("append-only" in found.advice) is (level is not OK)
+        assert not refused(profile, facts), "whether a process starts must not hang on who may ask"
+    assert judged("A", facts)["redis", "user default"].level is (WARN if level is FAIL else level)
+    assert ("redis", "user default") not in judged("B")
 
 
 def test_what_a_server_does_now_refuses_nobody_and_fails_the_doctor() -> None:
@@ -209,6 +233,14 @@ def test_servers_that_are_away_refuse_nobody(profile: str) -> None:
     )
     assert not refused(profile, away)
     assert [finding.level for finding in judged(profile, away).values()] == [FAIL] * 3
+
+
+def test_a_queue_of_which_the_policy_is_not_told_yet_is_judged_by_what_there_is() -> None:
+    young = replace(QUEUE, name="fnq.v.2", policy=None)
+    for queues in ((young,), (young, QUEUE)):
+        facts = Facts(store=REDIS, queue=replace(RABBIT, queues=queues), blobs=BUCKET)
+        assert not refused("C", facts)
+        assert judged("C", facts)["rabbitmq", "queue policy"].level is OK
 
 
 @pytest.mark.parametrize(("timeout_ms", "level"), [(1_800_000, FAIL), (3_900_000, OK)])

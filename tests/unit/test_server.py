@@ -122,9 +122,10 @@ async def opened(
     *,
     failing: Mapping[str, Exception] | None = None,
     failing_queue: Mapping[str, Exception] | None = None,
+    kind: type[ApiSettings] = ApiSettings,
     **settings: Any,
 ) -> AsyncIterator[House]:
-    chosen = ApiSettings(
+    chosen = kind(
         port=0, data_dir=folder, admin_key=SecretStr(KEY), shutdown_grace_s=2, **{"queue_limit": 10, **settings}
     )
     async with open_broker(chosen) as whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
 import logging
@@ -21,10 +22,12 @@ import pytest
 from aiohttp import web
 
 from broker import assets
+from broker.activity import merged
 from broker.backends.files import FileBlobs, open_blobs
 from broker.backends.memory.catalog import MemoryCatalog
 from broker.backends.memory.counters import MemoryCounters
 from broker.backends.memory.dead_letters import MemoryDeadLetters
+from broker.backends.memory.instance_logs import MemoryInstanceLogs
 from broker.backends.memory.queue import MemoryQueue
 from broker.backends.memory.results import MemoryResults
 from broker.backends.memory.streams import MemoryStreams
@@ -47,7 +50,7 @@ from broker.model import (
     Verdict,
 )
 from broker.ports import Broker, Delivery
-from broker.settings import SidecarSettings
+from broker.settings import MIB, SidecarSettings
 from tests.eventually import eventually
 from tests.unit.container import VERSION_ID, Container, Handler, a_job, answer, container, keeping, settings_for
 from workers.health import NeverReady
@@ -132,6 +135,7 @@ class Rig:
             upkeep=MemoryUpkeep(self.results),
             dead_letters=MemoryDeadLetters(self.results, self.settings),
             webhooks=MemoryWebhooks(self.results, self.settings),
+            instance_logs=MemoryInstanceLogs(),
             blobs=self.blobs,
             settings=self.settings,
             keyring=Keyring({}),
@@ -250,6 +254,84 @@ async def never(_: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
+# -- what is left of a job ---------------------------------------------------------------------
+
+
+async def ends_well(rig: Rig) -> None:
+    await rig.ended(await rig.submit())
+
+
+async def answers_more_than_is_kept_inline(rig: Rig) -> None:
+    rig.box.handler = lambda _: answer(bytes(6 * MIB))
+    await rig.ended(await rig.submit())
+
+
+async def has_its_body_in_the_blob_store(rig: Rig) -> None:
+    body = bytes(MIB)
+    await rig.blobs.put("inputs/a/b", body, content_type="application/octet-stream")
+    await rig.ended(
+        await rig.submit(
+            body=b"", body_key="inputs/a/b", body_sha256=hashlib.sha256(body).hexdigest(), blob_bytes=len(body)
+        )
+    )
+
+
+async def misses_its_body(rig: Rig) -> None:
+    await rig.ended(await rig.submit(body=b"", body_key="inputs/a/none", body_sha256="0" * 64, blob_bytes=1))
+
+
+async def is_cancelled(rig: Rig) -> None:
+    rig.box.handler = never
+    rig.box.called.clear()
+    job = await rig.submit()
+    await rig.box.called.wait()
+    await rig.results.cancel(job.id, reason="not wanted")
+    await rig.ended(job)
+
+
+async def runs_out_of_time(rig: Rig) -> None:
+    rig.box.handler = never
+    await rig.ended(await rig.submit(run_timeout_s=0.05))
+
+
+async def loses_its_container(rig: Rig) -> None:
+    rig.box.handler = in_turn(crash, lambda _: answer(b"{}"))
+    await rig.ended(await rig.submit())
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        ends_well,
+        answers_more_than_is_kept_inline,
+        has_its_body_in_the_blob_store,
+        misses_its_body,
+        is_cancelled,
+        runs_out_of_time,
+        loses_its_container,
+    ],
+)
+async def test_nothing_refers_to_a_job_that_is_over(rig: Rig, end: Callable[[Rig], Awaitable[None]]) -> None:
+    """Or its body would be kept until cyclic garbage is looked for, which is seldom."""
+    rig.set(crash_backoff_s=0)
+    gc.collect()
+    others = jobs()
+    gc.disable()
+    try:
+        async with rig.sidecar():
+            for _ in range(3):
+                await end(rig)
+        rig.queue.loans.clear()
+        assert jobs() == others
+    finally:
+        gc.enable()
+
+
+def jobs() -> set[str]:
+    """By ID, those that are in memory."""
+    return {found.id for found in gc.get_objects() if isinstance(found, Job)}
+
+
 # -- one job -----------------------------------------------------------------------------------
 
 
@@ -329,10 +411,11 @@ async def test_a_body_from_the_blob_store_reaches_the_container(rig: Rig) -> Non
     await rig.nothing_left()
 
 
-async def test_a_body_that_was_changed_in_the_blob_store_is_never_run(rig: Rig) -> None:
+@pytest.mark.parametrize("blob_bytes", [0, 6, 7])
+async def test_a_body_that_was_changed_in_the_blob_store_is_never_run(rig: Rig, blob_bytes: int) -> None:
     await rig.blobs.put("inputs/acme/x", b"another", content_type="application/octet-stream")
     digest = hashlib.sha256(b"signed").hexdigest()
-    record = await rig.run(body=b"", body_key="inputs/acme/x", body_sha256=digest)
+    record = await rig.run(body=b"", body_key="inputs/acme/x", body_sha256=digest, blob_bytes=blob_bytes)
     assert (record.state, record.attempt) == (RequestState.DEAD, 1)
     assert record.reason == "its body in the blob store was changed after it was accepted"
     assert rig.box.bodies == []
@@ -887,12 +970,17 @@ async def test_a_container_that_is_silent_because_it_works_is_not_ill(rig: Rig) 
     assert (instance.status, instance.busy, instance.error) == (InstanceStatus.RUNNING, 1, "")
 
 
-async def test_a_container_that_is_never_ready_ends_the_sidecar_with_what_was_checked(rig: Rig) -> None:
+async def test_a_container_that_is_never_ready_ends_the_sidecar_with_what_was_checked(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "workers.health")
     rig.set(ready_timeout_s=0.1)
     rig.box.healthy = False
     with pytest.raises(NeverReady, match=r"GET http://127\.0\.0\.1:\d+/health answered 503, not 200"):
         await rig.serve()
     assert await rig.catalog.instances(VERSION_ID) == []
+    [said] = [record for record in caplog.records if record.message == "container_not_ready"]
+    assert "answered 503, not 200" in vars(said)["cause"]
 
 
 async def test_no_job_is_taken_before_the_container_is_ready(rig: Rig) -> None:
@@ -1038,6 +1126,20 @@ async def test_what_was_asked_before_any_instance_was_ready_waited_for_a_cold_st
     assert 0.04 < cold.timings.cold_start_s <= cold.started_at - cold.created_at
     assert warm.timings is not None
     assert warm.timings.cold_start_s == 0
+
+
+async def test_an_instance_tells_once_what_its_start_took(rig: Rig) -> None:
+    rig.box.healthy = False
+    job = await rig.submit()
+    async with rig.sidecar():
+        await eventually(lambda: checked(rig), lambda seen: seen >= 3)
+        rig.box.healthy = True
+        for each in (job, await rig.submit()):
+            await rig.ended(each)
+    [minutes] = await rig.results.activity([VERSION_ID], minutes=3)
+    starts, leads = (merged(getattr(minute, name) for minute in minutes) for name in ("starts", "leads"))
+    assert (starts.count, leads.count) == (1, 1)
+    assert starts.sum_s > 0.04
 
 
 async def test_no_start_is_cold_while_another_instance_is_ready(rig: Rig) -> None:

@@ -327,23 +327,15 @@ async def test_a_copy_stays_in_the_trace_of_its_job(rig: TracedRig) -> None:
 # -- logs --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def kept_root() -> Iterator[None]:
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers, root.level = before, level
-
-
-async def test_lines_of_a_trace_have_its_id(kept_root: None, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_lines_of_a_trace_have_its_id(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("INFO", "json")
     tracer = Tracer()
     with inside():
-        logs.note(logging.getLogger("sidecar"), "invocation", {"status": 200})
-    logs.note(logging.getLogger("sidecar"), "elsewhere", {})
+        logs.Note(logging.getLogger("sidecar"), "invocation", {}).add({"status": 200})
+    logs.Note(logging.getLogger("sidecar"), "elsewhere", {}).add({"status": 200})
     await tracer.close()
     with inside():
-        logs.note(logging.getLogger("sidecar"), "afterwards", {})
+        logs.Note(logging.getLogger("sidecar"), "afterwards", {}).add({"status": 200})
     await asyncio.sleep(0)
     lines = [orjson.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [(line["event"], line.get("trace_id")) for line in lines] == [

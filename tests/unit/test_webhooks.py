@@ -103,6 +103,21 @@ def test_the_signature_is_that_of_the_specification() -> None:
         verify("whsec_MfySTOb+T5s=", told, content + b" ", now=1_614_265_330)
 
 
+def test_a_message_is_a_cloud_event_that_says_what_its_body_says() -> None:
+    content = webhooks.body(DELIVERY)
+    told = webhooks.headers(DELIVERY, content, [b"key"], now=1_614_265_330.9, public_url="https://q.example/")
+    signed = json.loads(content)
+    assert {name: value for name, value in told.items() if name.startswith("ce-")} == {
+        "ce-specversion": "1.0",
+        "ce-id": told["webhook-id"],
+        "ce-source": "https://q.example/v2/nvcf/functions/f/versions/v",
+        "ce-type": signed["type"],
+        "ce-subject": signed["data"]["requestId"],
+        "ce-time": signed["timestamp"],
+    }
+    assert webhooks.headers(DELIVERY, content, [], now=0.0)["ce-source"] == "/v2/nvcf/functions/f/versions/v"
+
+
 def test_what_the_page_shows_tells_genuine_messages_from_others() -> None:
     (code,) = (block.code for block in blocks(DOCS / "webhooks.md") if block.language == "python")
     shown: dict[str, Callable[[str, Mapping[str, str], bytes], bool]] = {}
