@@ -22,9 +22,8 @@ PROBE_S = 2.0  # one question to a server, in `answers`
 GONE_S = 5.0  # from SIGKILL to the last process of the group being gone
 POLL_S = 0.05
 TAIL_LINES = 20
-LOWEST_PORT = 20_000
+PORTS = range(10_000, 20_000)  # the launcher of processes gives its instances those above
 MEMBER = "FNQUEUE_STACK_MEMBER"  # in the environment of all that runs below a supervisor: its folder
-EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class ServerFailed(Exception):
@@ -174,24 +173,17 @@ def bare_environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on, below those the kernel gives to outgoing connections.
+    """A loopback port of `PORTS` that nobody listens on.
 
-    A client that keeps reconnecting to a killed server would otherwise, one day, be given that very port
-    as its own, connect to itself, and keep the server from ever binding it again.
+    The kernel gives none of them to outgoing connections, unless it was told otherwise: a client that keeps
+    reconnecting to a killed server would, one day, be given that very port as its own, connect to itself, and keep
+    the server from ever binding it again.
     """
-    for port in random.sample(range(LOWEST_PORT, _first_ephemeral_port()), 100):
+    for port in random.sample(PORTS, 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((LOOPBACK, port))
             return port
-    raise ServerFailed(f"no free port from {LOWEST_PORT} up on {LOOPBACK}")
-
-
-def _first_ephemeral_port() -> int:
-    usual = 32_768
-    with contextlib.suppress(OSError):
-        configured = int(EPHEMERAL_PORTS.read_text().split()[0])
-        return configured if configured > LOWEST_PORT + 1000 else usual
-    return usual
+    raise ServerFailed(f"no free port from {PORTS.start} to {PORTS.stop} on {LOOPBACK}")
 
 
 def kept_secret(path: Path, make: Callable[[], str] = lambda: secrets.token_hex(32)) -> str:

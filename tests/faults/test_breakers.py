@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import uuid
 from collections.abc import Callable
 
@@ -17,14 +15,14 @@ from broker.settings import Settings
 from infra.local.process import free_port
 from infra.local.servers import Redis
 from tests.eventually import eventually
+from tests.frozen import frozen
 
 
 async def test_a_frozen_redis_is_not_asked_until_it_is_found(new_redis: Callable[[], Redis]) -> None:
     server = await asyncio.to_thread(new_redis)
     async with open_store(server.url, Settings(store_timeout_s=0.5)) as (results, *_):
         connection = results._connection  # type: ignore[attr-defined]  # what was sent is seen nowhere else
-        os.kill(server.pid, signal.SIGSTOP)
-        try:
+        with frozen(server.pid):
             while not connection.breaker.hopeless:
                 with pytest.raises(StoreUnavailable):
                     await results.ping()
@@ -32,8 +30,6 @@ async def test_a_frozen_redis_is_not_asked_until_it_is_found(new_redis: Callable
                 with pytest.raises(StoreUnavailable):
                     await results.read(str(uuid.uuid4()))
                 assert not connection._plain.waits
-        finally:
-            os.kill(server.pid, signal.SIGCONT)
 
         async def back() -> bool:
             try:

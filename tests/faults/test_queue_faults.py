@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -18,6 +16,7 @@ from broker.model import Job
 from broker.settings import Settings
 from infra.local.servers import RabbitMQ
 from tests.contract.queues import a_job, receive, soon
+from tests.frozen import frozen
 
 PUBLISH_S = 2.0
 RENEW_S = 5.0
@@ -319,8 +318,7 @@ async def test_a_frozen_broker_costs_a_publish_no_more_than_its_time(
     server: RabbitMQ, queue: RabbitQueue, version_id: str
 ) -> None:
     await queue.publish(a_job(version_id), timeout_s=PUBLISH_S)
-    os.killpg(server.pid, signal.SIGSTOP)
-    try:
+    with frozen(server.pid, group=True):
         outcomes = await soon(
             asyncio.gather(
                 *(queue.publish(a_job(version_id), timeout_s=PUBLISH_S) for _ in range(20)), return_exceptions=True
@@ -331,20 +329,16 @@ async def test_a_frozen_broker_costs_a_publish_no_more_than_its_time(
             await soon(queue.publish(a_job(version_id), timeout_s=PUBLISH_S))
         with pytest.raises(Unavailable):
             await soon(queue.take(version_id))
-    finally:
-        os.killpg(server.pid, signal.SIGCONT)
     await soon(publish(queue, a_job(version_id)))
 
 
 async def test_closing_is_bounded_while_the_broker_is_frozen(server: RabbitMQ) -> None:
     version_id = str(uuid.uuid4())
-    try:
+    with ExitStack() as stack:
         async with asyncio.timeout(60), open_queue(server.url, Settings()) as queue:
             await queue.declare(version_id)
             await publish(queue, a_job(version_id))
-            os.killpg(server.pid, signal.SIGSTOP)
-    finally:
-        os.killpg(server.pid, signal.SIGCONT)
+            stack.enter_context(frozen(server.pid, group=True))
 
 
 @pytest.mark.parametrize("round_", range(3))

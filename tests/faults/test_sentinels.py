@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -24,6 +22,7 @@ from broker.profiles import store as judge_store
 from broker.settings import DoctorSettings, Settings, SidecarSettings, load
 from tests.eventually import eventually
 from tests.faults.cluster import Replica, Sentries
+from tests.frozen import frozen
 from tests.unit.container import FUNCTION_ID, VERSION_ID
 
 T = TypeVar("T")
@@ -91,11 +90,8 @@ async def insisted(ask: Callable[[], Awaitable[T]]) -> T:
 async def change_primary_by_freezing(sentries: Sentries) -> None:
     """The old one wakes up beside the new one, and believes that it is the primary still."""
     before = await asyncio.to_thread(sentries.primary)
-    os.kill(before.pid, signal.SIGSTOP)
-    try:
+    with frozen(before.pid):
         await another(sentries, before)
-    finally:
-        os.kill(before.pid, signal.SIGCONT)
 
 
 async def change_primary_by_killing(sentries: Sentries) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from broker.settings import Settings
 from infra.local import binaries
 from infra.local.servers import Redis
 from tests.eventually import eventually
+from tests.frozen import frozen
 
 OUTCOME = Outcome(status=200, body=b"result")
 
@@ -187,8 +186,7 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
         job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
         claimed = await results.claim(job, worker="w", lease_s=30, max_attempts=3)
         assert claimed.lease is not None
-        os.kill(replica.pid, signal.SIGSTOP)
-        try:
+        with frozen(replica.pid):
             with pytest.raises(StoreUnavailable):
                 await results.settle(claimed.lease, job, RequestState.FULFILLED, OUTCOME)
             with pytest.raises(StoreUnavailable):
@@ -198,8 +196,6 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
             refused = make_draft(job.version_id)
             with pytest.raises(StoreUnavailable):
                 await results.create(refused, queue_limit=10, watch=False)
-        finally:
-            os.kill(replica.pid, signal.SIGCONT)
 
         async def settled() -> RequestState | None:
             try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -20,6 +18,7 @@ import pytest
 from infra.local.servers import S3, RabbitMQ, Redis
 from tests import house
 from tests.eventually import eventually
+from tests.frozen import frozen
 from tests.house import STREAMER, Caller, Function, House
 from workers.streams import ABANDONED
 
@@ -222,12 +221,9 @@ async def test_a_frozen_front_end_is_not_taken_for_one_that_reads(
     client = Client()
     async with product.caller(0) as first, product.caller(1) as second:
         await client.invoke(first, streamer, {"count": 200, "gates": {"100": str(gate)}}, most=50)
-        os.kill(product.fronts[0].pid, signal.SIGSTOP)
-        try:
+        with frozen(product.fronts[0].pid):
             gate.touch()
             await client.resume(second)
-        finally:
-            os.kill(product.fronts[0].pid, signal.SIGCONT)
     assert client.numbers == list(range(200))
 
 

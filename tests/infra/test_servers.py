@@ -20,8 +20,9 @@ from botocore.client import Config
 from botocore.exceptions import ClientError
 from redis.asyncio import Redis as RedisClient
 
-from infra.local.process import Server, ServerFailed, free_port
+from infra.local.process import PORTS, Server, ServerFailed, free_port
 from infra.local.servers import S3, RabbitMQ, Redis
+from workers.launchers.process import INSTANCE_PORTS
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -215,7 +216,12 @@ def test_no_command_line_carries_a_secret(tmp_path: Path) -> None:
 
 def test_a_free_port_is_outside_the_range_of_outgoing_connections() -> None:
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    assert free_port() < first or first <= 21_000
+    assert free_port() < first or first < PORTS.stop
+
+
+def test_servers_and_instances_are_given_ports_of_their_own() -> None:
+    """Either finds a port free that the other was given and has not bound yet."""
+    assert not set(PORTS) & set(INSTANCE_PORTS)
 
 
 async def _declare(channel: aio_pika.abc.AbstractChannel) -> aio_pika.abc.AbstractQueue:

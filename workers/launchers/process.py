@@ -69,7 +69,7 @@ _INHERITED = (
 )  # fmt: skip
 _HOST = "127.0.0.1"
 # Below the range from which systems take the ports of outgoing connections.
-_PORTS = range(20_000, 32_000)
+INSTANCE_PORTS = range(20_000, 32_000)
 _PORT_TRIES = 100
 _CONTAINER_GRACE_S = 5.0
 _REQUEST_FOLDERS = ("assets", "responses", "scratch")
@@ -448,7 +448,7 @@ def _is_asked_apart(version: Version) -> bool:
 
 
 def _free_port(taken: set[int]) -> int:
-    for port in random.sample(_PORTS, _PORT_TRIES):  # spreads them, guards nothing
+    for port in random.sample(INSTANCE_PORTS, _PORT_TRIES):  # spreads them, guards nothing
         if port in taken:
             continue
         with socket.socket() as probe:
@@ -457,7 +457,7 @@ def _free_port(taken: set[int]) -> int:
             except OSError:
                 continue
             return port
-    raise OSError(f"no free port among {_PORT_TRIES} from {_PORTS.start} to {_PORTS.stop}")
+    raise OSError(f"no free port among {_PORT_TRIES} from {INSTANCE_PORTS.start} to {INSTANCE_PORTS.stop}")
 
 
 def _tail(log: Path) -> str:
