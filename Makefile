@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 3
-# schemathesis gives the tests of all operations one ID, and pytest-xdist runs an ID once.
-ALONE := tests/compat/test_openapi.py
+# schemathesis gives the tests of all operations one ID, and pytest-xdist runs an ID once. Chromium drops every
+# connection, to this machine too, when a network interface comes or goes, as with each container of another test.
+ALONE := tests/compat/test_openapi.py tests/browser tests/e2e/test_dashboard.py
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # Nothing but what requirements/ names, byte for byte; then fnqueue itself.
@@ -53,7 +54,7 @@ check: lint ## The same, and the tests that need no server
 test: $(VENV)/.dev ## All tests, against real servers (installed if missing: needs root, or says what to install)
 	$(PY) -m infra.local.servers ensure-all
 	$(PY) -m pytest $(ALONE)
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --ignore $(ALONE)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(addprefix --ignore=,$(ALONE))
 
 docs: $(VENV)/.docs ## Write the pages that are made from code, and the site into build/site; a broken link is an error
 	$(PY) -m infra.docs
