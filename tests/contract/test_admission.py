@@ -17,6 +17,7 @@ from broker.model import Draft, Job, Outcome, Record, RequestState, Verdict
 from broker.ports import Results
 from broker.settings import Settings
 from infra.local.servers import Redis
+from tests.contract.records import job_of
 
 Opened = Callable[..., AbstractAsyncContextManager[Results]]
 DONE = Outcome(status=200, body=b"done")
@@ -46,19 +47,6 @@ def draft(*, account: str, version_id: str, size_bytes: int = 10, deadline_s: fl
         digest="",
         deadline_s=deadline_s,
         size_bytes=size_bytes,
-    )
-
-
-def job_of(record: Record) -> Job:
-    return Job(
-        id=record.id,
-        account=record.account,
-        function_id=record.function_id,
-        version_id=record.version_id,
-        subject="",
-        created_at=record.created_at,
-        deadline_at=record.deadline_at,
-        digest="",
     )
 
 

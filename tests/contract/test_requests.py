@@ -29,6 +29,7 @@ from broker.model import (
 from broker.ports import PAGE_SCAN, Results
 from broker.settings import Settings
 from infra.local.servers import Redis
+from tests.contract.records import job_of
 from tests.eventually import eventually
 
 OUTCOME = Outcome(status=201, body=b"done")
@@ -62,21 +63,6 @@ def make_draft(**given: object) -> Draft:
 
 async def accept(results: Results, draft: Draft) -> Job:
     return job_of(await results.create(draft, queue_limit=100_000, watch=False))
-
-
-def job_of(record: Record) -> Job:
-    return Job(
-        id=record.id,
-        account=record.account,
-        function_id=record.function_id,
-        version_id=record.version_id,
-        subject="key",
-        created_at=record.created_at,
-        deadline_at=record.deadline_at,
-        digest="d",
-        queue_deadline_at=record.queue_deadline_at,
-        run_timeout_s=record.run_timeout_s,
-    )
 
 
 async def granted(results: Results, job: Job, *, worker: str = "w1", lease_s: float = 30.0) -> Lease:

@@ -17,6 +17,7 @@ from broker.model import DeadLetterFilter, Draft, Job, Outcome, RequestFilter, R
 from broker.ports import Store
 from broker.settings import Settings, SidecarSettings
 from infra.local.servers import Redis
+from tests.contract.records import job_of
 
 S = RequestState
 MANY = 400
@@ -47,17 +48,7 @@ class Site:
 
     async def submit(self, request_id: str = "") -> Job:
         record = await self.store.results.create(self.draft(request_id), queue_limit=10_000, watch=False)
-        return Job(
-            id=record.id,
-            account=record.account,
-            function_id=record.function_id,
-            version_id=record.version_id,
-            subject="",
-            created_at=record.created_at,
-            deadline_at=record.deadline_at,
-            digest="",
-            body=b"0123456789",
-        )
+        return job_of(record, body=b"0123456789")
 
     async def fill(self) -> Sequence[Job]:
         return await asyncio.gather(*(self.submit() for _ in range(MANY)))

@@ -16,10 +16,11 @@ from broker.backends.memory.upkeep import MemoryUpkeep
 from broker.backends.redis import keys
 from broker.backends.redis.store import open_store
 from broker.errors import QueueFull
-from broker.model import Draft, Job, Outcome, Record, RequestState, Verdict
+from broker.model import Draft, Job, Outcome, RequestState, Verdict
 from broker.ports import Results, Upkeep
 from broker.settings import Settings
 from infra.local.servers import Redis
+from tests.contract.records import job_of
 from tests.eventually import eventually
 
 S = RequestState
@@ -76,20 +77,6 @@ class Store:
             cursor = seen.cursor
             if not cursor:
                 return states
-
-
-def job_of(record: Record) -> Job:
-    return Job(
-        id=record.id,
-        account=record.account,
-        function_id=record.function_id,
-        version_id=record.version_id,
-        subject="",
-        created_at=record.created_at,
-        deadline_at=record.deadline_at,
-        digest="",
-        queue_deadline_at=record.queue_deadline_at,
-    )
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from broker.ports import Results
 from broker.settings import Settings
 from infra.local import binaries
 from infra.local.servers import Redis
+from tests.contract.records import job_of
 from tests.eventually import eventually
 from tests.frozen import frozen
 
@@ -28,19 +29,6 @@ OUTCOME = Outcome(status=200, body=b"result")
 def make_draft(version_id: str) -> Draft:
     return Draft(
         id=str(uuid.uuid4()), account="acme", function_id="f", version_id=version_id, digest="", deadline_s=600
-    )
-
-
-def make_job(record: Record) -> Job:
-    return Job(
-        id=record.id,
-        account=record.account,
-        function_id=record.function_id,
-        version_id=record.version_id,
-        subject="",
-        created_at=record.created_at,
-        deadline_at=record.deadline_at,
-        digest="",
     )
 
 
@@ -93,9 +81,7 @@ async def test_results_survive_a_killed_redis_and_waiters_hear_of_new_ones(new_r
     server = await asyncio.to_thread(new_redis)
     version_id = str(uuid.uuid4())
     async with open_store(server.url, Settings(store_timeout_s=1)) as (results, *_):
-        jobs = [
-            make_job(await results.create(make_draft(version_id), queue_limit=1000, watch=False)) for _ in range(20)
-        ]
+        jobs = [job_of(await results.create(make_draft(version_id), queue_limit=1000, watch=False)) for _ in range(20)]
         for job in jobs[:10]:
             await finish(results, job)
         async with results.watch(jobs[10].id) as watch:
@@ -172,7 +158,7 @@ async def test_five_hundred_waiters_are_told_after_their_subscription_was_cut(ne
         waiting = [asyncio.create_task(wait(record.id)) for record in records]
         await all_read.wait()
         await client.client_kill_filter(_type="pubsub")
-        await asyncio.gather(*(finish(worker, make_job(record)) for record in records))
+        await asyncio.gather(*(finish(worker, job_of(record)) for record in records))
         assert await asyncio.wait_for(asyncio.gather(*waiting), 30) == [RequestState.FULFILLED] * 500
 
 
@@ -183,7 +169,7 @@ async def test_a_result_is_neither_acknowledged_nor_shown_before_a_replica_has_i
     await replicate(primary, replica)
     settings = Settings(store_timeout_s=0.4, durable_replicas=1)
     async with open_store(primary.url, settings) as (results, *_):
-        job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
+        job = job_of(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
         claimed = await results.claim(job, worker="w", lease_s=30, max_attempts=3)
         assert claimed.lease is not None
         with frozen(replica.pid):
@@ -244,7 +230,7 @@ async def test_a_store_without_memory_refuses_what_is_new_and_keeps_what_it_has(
     server, version_id = await asyncio.to_thread(new_redis), str(uuid.uuid4())
     async with open_store(server.url, Settings()) as (results, *_), Client.from_url(server.url) as client:
         done, running = [
-            make_job(await results.create(make_draft(version_id), queue_limit=10, watch=False)) for _ in range(2)
+            job_of(await results.create(make_draft(version_id), queue_limit=10, watch=False)) for _ in range(2)
         ]
         await finish(results, done)
         claimed = await results.claim(running, worker="w", lease_s=60, max_attempts=3)
@@ -299,7 +285,7 @@ async def test_cancelled_callers_never_get_each_others_replies(new_redis: Callab
 async def test_a_wiped_store_starts_a_new_epoch_and_heals_by_claim(new_redis: Callable[[], Redis]) -> None:
     server = await asyncio.to_thread(new_redis)
     async with open_store(server.url, Settings()) as (results, *_), Client.from_url(server.url) as client:
-        job = make_job(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
+        job = job_of(await results.create(make_draft(str(uuid.uuid4())), queue_limit=10, watch=False))
         before = await results.epoch(fresh=True)
         await client.flushall()
         await client.script_flush()
